@@ -1,0 +1,109 @@
+"""Which kernel runs: an ordered list of candidates, each with its reasons to refuse.
+
+The first that does not refuse is taken. `attention(kernel=...)` forces one; `explain` tells what every candidate says;
+`chosen` tells which ones ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from regard.kernels import differentiate, reference, tiled
+from regard.kernels import torch as torch_
+from regard.problem import Plan, Problem
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel: why it cannot serve a problem (None = it can), and how it is run."""
+
+    refuse: Callable[[Plan, Sequence[Tensor]], str | None]
+    run: Callable[[Plan, Sequence[Tensor]], tuple[Tensor, ...]]
+    about: str
+    automatic: bool = True
+
+
+# In the order of preference.
+_CANDIDATES: dict[str, Candidate] = {
+    "torch": Candidate(torch_.refuse, torch_.run, "torch's fused attention, for plain problems"),
+    "tiled": Candidate(
+        tiled.refuse, partial(differentiate.run, "tiled"), "plain PyTorch in strips: everything, in linear memory"
+    ),
+    "reference": Candidate(
+        reference.refuse, reference.run, "the equation, materialised: everything, in quadratic memory", automatic=False
+    ),
+}
+
+_ran: ContextVar[list[str] | None] = ContextVar("ran", default=None)
+
+
+def run(problem: Problem, kernel: str | None) -> tuple[Tensor, ...]:
+    """Run a problem by the kernel that is forced, or by the first that serves it."""
+    name = _choose(problem) if kernel is None else _force(problem, kernel)
+    if not torch.compiler.is_compiling():
+        ran = _ran.get()
+        if ran is not None:
+            ran.append(name)
+    return _CANDIDATES[name].run(problem.plan, problem.tensors)
+
+
+def _choose(problem: Problem) -> str:
+    for name, candidate in _CANDIDATES.items():
+        if candidate.automatic and candidate.refuse(problem.plan, problem.tensors) is None:
+            return name
+    raise AssertionError("the kernel `tiled` serves everything")
+
+
+def _force(problem: Problem, kernel: str) -> str:
+    if kernel not in _CANDIDATES:
+        raise ValueError(f"kernel: {kernel!r}; expected one of {', '.join(map(repr, _CANDIDATES))}, or None")
+    reason = _CANDIDATES[kernel].refuse(problem.plan, problem.tensors)
+    if reason is not None:
+        raise ValueError(f"kernel: {kernel!r} cannot serve this problem: {reason}")
+    return kernel
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What each candidate says of a problem, in the order of preference: None = it can serve. Prints itself."""
+
+    chosen: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, reason in self.reasons.items():
+            mark = "->" if name == self.chosen else "  "
+            automatic = "can serve" if _CANDIDATES[name].automatic else "can serve, when asked for by name"
+            lines.append(f"{mark} {name:<10} {'no: ' + reason if reason else automatic}")
+        return "\n".join(lines)
+
+
+def explanation(problem: Problem) -> Explanation:
+    """What each candidate says of a problem."""
+    reasons = {name: c.refuse(problem.plan, problem.tensors) for name, c in _CANDIDATES.items()}
+    return Explanation(_choose(problem), reasons)
+
+
+@contextmanager
+def chosen() -> Iterator[list[str]]:
+    """Collect the names of the kernels that run inside, in order, in this thread.
+
+    >>> with regard.chosen() as ran:
+    ...     regard.attention(q, k, v)
+    >>> ran
+    ['torch']
+    """
+    ran: list[str] = []
+    token = _ran.set(ran)
+    try:
+        yield ran
+    finally:
+        _ran.reset(token)

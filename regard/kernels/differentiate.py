@@ -1,0 +1,183 @@
+"""Kernels with a forward and a backward of their own, made part of autograd, torch.func and torch.compile.
+
+Eager calls go through `torch.autograd.Function`, which is cheap. Compiled and exported graphs hold one operator,
+`regard::forward`, whose plan is text, and which does not care how long the sequences are: no compilation per length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard import mask, normalizer, position, problem, score, summary, word
+from regard.kernels import reference, tiled
+from regard.problem import Plan
+
+_KERNELS: dict[str, ModuleType] = {"tiled": tiled}
+
+_VOCABULARY: dict[str, type[Any]] = {
+    name: kind
+    for module in (score, normalizer, mask, position, summary, problem, word)
+    for name, kind in vars(module).items()
+    if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__")
+}
+
+
+def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """All outputs of a problem by a kernel, in the order of `Plan.outputs`, with gradients."""
+    if torch.compiler.is_compiling():
+        return tuple(_forward(list(tensors), kernel, word.describe(plan)))
+    outputs: tuple[Tensor, ...] = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+class Forward(torch.autograd.Function):
+    """A kernel's forward."""
+
+    @staticmethod
+    def forward(kernel: str, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = _KERNELS[kernel].forward(plan, tensors)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.kernel, ctx.plan, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[x for x in output if not x.is_floating_point()])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        wanted = tuple(ctx.needs_input_grad[2:])
+        given = tuple(g is not None for g in gradients)
+        present = [g for g in gradients if g is not None]
+        results = Backward.apply(ctx.kernel, ctx.plan, wanted, given, *present, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return None, None, *_spread(results, wanted)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # type: ignore[override]
+        return _one_by_one(Forward.apply, info.batch_size, in_dims, inputs)
+
+
+class Backward(torch.autograd.Function):
+    """A kernel's backward. Its own derivative is taken by `reference`."""
+
+    @staticmethod
+    def forward(
+        kernel: str, plan: Plan, wanted: tuple[bool, ...], given: tuple[bool, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        gradients, tensors = tensors[: sum(given)], tensors[sum(given) :]
+        results = _KERNELS[kernel].backward(plan, tensors, _spread(gradients, given), wanted)
+        return tuple(x for x in results if x is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.plan, ctx.wanted, ctx.given, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        count = sum(ctx.given)
+        plan, wanted, given = ctx.plan, ctx.wanted, ctx.given
+        moving = [i for i, x in enumerate(ctx.saved_tensors) if x.is_floating_point()]
+
+        def first(*floats: Tensor) -> tuple[Tensor, ...]:
+            """The first derivative, as a differentiable function of gradients and tensors."""
+            everything = list(ctx.saved_tensors)
+            for i, x in zip(moving, floats, strict=True):
+                everything[i] = x
+            gradients, tensors = everything[:count], everything[count:]
+
+            def equation(*some: Tensor) -> tuple[Tensor, ...]:
+                outputs = reference.run(plan, _merge(tensors, wanted, some))
+                return tuple(x for x, there in zip(outputs, given, strict=True) if there)
+
+            _, pull = torch.func.vjp(equation, *[x for x, want in zip(tensors, wanted, strict=True) if want])
+            return tuple(pull(tuple(gradients)))
+
+        _, pull = torch.func.vjp(first, *[ctx.saved_tensors[i] for i in moving])
+        results: list[Tensor | None] = [None] * len(ctx.saved_tensors)
+        for i, x in zip(moving, pull(tuple(seconds)), strict=True):
+            results[i] = x
+        return None, None, None, None, *results
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # type: ignore[override]
+        return _one_by_one(Backward.apply, info.batch_size, in_dims, inputs)
+
+
+def _one_by_one(
+    apply: Callable[..., tuple[Tensor, ...]], count: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What a Function gives for each element of a batch axis of torch.func.vmap, stacked."""
+    runs = [
+        apply(*[x if dim is None or not isinstance(x, Tensor) else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)])
+        for i in range(count)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+def _spread(present: Sequence[Tensor], there: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The tensors that are present, with None in the places where none is."""
+    items = iter(present)
+    return tuple(next(items) if flag else None for flag in there)
+
+
+def _merge(tensors: Sequence[Tensor], wanted: Sequence[bool], some: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, with those that are wanted replaced."""
+    items = iter(some)
+    return [next(items) if want else x for x, want in zip(tensors, wanted, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators that compiled graphs hold.
+
+
+@torch.library.custom_op("regard::forward", mutates_args=())
+def _forward(tensors: list[Tensor], kernel: str, plan: str) -> list[Tensor]:
+    return list(_KERNELS[kernel].forward(word.parse(plan, _VOCABULARY), tensors))
+
+
+@_forward.register_fake
+def _(tensors: list[Tensor], kernel: str, plan: str) -> list[Tensor]:
+    parsed = word.parse(plan, _VOCABULARY)
+    q, k, v = tensors[:3]
+    wide = score.widen(q[:0])
+    filled = word.fill(parsed, tensors)
+    return tiled.empty_outputs(filled, parsed.outputs, problem.sizes(q, k), q.to(wide.dtype), v, v.dtype)
+
+
+@torch.library.custom_op("regard::backward", mutates_args=())
+def _backward(
+    gradients: list[Tensor], tensors: list[Tensor], kernel: str, plan: str, given: list[bool], wanted: list[bool]
+) -> list[Tensor]:
+    results = _KERNELS[kernel].backward(word.parse(plan, _VOCABULARY), tensors, _spread(gradients, given), wanted)
+    return [x for x in results if x is not None]
+
+
+@_backward.register_fake
+def _(
+    gradients: list[Tensor], tensors: list[Tensor], kernel: str, plan: str, given: list[bool], wanted: list[bool]
+) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, want in zip(tensors, wanted, strict=True) if want]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, ctx.kernel, ctx.plan = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _compiled_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    tensors = list(ctx.saved_tensors)
+    wanted = [x.is_floating_point() for x in tensors]
+    given = [g is not None for g in gradients]
+    results = _backward([g for g in gradients if g is not None], tensors, ctx.kernel, ctx.plan, given, wanted)
+    return list(_spread(results, wanted)), None, None
+
+
+_forward.register_autograd(_compiled_backward, setup_context=_save)

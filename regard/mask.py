@@ -1,0 +1,399 @@
+"""Masks: who may attend to whom. True = may attend, everywhere.
+
+A mask is a predicate on (batch, head, query, key), joined with others by `&`, `|` and `~`. It is never stored as a
+matrix of queries by keys: kernels ask it two things, which tiles of the matrix are empty, full or in between (by
+arithmetic on the edges of the tiles), and what it says inside one tile.
+
+    mask.causal(align="end") & mask.window(left=255, right=0) | mask.prefix(16)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.tile import Sizes, Tile
+
+Align = str | int | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The edges of all tiles of a problem: the first and last query of each row of tiles, shape (R, 1), the first and
+    last key of each column of tiles, shape (1, C), and the sizes of the problem."""
+
+    first_query: Tensor
+    last_query: Tensor
+    first_key: Tensor
+    last_key: Tensor
+    sizes: Sizes
+
+    @staticmethod
+    def of(sizes: Sizes, rows: int, columns: int, device: torch.device) -> Grid:
+        """The grid of tiles of `rows` queries by `columns` keys."""
+        q = torch.arange(0, sizes.L, rows, device=device).view(-1, 1)
+        k = torch.arange(0, sizes.S, columns, device=device).view(1, -1)
+        return Grid(q, (q + rows - 1).clamp(max=sizes.L - 1), k, (k + columns - 1).clamp(max=sizes.S - 1), sizes)
+
+
+# Per tile of a grid: may some pair attend (never False where one may), and may every pair (never True where one may
+# not). Each is a bool tensor that broadcasts to (B, R, C).
+Coverage = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What all masks share: `&` (both), `|` (either), `~` (not)."""
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, _operand(other, "&"))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, _operand(other, "|"))
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value; join masks with &, | and ~ instead of and, or and not")
+
+    def allowed(self, tile: Tile) -> Tensor:
+        """May each pair of the tile attend? A bool tensor that broadcasts to (b, h, l, s)."""
+        raise NotImplementedError
+
+    def coverage(self, grid: Grid) -> Coverage:
+        """Which tiles hold some, and which hold only, pairs that may attend. Unknown by default."""
+        unknown = torch.ones(1, grid.first_query.shape[0], grid.first_key.shape[1], dtype=torch.bool)
+        return unknown.to(grid.first_query.device), ~unknown.to(grid.first_query.device)
+
+    def check(self, sizes: Sizes) -> None:
+        """Raise a ValueError where a tensor of the mask does not fit the problem."""
+
+
+def _operand(other: object, sign: str) -> Mask:
+    if not isinstance(other, Mask):
+        raise TypeError(
+            f"mask: the right side of {sign} is {type(other).__name__}; expected a mask (wrap a bool tensor in mask.dense)"
+        )
+    return other
+
+
+@dataclass(frozen=True)
+class And(Mask):
+    left: Mask
+    right: Mask
+
+    def allowed(self, tile: Tile) -> Tensor:
+        return self.left.allowed(tile) & self.right.allowed(tile)
+
+    def coverage(self, grid: Grid) -> Coverage:
+        (some, full), (some_too, full_too) = self.left.coverage(grid), self.right.coverage(grid)
+        return some & some_too, full & full_too
+
+
+@dataclass(frozen=True)
+class Or(Mask):
+    left: Mask
+    right: Mask
+
+    def allowed(self, tile: Tile) -> Tensor:
+        return self.left.allowed(tile) | self.right.allowed(tile)
+
+    def coverage(self, grid: Grid) -> Coverage:
+        (some, full), (some_too, full_too) = self.left.coverage(grid), self.right.coverage(grid)
+        return some | some_too, full | full_too
+
+
+@dataclass(frozen=True)
+class Not(Mask):
+    inner: Mask
+
+    def allowed(self, tile: Tile) -> Tensor:
+        return ~self.inner.allowed(tile)
+
+    def coverage(self, grid: Grid) -> Coverage:
+        some, full = self.inner.coverage(grid)
+        return ~full, ~some
+
+
+@dataclass(frozen=True)
+class Band(Mask):
+    """Keys at most `left` behind and `right` ahead of the query, both counted without the query's own position."""
+
+    left: int | None
+    right: int | None
+    align: Align
+
+    def allowed(self, tile: Tile) -> Tensor:
+        behind = tile.behind(self.align)
+        if self.left is None and self.right is None:
+            return torch.ones_like(behind, dtype=torch.bool)
+        if self.left is None:
+            return behind >= -int(self.right or 0)
+        if self.right is None:
+            return behind <= self.left
+        return (behind >= -self.right) & (behind <= self.left)
+
+    def coverage(self, grid: Grid) -> Coverage:
+        offset = grid.sizes.offset(self.align)
+        nearest = grid.first_query + offset - grid.last_key
+        farthest = grid.last_query + offset - grid.first_key
+        some = full = torch.ones_like(nearest, dtype=torch.bool)
+        if self.left is not None:
+            some, full = some & (nearest <= self.left), full & (farthest <= self.left)
+        if self.right is not None:
+            some, full = some & (farthest >= -self.right), full & (nearest >= -self.right)
+        return some[None], full[None]
+
+
+@dataclass(frozen=True)
+class Before(Mask):
+    """The first n keys of each batch row; n is int64 of shape (B,) or (1,)."""
+
+    n: Tensor
+
+    def check(self, sizes: Sizes) -> None:
+        if self.n.shape[0] not in (1, sizes.B):
+            raise ValueError(f"mask: n has shape {tuple(self.n.shape)}; expected one number per batch row, ({sizes.B},)")
+
+    def allowed(self, tile: Tile) -> Tensor:
+        return tile.key < tile.cut(self.n.view(-1, 1, 1, 1))
+
+    def coverage(self, grid: Grid) -> Coverage:
+        n, rows = self.n.view(-1, 1, 1), grid.first_query.shape[0]
+        return (grid.first_key < n).expand(-1, rows, -1), (grid.last_key < n).expand(-1, rows, -1)
+
+
+@dataclass(frozen=True)
+class Documents(Mask):
+    """Query and key of the same document; ids of queries (B|1, L) and keys (B|1, S)."""
+
+    queries: Tensor
+    keys: Tensor
+
+    def check(self, sizes: Sizes) -> None:
+        for name, ids, length in (("queries", self.queries, sizes.L), ("keys", self.keys, sizes.S)):
+            if ids.shape[0] not in (1, sizes.B) or ids.shape[1] != length:
+                raise ValueError(
+                    f"mask: documents of the {name} have shape {tuple(ids.shape)}; expected ({sizes.B}, {length})"
+                    + ("; give a pair (queries, keys) where their lengths differ" if sizes.L != sizes.S else "")
+                )
+
+    def allowed(self, tile: Tile) -> Tensor:
+        return tile.cut(self.queries[:, None, :, None]) == tile.cut(self.keys[:, None, None, :])
+
+    def coverage(self, grid: Grid) -> Coverage:
+        low_q, high_q = _extremes(self.queries, grid.first_query[:, 0], grid.last_query[:, 0])
+        low_k, high_k = _extremes(self.keys, grid.first_key[0], grid.last_key[0])
+        low_q, high_q, low_k, high_k = low_q[..., None], high_q[..., None], low_k[:, None], high_k[:, None]
+        some = (low_q <= high_k) & (low_k <= high_q)
+        return some, some & (low_q == high_q) & (low_k == high_k)
+
+
+def _extremes(ids: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and greatest id in each tile of equal width, shape (B|1, tiles)."""
+    width = int(last[0] - first[0]) + 1 if len(first) else 1
+    # The last tile may be short: it is filled up with its own last id, which changes neither extreme.
+    padded = torch.cat([ids, ids[:, -1:].expand(-1, len(first) * width - ids.shape[1])], 1)
+    tiles = padded.view(ids.shape[0], len(first), width)
+    return tiles.amin(-1), tiles.amax(-1)
+
+
+@dataclass(frozen=True)
+class Blocks(Mask):
+    """A table of which blocks of queries may attend to which blocks of keys: bool (B|1, H|1, L/rows, S/columns)."""
+
+    table: Tensor
+    rows: int | None
+    columns: int | None
+
+    def _size(self, sizes: Sizes) -> tuple[int, int]:
+        """How many queries and keys a block holds: by default, the axes are divided evenly, rounded up."""
+        rows = self.rows or -(-sizes.L // self.table.shape[2]) or 1
+        return rows, self.columns or -(-sizes.S // self.table.shape[3]) or 1
+
+    def check(self, sizes: Sizes) -> None:
+        rows, columns = self._size(sizes)
+        shape, blocks = tuple(self.table.shape), (-(-sizes.L // rows), -(-sizes.S // columns))
+        if shape[2:] != blocks or shape[0] not in (1, sizes.B) or shape[1] not in (1, sizes.H):
+            raise ValueError(
+                f"mask: the block table has shape {shape}; expected ({sizes.B}, {sizes.H}, {blocks[0]}, {blocks[1]}) "
+                f"for blocks of {rows} queries by {columns} keys (the first two may be 1 or left out)"
+            )
+
+    def allowed(self, tile: Tile) -> Tensor:
+        table = self.table[slice(*tile.b)] if self.table.shape[0] > 1 else self.table
+        table = table[:, slice(*tile.h)] if table.shape[1] > 1 else table
+        rows, columns = self._size(tile.sizes)
+        return table[:, :, tile.query.view(-1, 1) // rows, tile.key.view(-1) // columns]
+
+    def coverage(self, grid: Grid) -> Coverage:
+        # A summed-area table tells how many of the blocks that a tile touches are True.
+        total = torch.nn.functional.pad(self.table.to(torch.int64).cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+        rows, columns = self._size(grid.sizes)
+        top, bottom = grid.first_query // rows, grid.last_query // rows + 1
+        left, right = grid.first_key // columns, grid.last_key // columns + 1
+        count = (
+            total[..., bottom, right] - total[..., top, right] - total[..., bottom, left] + total[..., top, left]
+        )
+        return (count > 0).any(1), (count == (bottom - top) * (right - left)).all(1)
+
+
+@dataclass(frozen=True)
+class Dense(Mask):
+    """A bool tensor that broadcasts to (B, H, L, S)."""
+
+    table: Tensor
+
+    def check(self, sizes: Sizes) -> None:
+        for got, expected in zip(self.table.shape, (sizes.B, sizes.H, sizes.L, sizes.S), strict=True):
+            if got not in (1, expected):
+                raise ValueError(
+                    f"mask: the dense mask has shape {tuple(self.table.shape)}; expected one that broadcasts to "
+                    f"(B, H, L, S) = ({sizes.B}, {sizes.H}, {sizes.L}, {sizes.S})"
+                )
+
+    def allowed(self, tile: Tile) -> Tensor:
+        return tile.cut(self.table)
+
+    def coverage(self, grid: Grid) -> Coverage:
+        table = self.table
+        rows, columns = grid.first_query.shape[0], grid.first_key.shape[1]
+        # Reduce keys, then queries, tile by tile; an axis of size one covers every tile.
+        parts = []
+        for reduce in (torch.any, torch.all):
+            part = torch.stack([reduce(t, -1) for t in _tiles(table, -1, grid.first_key[0], grid.last_key[0])], -1)
+            part = torch.stack([reduce(t, -2) for t in _tiles(part, -2, grid.first_query[:, 0], grid.last_query[:, 0])], -2)
+            parts.append(part.expand(-1, -1, rows, columns))
+        return parts[0].any(1), parts[1].all(1)
+
+
+def _tiles(tensor: Tensor, axis: int, first: Tensor, last: Tensor) -> list[Tensor]:
+    if tensor.shape[axis] == 1:
+        return [tensor]
+    return list(tensor.split(int(last[0] - first[0]) + 1 if len(first) else 1, axis))
+
+
+@dataclass(frozen=True)
+class Where(Mask):
+    """A predicate in Python; nothing is known of a tile before it is asked."""
+
+    predicate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def allowed(self, tile: Tile) -> Tensor:
+        return self.predicate(tile.batch, tile.head, tile.query, tile.key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What users call.
+
+
+def causal(align: Align = None) -> Mask:
+    """A query attends to its own position and those before it.
+
+    Args:
+        align: where the queries stand among the keys. "start": query 0 beside key 0 (`torch`'s `is_causal`); "end": the
+            last query beside the last key (decoding with a cache); a whole number n: query 0 beside key n. It must be
+            given when there are not as many queries as keys.
+    """
+    return Band(None, 0, checked_align(align))
+
+
+def window(left: int | None = None, right: int | None = None, align: Align = None) -> Mask:
+    """A query attends to its own position, `left` positions before it and `right` positions after it.
+
+    The query's own token is not counted: `window(255, 0)` reaches 256 keys. None = no limit on that side. `align` is as
+    in `causal`, and is taken from the other masks of the same expression where it is left out.
+
+    Source: Beltagy, Peters, Cohan, "Longformer" (2020), section 3.1.
+    """
+    for name, value in (("left", left), ("right", right)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ValueError(f"window: {name} is {value!r}; expected a whole number >= 0, or None for no limit")
+    return Band(left, right, checked_align(align))
+
+
+def lengths(n: Tensor) -> Mask:
+    """The first n[b] keys of batch row b are real, the rest is padding. n: whole numbers, shape (B,)."""
+    if not isinstance(n, Tensor):
+        n = torch.as_tensor(n)
+    if n.dim() != 1 or n.is_floating_point() or n.dtype == torch.bool:
+        raise ValueError(f"lengths: n is {_kind(n)}; expected whole numbers of shape (B,)")
+    return Before(n)
+
+
+def prefix(n: int | Tensor) -> Mask:
+    """Everybody attends to the first n keys; n is a number, or whole numbers of shape (B,). `causal() | prefix(n)` is
+    the prefix language model of Raffel et al., "T5" (2020), figure 4."""
+    if isinstance(n, int) and not isinstance(n, bool) and n >= 0:
+        return Before(torch.tensor([n]))
+    if isinstance(n, Tensor) and n.dim() == 1 and not n.is_floating_point() and n.dtype != torch.bool:
+        return Before(n)
+    raise ValueError(f"prefix: n is {_kind(n)}; expected a whole number >= 0, or whole numbers of shape (B,)")
+
+
+def documents(ids: Tensor | tuple[Tensor, Tensor]) -> Mask:
+    """Packed documents: a query attends to the keys of its own document.
+
+    Args:
+        ids: whole numbers, the document of each position, shape (B, S) or (S,), for queries and keys alike; or a pair
+            of them, for the queries (B, L) and the keys (B, S). Any numbers do; sorted ones let tiles be skipped.
+    """
+    pair = ids if isinstance(ids, tuple) else (ids, ids)
+    if len(pair) != 2:
+        raise ValueError(f"documents: ids has {len(pair)} parts; expected a tensor, or a pair (queries, keys)")
+    for part in pair:
+        if not isinstance(part, Tensor) or part.dim() not in (1, 2) or part.is_floating_point():
+            raise ValueError(f"documents: ids is {_kind(part)}; expected whole numbers of shape (B, S) or (S,)")
+    queries, keys = (part if part.dim() == 2 else part[None] for part in pair)
+    return Documents(queries, keys)
+
+
+def blocks(table: Tensor, size: int | tuple[int, int] | None = None) -> Mask:
+    """Block-sparse attention.
+
+    Args:
+        table: bool, shape (R, C), (H, R, C) or (B, H, R, C): may this block of queries attend to that block of keys?
+        size: how many queries and keys a block holds: a number, or a pair; the last block may be short, so that
+            R = ceil(L / size) and C = ceil(S / size). By default the axes are divided evenly.
+    """
+    if not isinstance(table, Tensor) or table.dtype != torch.bool or table.dim() not in (2, 3, 4) or not table.numel():
+        raise ValueError(f"blocks: table is {_kind(table)}; expected bool of shape (R, C), (H, R, C) or (B, H, R, C)")
+    rows, columns = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
+    for part in (rows, columns):
+        if part is not None and (not isinstance(part, int) or isinstance(part, bool) or part <= 0):
+            raise ValueError(f"blocks: size is {size!r}; expected a whole number > 0, or a pair of them")
+    return Blocks(table[(None,) * (4 - table.dim())], rows, columns)  # type: ignore[arg-type]
+
+
+def dense(table: Tensor) -> Mask:
+    """Any mask, as a bool tensor that broadcasts to (B, H, L, S); True = may attend. It is read, never copied."""
+    if not isinstance(table, Tensor) or table.dtype != torch.bool or table.dim() > 4:
+        raise ValueError(
+            f"dense: table is {_kind(table)}; expected bool that broadcasts to (B, H, L, S), True = may attend "
+            "(a float mask that is added to the scores goes into bias=)"
+        )
+    return Dense(table[(None,) * (4 - table.dim())])
+
+
+def where(predicate: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Mask:
+    """A mask in Python: `predicate(batch, head, query, key)` takes four index tensors that broadcast together, and
+    answers with bool. The `mask_mod` functions of FlexAttention work as they are."""
+    if not callable(predicate):
+        raise TypeError(f"where: predicate is {type(predicate).__name__}; expected a function (batch, head, query, key)")
+    return Where(predicate)
+
+
+def _kind(value: object) -> str:
+    """What was given, in an error."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def checked_align(align: Align) -> Align:
+    if align is not None and align not in ("start", "end") and (not isinstance(align, int) or isinstance(align, bool)):
+        raise ValueError(f'align: {align!r}; expected "start", "end", or a whole number: the key beside query 0')
+    return align

@@ -1,0 +1,196 @@
+"""Normalizers: from the scores of a row to its weights.
+
+Each takes scores s (..., S), -inf where a pair may not attend, at least one of them finite, and gives weights of the
+same shape, 0 where s is -inf. Sums run over the last axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.score import check_per_head
+from regard.tile import Sizes, Tile
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """What all normalizers share."""
+
+    def weights(self, s: Tensor, tile: Tile) -> Tensor:
+        """The weights of rows of scores (b, h, l, s); every row is whole, but for keys that it may not attend."""
+        raise NotImplementedError
+
+    def check(self, sizes: Sizes) -> None:
+        """Raise a ValueError where a parameter does not fit the problem."""
+
+    @classmethod
+    def example(cls, heads: int) -> Normalizer:
+        """One of these with random parameters, for tests and benchmarks."""
+        return cls()
+
+
+@dataclass(frozen=True)
+class Softmax(Normalizer):
+    """p_j = exp(s_j) / (sum_j exp(s_j) + exp(sink)).
+
+    Args:
+        sink: the score of an extra key whose value is 0: None for none, a number, or a tensor of shape () or (H,),
+            learned if you like. 0 is "softmax off by one".
+
+    Source: Miller, "Attention Is Off By One" (2023); learned per head in OpenAI, "gpt-oss" (2025).
+    """
+
+    sink: float | Tensor | None = None
+
+    def weights(self, s: Tensor, tile: Tile) -> Tensor:
+        p = torch.softmax(s, -1)
+        if self.sink is None:
+            return p
+        # What the keys get of the whole: e^lse / (e^lse + e^sink).
+        return p * torch.sigmoid(torch.logsumexp(s, -1, keepdim=True) - self._sink(s, tile))
+
+    def total(self, lse: Tensor, tile: Tile) -> Tensor:
+        """The log-sum-exp (b, h, l) with the sink in it."""
+        if self.sink is None:
+            return lse
+        return torch.logaddexp(lse, self._sink(lse, tile).expand(*lse.shape, 1)[..., 0])
+
+    def _sink(self, like: Tensor, tile: Tile) -> Tensor:
+        if isinstance(self.sink, Tensor):
+            return tile.cut_heads(self.sink).to(like.dtype)
+        return torch.full((), self.sink, dtype=like.dtype, device=like.device)  # type: ignore[arg-type]
+
+    def check(self, sizes: Sizes) -> None:
+        if self.sink is not None:
+            check_per_head("normalizer: sink", self.sink, sizes)
+
+    @classmethod
+    def example(cls, heads: int) -> Normalizer:
+        return cls(torch.randn(heads))
+
+
+@dataclass(frozen=True)
+class Sigmoid(Normalizer):
+    """p_j = 1 / (1 + exp(-(s_j + bias))): each key is weighed on its own, and weights need not sum to 1.
+
+    Args:
+        bias: a number, or a tensor of shape () or (H,). The paper recommends -log(S).
+
+    Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention" (2024), equation 3.
+    """
+
+    bias: float | Tensor = 0.0
+
+    def weights(self, s: Tensor, tile: Tile) -> Tensor:
+        if isinstance(self.bias, Tensor):
+            return torch.sigmoid(s + tile.cut_heads(self.bias).to(s.dtype))
+        return torch.sigmoid(s + self.bias if self.bias else s)
+
+    def check(self, sizes: Sizes) -> None:
+        check_per_head("normalizer: bias", self.bias, sizes)
+
+    @classmethod
+    def example(cls, heads: int) -> Normalizer:
+        return cls(torch.randn(heads))
+
+
+@dataclass(frozen=True)
+class Entmax(Normalizer):
+    """p = argmax over the simplex of p.s + the Tsallis entropy of order alpha: sparse, between softmax (alpha -> 1)
+    and sparsemax (alpha = 2). p_j = max(0, (alpha - 1) s_j - tau)^(1 / (alpha - 1)), tau such that p sums to 1.
+
+    Args:
+        alpha: 1 < alpha <= 2.
+
+    Source: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models" (2019), equation 4.
+    """
+
+    alpha: float = 1.5
+
+    def weights(self, s: Tensor, tile: Tile) -> Tensor:
+        p: Tensor = _Entmax.apply(s, self.alpha)  # type: ignore[no-untyped-call]
+        return p
+
+    def check(self, sizes: Sizes) -> None:
+        if not isinstance(self.alpha, int | float) or not 1.0 < self.alpha <= 2.0:
+            raise ValueError(f"normalizer: alpha is {self.alpha!r}; expected a number with 1 < alpha <= 2")
+
+
+@dataclass(frozen=True)
+class Sparsemax(Normalizer):
+    """p = the point of the simplex nearest to s; Entmax with alpha = 2.
+
+    Source: Martins, Astudillo, "From Softmax to Sparsemax" (2016), equation 2.
+    """
+
+    def weights(self, s: Tensor, tile: Tile) -> Tensor:
+        return Entmax(2.0).weights(s, tile)
+
+
+class _Entmax(torch.autograd.Function):
+    """Entmax with its Jacobian diag(g) - g g^T / sum(g), g = p^(2 - alpha) on the support. The gradient is written in
+    terms of the result p, so derivatives of every order follow from it."""
+
+    @staticmethod
+    def forward(s: Tensor, alpha: float) -> Tensor:
+        # Newton's method on f(tau) = sum p(tau) - 1, which is convex and falling: from the left, where f >= 0, it
+        # never oversteps the root. At tau = max - 1 the largest entry alone gives p = 1.
+        z = (alpha - 1) * (s - s.amax(-1, keepdim=True))
+        power = 1 / (alpha - 1)
+        tau = torch.full_like(z[..., :1], -1.0)
+        for _ in range(100):
+            gap = (z - tau).clamp_min_(0)
+            p = gap if power == 1 else gap**power
+            slope = (gap > 0).to(z.dtype) if power == 1 else power * gap ** (power - 1)
+            step = (p.sum(-1, keepdim=True) - 1) / slope.sum(-1, keepdim=True)
+            # Rounding makes the last steps tiny and of either sign: stop when none moves tau.
+            moved = tau + step.clamp_min(0)
+            if not torch.compiler.is_compiling() and not bool((moved > tau).any()):
+                break
+            tau = moved
+        return p / p.sum(-1, keepdim=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.alpha = inputs[1]
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def _apply_jacobian(ctx: Any, direction: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        support = p > 0
+        g = support.to(p.dtype) if ctx.alpha == 2 else torch.where(support, p, 1.0) ** (2 - ctx.alpha) * support
+        mean = (g * direction).sum(-1, keepdim=True) / g.sum(-1, keepdim=True)
+        return g * (direction - mean)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _Entmax._apply_jacobian(ctx, grad), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return _Entmax._apply_jacobian(ctx, tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], s: Tensor, alpha: float) -> tuple[Tensor, int]:  # type: ignore[override]
+        return _Entmax.apply(s.movedim(in_dims[0], 0), alpha), 0  # type: ignore[no-untyped-call]
+
+
+# Every normalizer by name: tests, benchmarks, the command line and the documentation loop over this table.
+_NORMALIZERS: dict[str, type[Normalizer]] = {
+    "softmax": Softmax,
+    "sigmoid": Sigmoid,
+    "sparsemax": Sparsemax,
+    "entmax": Entmax,
+}
+
+
+def log_sum_exp(s: Tensor) -> Tensor:
+    """log sum_j exp(s_j) over the last axis; -inf where there is nothing to sum."""
+    return torch.logsumexp(s, -1) if s.shape[-1] else s.new_full(s.shape[:-1], -math.inf)

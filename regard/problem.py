@@ -1,0 +1,295 @@
+"""A checked call, in one frozen record. Every shape error is raised here, before anything runs.
+
+The axis legend, used everywhere:
+
+    B  batch rows            L  queries           D  width of a score (q and k)
+    H  query heads           S  keys              E  width of a value
+    G  key/value heads       H is a multiple of G: H/G query heads share each of them (grouped queries)
+
+    q (B, H, L, D)    k (B, G, S, D)    v (B, G, S, E)    ->    output (B, H, L, E)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.mask import Mask
+from regard.normalizer import Normalizer, Softmax
+from regard.position import Added, Bias
+from regard.score import Python, ScaledDot, Score
+from regard.summary import Summary
+from regard.tile import Sizes
+from regard.word import split
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call asks for, tensors aside: frozen, hashable, and writable as text."""
+
+    score: Score
+    normalizer: Normalizer
+    mask: Mask | None
+    bias: Bias | None
+    softcap: float | None
+    dropout: float
+    seed: Any  # Slot, or int64 of shape () once filled; None without dropout
+    summary: Summary
+    bad_q: Any  # Slot, or bool (B, H, L): queries with NaN or inf, which were set to 0; None where there are none
+    bad_k: Any  # the same for keys and their values, (B, G, S)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the tensors that a kernel gives, in order."""
+        return ("out", *self.summary.outputs)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A plan, and the tensors it speaks of: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E), and the words' own."""
+
+    plan: Plan
+    tensors: tuple[Tensor, ...]
+    lead: tuple[int, ...]  # the axes of the user's q before (L, D)
+    given: str  # the class of the score that was asked for, before it was reduced
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Give an output (B, H, ...) the leading axes that q came with."""
+        return x.reshape(*self.lead, *x.shape[2:])
+
+
+def sizes(q: Tensor, k: Tensor) -> Sizes:
+    """The sizes of a problem in four axes."""
+    return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+
+
+def pose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Score | Callable[[Tensor, Tensor], Tensor] | None,
+    normalizer: Normalizer | None,
+    mask: Mask | None,
+    bias: Tensor | Bias | None,
+    softcap: float | None,
+    dropout: float,
+    seed: int | Tensor | None,
+    summary: Summary | None,
+) -> Problem:
+    """Check a call of `attention` and split it into plan and tensors. Raises ValueError or TypeError, by argument."""
+    _check_tensors(q, k, v)
+    lead = tuple(q.shape[:-2])
+    q, k, v = _four_axes(q, k, v)
+    size = sizes(q, k)
+    if dropout != 0.0 or seed is not None:
+        seed = _seed(dropout, seed, q.device)
+    if softcap is not None and (not isinstance(softcap, int | float) or not 0 < softcap < math.inf):
+        raise ValueError(f"softcap: {softcap!r}; expected a finite number > 0, or None")
+
+    if score is None:
+        score = ScaledDot()
+    elif not isinstance(score, Score):
+        if not callable(score) or isinstance(score, type):
+            raise TypeError(f"score: {_kind(score)}; expected one of regard.score, or a function (q, k) -> scores")
+        score = Python.of(score, q, k)
+    normalizer = _expect("normalizer", normalizer, Normalizer, Softmax())
+    summary = _expect("summary", summary, Summary, Summary())
+    mask = _expect("mask", mask, Mask, None)
+    if bias is not None:
+        bias = _bias(bias, lead, size)
+
+    score.check(size, q.shape[-1], k.shape[-1])
+    normalizer.check(size)
+    summary.check(size)
+    bad_q = bad_k = None
+    if mask is not None or bias is not None:
+        mask, bias = _align(mask, bias, size)
+    if mask is not None:
+        mask.check(size)
+        q, k, v, bad_q, bad_k = _without_nonfinite(q, k, v)
+    if bias is not None:
+        bias.check(size)
+
+    given = type(score).__name__
+    q, k, score = score.reduce(q, k)
+    tensors = [q, k, v]
+    plan = Plan(
+        score, normalizer, mask, bias, softcap, float(dropout), seed if dropout else None, summary, bad_q, bad_k
+    )
+    plan = split(plan, tensors)
+    if any(tensor.device != q.device for tensor in tensors):
+        tensors = [tensor.to(q.device) for tensor in tensors]
+    return Problem(plan, tuple(tensors), lead, given)
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+
+
+def _expect(name: str, value: Any, kind: type, default: Any) -> Any:
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        hint = "; give a bool tensor as mask.dense(tensor), True = may attend" if kind is Mask else ""
+        raise TypeError(f"{name}: {_kind(value)}; expected one of regard.{name}{hint}")
+    return value
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: {type(x).__name__}; expected a tensor (..., {'L' if name == 'q' else 'S'}, width)")
+        if x.dim() < 2:
+            raise ValueError(f"{name}: has shape {tuple(x.shape)}; expected at least two axes, (..., length, width)")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: has layout {x.layout}; expected a strided (ordinary dense) tensor")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: has dtype {x.dtype} but q has {q.dtype}; expected the same")
+        if x.device != q.device:
+            raise ValueError(f"{name}: is on {x.device} but q is on {q.device}; expected the same")
+        if x.dim() != q.dim():
+            raise ValueError(f"{name}: has shape {tuple(x.shape)} but q has {tuple(q.shape)}; expected as many axes")
+        batch = slice(None, -3) if q.dim() > 3 else slice(None, -2)
+        for got, expected in zip(x.shape[batch], q.shape[batch], strict=True):
+            if got not in (1, expected):
+                raise ValueError(
+                    f"{name}: has shape {tuple(x.shape)}; expected the batch axes of q, {tuple(q.shape[batch])}, or 1"
+                )
+    if q.dim() > 3:
+        H, G = q.shape[-3], k.shape[-3]
+        if H != G and (G == 0 or H % G):
+            raise ValueError(f"k: has {G} heads but q has {H}; expected as many, or a divisor (grouped queries)")
+        if v.shape[-3] != G:
+            raise ValueError(f"v: has {v.shape[-3]} heads but k has {G}; expected as many")
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(f"v: has {v.shape[-2]} keys but k has {k.shape[-2]}; expected as many: v (..., S, E), k (..., S, D)")
+
+
+def _four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, D) -> (1, 1, L, D); (B, L, D) -> (B, 1, L, D); (X, Y, H, L, D) -> (X*Y, H, L, D). Batch axes of 1 expand."""
+    if q.dim() == 2:
+        return q[None, None], k[None, None], v[None, None]
+    if q.dim() == 3:
+        q, k, v = q[:, None], k[:, None], v[:, None]
+    batch = q.shape[:-3]
+    if k.shape[:-3] != batch:
+        k = k.expand(*batch, *k.shape[-3:])
+    if v.shape[:-3] != batch:
+        v = v.expand(*batch, *v.shape[-3:])
+    return (q, k, v) if q.dim() == 4 else (q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4))
+
+
+def _seed(dropout: float, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if not isinstance(dropout, int | float) or not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: {dropout!r}; expected the chance that a weight is dropped, 0 to 1")
+    if seed is None:
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (), device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(f"seed: has shape {tuple(seed.shape)} and dtype {seed.dtype}; expected one int64 number")
+        return seed.reshape(())
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed: {seed!r}; expected a whole number of 64 bits, or None to draw one")
+    return torch.tensor(seed, device=device)
+
+
+def _bias(bias: Tensor | Bias, lead: tuple[int, ...], size: Sizes) -> Bias:
+    if isinstance(bias, Bias):
+        return bias
+    if not isinstance(bias, Tensor):
+        hint = ""
+        if isinstance(bias, torch.nn.Module):
+            hint = "; layers of regard.position are applied to the input, or to q and k, before the call"
+        raise TypeError(f"bias: {_kind(bias)}; expected a float tensor, position.ALiBi or position.T5{hint}")
+    if not bias.is_floating_point():
+        raise TypeError(f"bias: has dtype {bias.dtype}; expected a float tensor (a bool mask goes into mask.dense)")
+    axes = (*lead, size.L, size.S)
+    if bias.dim() > max(4, len(axes)) or (bias.dim() > len(axes) and bias.shape[0] not in (1, size.B)):
+        raise ValueError(f"bias: has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
+    if len(axes) == 3 and bias.dim() == 3:
+        bias = bias[:, None]
+    elif len(axes) > 4 and bias.dim() > 4:
+        if any(got not in (1, expected) for got, expected in zip(bias.shape, axes, strict=True)):
+            raise ValueError(f"bias: has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
+        batch = [1] * len(lead[:-1]) if all(n == 1 for n in bias.shape[:-3]) else list(lead[:-1])
+        bias = bias.expand(*batch, *bias.shape[-3:]).flatten(0, -4)
+    return Added(bias[(None,) * (4 - bias.dim())])
+
+
+def _align(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[Mask | None, Bias | None]:
+    """Give words without an alignment the one that the others name; refuse to guess where it matters."""
+    found: list[str | int | None] = []
+    for word in (mask, bias):
+        _aligns(word, found)
+    if None not in found:
+        return mask, bias
+    named = [align for align in found if align is not None]
+    if size.L == size.S and not named:
+        return mask, bias
+    if not named or any(align != named[0] for align in named):
+        name = "mask" if mask is not None and None in _aligns(mask, []) else "bias"
+        raise ValueError(
+            f'{name}: with L = {size.L} queries and S = {size.S} keys, say where the queries stand: align="start" puts '
+            'query 0 beside key 0 (as is_causal of torch), align="end" the last query beside the last key (decoding '
+            "with a cache), and a whole number n puts query 0 beside key n"
+        )
+    return _with_align(mask, named[0]), _with_align(bias, named[0])
+
+
+def _aligns(word: Any, found: list[str | int | None]) -> list[str | int | None]:
+    if dataclasses.is_dataclass(word) and not isinstance(word, type):
+        for field in dataclasses.fields(word):
+            value = getattr(word, field.name)
+            if field.name == "align":
+                found.append(value)
+            else:
+                _aligns(value, found)
+    return found
+
+
+def _with_align(word: Any, align: str | int | None) -> Any:
+    if not dataclasses.is_dataclass(word) or isinstance(word, type):
+        return word
+    parts = {}
+    for field in dataclasses.fields(word):
+        value = getattr(word, field.name)
+        missing = field.name == "align" and value is None
+        parts[field.name] = align if missing else _with_align(value, align)
+    return type(word)(**parts)
+
+
+def _without_nonfinite(
+    q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Set queries, keys and values that hold NaN or inf to 0, and tell which they were.
+
+    What is masked out must not leak, and 0 * NaN is NaN, in the output and in every gradient. So no kernel sees them;
+    it makes the *scores* of pairs that may attend NaN instead, and the row is NaN as it should be.
+    """
+    if _all_finite(q) and _all_finite(k) and _all_finite(v):
+        return q, k, v, None, None
+    bad_q, bad_k, bad_v = (~x.detach().isfinite().all(-1) for x in (q, k, v))
+    q, k, v = (x.masked_fill(bad[..., None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_v)))
+    return q, k, v, bad_q, bad_k | bad_v
+
+
+def _all_finite(x: Tensor) -> bool:
+    """True only if x holds no NaN and no inf, and that is cheap to find out. One sum tells: NaN and inf stay in it. A
+    sum that overflows says False, which costs time and nothing else."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    try:
+        return math.isfinite(float(x.detach().sum()))
+    except RuntimeError:  # inside torch.func.vmap no number can be read
+        return False

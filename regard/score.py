@@ -1,0 +1,404 @@
+"""Scores: how well a query matches a key.
+
+A score is defined by `pair`, the formula for one query and one key. That alone makes it work: every kernel in plain
+PyTorch can compute it, in tiles, with gradients. A score that is a dot product in disguise says so in `reduce`, and
+then runs on the fastest kernels. To add a score: write the class, and enter it in the table at the end of this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.tile import Sizes, Tile
+
+Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """What all scores share. Subclasses give `pair`, and `reduce` where there is a shorter way."""
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        """The formula: q (..., D) and k (..., D) broadcast together; the result has shape (...)."""
+        raise NotImplementedError
+
+    def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
+        """Rewrite as new q (B, H, L, D'), new k (B, G, S, D') and a simpler score of them, with the same values."""
+        return q, k, self
+
+    def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
+        """The scores of a tile: q (b, h, l, D), k (b, g, s, D) -> (b, h, l, s)."""
+        return self.pair(q[..., :, None, :], _for_queries(k, q)[..., None, :, :])
+
+    def volume(self, width: int) -> int:
+        """How many numbers are held per pair while a tile is scored; kernels size their tiles by it."""
+        return width
+
+    def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
+        """Raise a ValueError where q and k, or a tensor of the score, do not fit."""
+        if q_width != k_width:
+            raise ValueError(f"k: has width {k_width} but q has width {q_width}; {type(self).__name__} compares equals")
+
+    @classmethod
+    def example(cls, heads: int, width: int) -> Score:
+        """One of these with random parameters, for tests and benchmarks."""
+        return cls()
+
+
+@dataclass(frozen=True)
+class Product(Score):
+    """scale * q.k + key_bias + query_bias: what every score of the dot family comes down to.
+
+    key_bias (B, G, S) and query_bias (B, H, L) are None or tensors.
+    """
+
+    scale: float = 1.0
+    key_bias: Tensor | None = None
+    query_bias: Tensor | None = None
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q * k).sum(-1) * self.scale
+
+    def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
+        # All queries that share a key/value head are rows of one product: k is not repeated.
+        out = (fold_heads(q, k) @ k.mT).view(*q.shape[:-1], k.shape[2])
+        out = out if self.scale == 1 else out * self.scale
+        if self.key_bias is not None:
+            bias = self.key_bias[slice(*tile.b), slice(*tile.g), slice(*tile.k)]
+            out = out + _for_queries(bias[..., None, :], q)
+        if self.query_bias is not None:
+            out = out + self.query_bias[slice(*tile.b), slice(*tile.h), slice(*tile.q)][..., None]
+        return out
+
+    def volume(self, width: int) -> int:
+        return 1
+
+
+def widen(x: Tensor) -> Tensor:
+    """The tensor in the precision that kernels accumulate in: float64 as it is, everything else as float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def fold_heads(x: Tensor, k: Tensor) -> Tensor:
+    """Stack the heads of x that share a key/value head: (b, h, l, n) -> (b, g, h/g * l, n)."""
+    return x if x.shape[1] == k.shape[1] else x.reshape(x.shape[0], k.shape[1], -1, x.shape[3])
+
+
+def expand_heads(x: Tensor, repeats: int) -> Tensor:
+    """Repeat each key/value head for the query heads it serves: (b, g, ...) -> (b, g * repeats, ...)."""
+    return x if repeats == 1 else x[:, :, None].expand(-1, -1, repeats, *x.shape[2:]).flatten(1, 2)
+
+
+def _for_queries(k: Tensor, q: Tensor) -> Tensor:
+    """k with as many heads as q."""
+    return expand_heads(k, q.shape[1] // k.shape[1])
+
+
+@dataclass(frozen=True)
+class ScaledDot(Score):
+    """s_ij = q_i . k_j * scale; scale is 1/sqrt(D) by default.
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
+    """
+
+    scale: float | None = None
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q * k).sum(-1) * self._scale(q)
+
+    def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
+        return q, k, Product(self._scale(q))
+
+    def _scale(self, q: Tensor) -> float:
+        # A width of 0 has no scores to scale.
+        return (q.shape[-1] or 1) ** -0.5 if self.scale is None else self.scale
+
+
+@dataclass(frozen=True)
+class Dot(Score):
+    """s_ij = q_i . k_j. Source: Luong, Pham, Manning (2015), "dot", equation 8."""
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q * k).sum(-1)
+
+    def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
+        return q, k, Product()
+
+
+@dataclass(frozen=True)
+class Cosine(Score):
+    """s_ij = (q_i . k_j) / (|q_i| |k_j|) / temperature; a vector of zeros has cosine 0 with every other.
+
+    Args:
+        temperature: a number, or a tensor of shape () or (H,), learned if you like.
+
+    Source: Graves, Wayne, Danihelka, "Neural Turing Machines" (2014), equation 6; as attention of transformers, Liu et
+    al., "Swin Transformer V2" (2022), equation 2.
+    """
+
+    temperature: Number = 1.0
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        return (_unit(q) * _unit(k)).sum(-1) / self.temperature
+
+    def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
+        if isinstance(self.temperature, Tensor):
+            return _unit(q) / _per_head(self.temperature), _unit(k), Product()
+        return _unit(q), _unit(k), Product(1.0 / self.temperature)
+
+    def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
+        super().check(sizes, q_width, k_width)
+        check_per_head("score: temperature", self.temperature, sizes)
+
+    @classmethod
+    def example(cls, heads: int, width: int) -> Score:
+        return cls(torch.rand(heads) * 0.5 + 0.2)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x|, and 0 (with gradient 0) for 0. The largest entry is taken out first, so that no square over- or
+    underflows."""
+    x = widen(x)
+    peak = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(*x.shape[:-1], 1)
+    zero = peak == 0
+    x = x / peak.masked_fill(zero, 1.0)
+    return x * (x.square().sum(-1, keepdim=True).masked_fill(zero, 1.0)).rsqrt()
+
+
+@dataclass(frozen=True)
+class Bilinear(Score):
+    """s_ij = q_i^T W k_j.
+
+    Args:
+        W: (Dq, Dk), or (H, Dq, Dk) for a map per head. q has width Dq, k has width Dk.
+
+    Source: Luong, Pham, Manning (2015), "general", equation 8.
+    """
+
+    W: Tensor
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        return ((q[..., None, :] @ self.W)[..., 0, :] * k).sum(-1)
+
+    def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
+        q = widen(q)
+        return q @ self.W.to(q.dtype), k, Product()
+
+    def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
+        _check_map("W", self.W, sizes.H, "H", ("Dq", q_width), ("Dk", k_width))
+
+    @classmethod
+    def example(cls, heads: int, width: int) -> Score:
+        return cls(torch.randn(heads, width, width) / width)
+
+
+@dataclass(frozen=True)
+class Gaussian(Score):
+    """s_ij = -|q_i - k_j|^2 / (2 sigma^2): Nadaraya-Watson kernel regression, once softmax has been applied.
+
+    Args:
+        sigma: the width of the kernel in the units of q and k: a number, or a tensor of shape () or (H,).
+
+    Source: Nadaraya (1964), Watson (1964).
+    """
+
+    sigma: Number = 1.0
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        return -(q - k).square().sum(-1) / (2 * self.sigma**2)
+
+    def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
+        if isinstance(self.sigma, Tensor) and self.sigma.dim() == 1 and k.shape[1] != q.shape[1]:
+            k = _for_queries(k, q)
+        sigma = _per_head(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma
+        return _squared_distance(q / sigma, k / sigma, 0.5)
+
+    def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
+        super().check(sizes, q_width, k_width)
+        check_per_head("score: sigma", self.sigma, sizes)
+
+    @classmethod
+    def example(cls, heads: int, width: int) -> Score:
+        return cls(torch.rand(heads) + 1.0)
+
+
+@dataclass(frozen=True)
+class Distance(Score):
+    """s_ij = -|q_i - k_j|^2 * scale; scale is 1/sqrt(D) by default.
+
+    Source: Kim, Papamakarios, Mnih, "The Lipschitz Constant of Self-Attention" (2021), section 3.2 (L2 attention).
+    """
+
+    scale: float | None = None
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        return -(q - k).square().sum(-1) * self._scale(q)
+
+    def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
+        return _squared_distance(q, k, self._scale(q))
+
+    def _scale(self, q: Tensor) -> float:
+        return (q.shape[-1] or 1) ** -0.5 if self.scale is None else self.scale
+
+
+def _squared_distance(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Score]:
+    """-|q - k|^2 * scale as a product: 2 scale q.k - scale |k|^2 - scale |q|^2.
+
+    Both are first moved so that the mean key is the origin: distances stay, and the three terms, which nearly cancel
+    where all points lie far from the origin, become small. The mean is per batch row: it is shared by all heads.
+    """
+    q, k = widen(q), widen(k)
+    if k.shape[1] and k.shape[2]:
+        centre = k.detach().mean((1, 2), keepdim=True)
+        q, k = q - centre, k - centre
+    return q, k, Product(2 * scale, -scale * k.square().sum(-1), -scale * q.square().sum(-1))
+
+
+@dataclass(frozen=True)
+class Additive(Score):
+    """s_ij = v . tanh(w_q q_i + w_k k_j + bias).
+
+    Args:
+        v: (A,) or (H, A).
+        w_q: (A, Dq) or (H, A, Dq). w_k: (A, Dk) or (G, A, Dk). Without a map, q (or k) is taken as already mapped.
+        bias: (A,) or (H, A).
+
+    Source: Bahdanau, Cho, Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate" (2015),
+    appendix A.1.2. The "concat" score of Luong, Pham, Manning (2015) is the same, w_q and w_k being the halves of its W.
+    """
+
+    v: Tensor
+    w_q: Tensor | None = None
+    w_k: Tensor | None = None
+    bias: Tensor | None = None
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        q = q if self.w_q is None else (self.w_q @ q[..., None])[..., 0]
+        k = k if self.w_k is None else (self.w_k @ k[..., None])[..., 0]
+        return (torch.tanh(q + k if self.bias is None else q + k + self.bias) * self.v).sum(-1)
+
+    def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
+        q, k = widen(q), widen(k)
+        q = q if self.w_q is None else q @ self.w_q.to(q.dtype).mT
+        k = k if self.w_k is None else k @ self.w_k.to(k.dtype).mT
+        q = q if self.bias is None else q + _rows(self.bias).to(q.dtype)
+        return q, k, Additive(self.v)
+
+    def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
+        v = self.v[None, :, None] if self.v.dim() == 1 else self.v[slice(*tile.h), None, :, None]
+        k = _for_queries(k, q)
+        return (torch.tanh(q[..., :, None, :] + k[..., None, :, :]) @ v.to(q.dtype))[..., 0]
+
+    def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
+        if self.v.dim() not in (1, 2) or (self.v.dim() == 2 and self.v.shape[0] != sizes.H):
+            raise ValueError(f"score: v has shape {tuple(self.v.shape)}; expected (A,) or (H, A) with H = {sizes.H}")
+        A = self.v.shape[-1]
+        for name, W, heads, letter, axis, width in (
+            ("w_q", self.w_q, sizes.H, "H", "Dq", q_width),
+            ("w_k", self.w_k, sizes.G, "G", "Dk", k_width),
+        ):
+            if W is not None:
+                _check_map(name, W, heads, letter, ("A", A), (axis, width))
+            elif width != A:
+                raise ValueError(
+                    f"score: v has width {A} but {name[-1]} has width {width}; expected the same, or a map {name} of "
+                    f"shape ({A}, {width})"
+                )
+        if self.bias is not None and (self.bias.shape[-1:] != (A,) or self.bias.shape[:-1] not in ((), (sizes.H,))):
+            raise ValueError(f"score: bias has shape {tuple(self.bias.shape)}; expected ({A},) or (H, A) = ({sizes.H}, {A})")
+
+    @classmethod
+    def example(cls, heads: int, width: int) -> Score:
+        maps = [torch.randn(width + 2, width) / width**0.5 for _ in range(2)]
+        return cls(torch.randn(heads, width + 2), *maps, torch.randn(width + 2))
+
+
+@dataclass(frozen=True)
+class Python(Score):
+    """A score that a user wrote: `function(q, k)` takes q (b, H, l, D) and k (b, H, s, D), any part of the whole, and
+    gives scores (b, H, l, s). `captured` are the leaf tensors it closes over that want a gradient."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    captured: tuple[Tensor, ...] = ()
+
+    def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
+        """Any widths that the function takes will do."""
+
+    def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
+        out = self.function(q, _for_queries(k, q))
+        expected = (*q.shape[:-1], k.shape[-2])
+        if not isinstance(out, Tensor) or out.shape != expected:
+            got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"score: the function gave {got} for q {tuple(q.shape)} and k {tuple(k.shape)}; expected {expected}"
+            )
+        return out
+
+    @staticmethod
+    def of(function: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Python:
+        """Wrap a function, and find what it closes over by scoring one pair and walking the graph that it leaves."""
+        if not q.numel() or not k.numel() or torch.compiler.is_compiling():
+            return Python(function)
+        one_q = q[:1, :, :1].detach()
+        one_k = _for_queries(k[:1, :, :1].detach(), q)
+        with torch.enable_grad():
+            trial = function(one_q, one_k)
+        root = trial.grad_fn if isinstance(trial, Tensor) else None
+        leaves: dict[int, Tensor] = {}
+        seen, todo = set(), [root]
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                leaves[id(leaf)] = leaf
+            todo.extend(parent for parent, _ in node.next_functions)
+        return Python(function, tuple(leaves.values()))
+
+
+def _per_head(x: Tensor) -> Tensor:
+    return x if x.dim() == 0 else x[:, None, None]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(A,) or (H, A), shaped to broadcast to (B, H, L, A)."""
+    return x if x.dim() == 1 else x[:, None, :]
+
+
+def check_per_head(name: str, value: Any, sizes: Sizes) -> None:
+    """Raise unless `value` is a number, or a tensor of shape () or (H,)."""
+    if isinstance(value, Tensor):
+        if value.shape not in ((), (sizes.H,)):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected a number, () or (H,) = ({sizes.H},)")
+    elif not isinstance(value, int | float) or math.isnan(value):
+        raise ValueError(f"{name} is {value!r}; expected a number, or a tensor of shape () or (H,) = ({sizes.H},)")
+
+
+def _check_map(name: str, W: Tensor, heads: int, letter: str, rows: tuple[str, int], columns: tuple[str, int]) -> None:
+    """Raise unless W is a map (rows, columns), or one per head."""
+    shape = (rows[1], columns[1])
+    if W.shape not in (shape, (heads, *shape)):
+        raise ValueError(
+            f"score: {name} has shape {tuple(W.shape)}; expected ({rows[0]}, {columns[0]}) = {shape}, or a map per head, "
+            f"({letter}, {rows[0]}, {columns[0]}) = {(heads, *shape)}"
+        )
+
+
+# Every score by name: tests, benchmarks, the command line and the documentation loop over this table.
+_SCORES: dict[str, type[Score]] = {
+    "scaled_dot": ScaledDot,
+    "dot": Dot,
+    "cosine": Cosine,
+    "bilinear": Bilinear,
+    "gaussian": Gaussian,
+    "distance": Distance,
+    "additive": Additive,
+}

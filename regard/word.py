@@ -1,0 +1,121 @@
+"""What a word of the vocabulary is, and how it is taken apart and put together again.
+
+A *word* (a score, a normalizer, a mask, a position, a summary) is a frozen dataclass. Some of its fields may hold
+tensors. A call is split in two: the words with a `Slot` in the place of each tensor, which are small, frozen and
+hashable and can be written as text, and the flat list of tensors. Kernels put the two together again, with whichever
+tensors they compute on: the originals, a batch row of them, or leaves of a fresh autograd graph.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+W = TypeVar("W")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor that was taken out of a word: its index in the list of tensors."""
+
+    index: int
+
+
+def split(word: Any, tensors: list[Tensor]) -> Any:
+    """The word with a `Slot` for each tensor; the tensors are appended to `tensors`."""
+    if isinstance(word, Tensor):
+        tensors.append(word)
+        return Slot(len(tensors) - 1)
+    if isinstance(word, tuple):
+        return tuple([split(part, tensors) for part in word])
+    if dataclasses.is_dataclass(word) and not isinstance(word, type):
+        parts = {field.name: split(getattr(word, field.name), tensors) for field in dataclasses.fields(word)}
+        return type(word)(**parts)
+    return word
+
+
+def fill(word: W, tensors: Sequence[Tensor]) -> W:
+    """The inverse of `split`: each `Slot` is replaced by its tensor."""
+    filled: Any = word
+    if isinstance(word, Slot):
+        filled = tensors[word.index]
+    elif isinstance(word, tuple):
+        filled = tuple([fill(part, tensors) for part in word])
+    elif dataclasses.is_dataclass(word) and not isinstance(word, type):
+        parts = {field.name: fill(getattr(word, field.name), tensors) for field in dataclasses.fields(word)}
+        filled = type(word)(**parts)
+    return filled  # type: ignore[no-any-return]
+
+
+def slots(word: Any) -> list[int]:
+    """The indices of all slots in a word, in order."""
+    if isinstance(word, Slot):
+        return [word.index]
+    if isinstance(word, tuple):
+        return [index for part in word for index in slots(part)]
+    if dataclasses.is_dataclass(word) and not isinstance(word, type):
+        return [index for field in dataclasses.fields(word) for index in slots(getattr(word, field.name))]
+    return []
+
+
+# A compiled graph holds a plan as text, so that an exported program can be read, saved and loaded without pickle.
+# Python functions cannot be written down: the text names them, and the name is good for the life of the process.
+_names = itertools.count()
+_function_of: weakref.WeakValueDictionary[str, Callable[..., Any]] = weakref.WeakValueDictionary()
+_name_of: weakref.WeakKeyDictionary[Callable[..., Any], str] = weakref.WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name(function: Callable[..., Any]) -> str:
+    name = _name_of.get(function)
+    if name is None:
+        name = f"python_{next(_names)}"
+        _name_of[function] = name
+        _function_of[name] = function
+    return name
+
+
+def describe(word: Any) -> str:
+    """A split word as text, in the form of the Python expression that makes it."""
+    if dataclasses.is_dataclass(word) and not isinstance(word, type):
+        parts = [f"{field.name}={describe(getattr(word, field.name))}" for field in dataclasses.fields(word)]
+        return f"{type(word).__name__}({', '.join(parts)})"
+    if isinstance(word, tuple):
+        return "(" + "".join([f"{describe(part)}, " for part in word]) + ")"
+    if word is None or isinstance(word, bool | int | str):
+        return repr(word)
+    if isinstance(word, float):
+        # "inf" is no Python literal; the parser below reads it as a string.
+        return repr(word) if abs(word) < float("inf") else repr(str(word))
+    return _name(word)
+
+
+def parse(text: str, vocabulary: dict[str, type[Any]]) -> Any:
+    """The inverse of `describe`. Only the given classes can come out of it: text from a file runs no code."""
+
+    def build(node: ast.expr) -> Any:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            if node.func.id not in vocabulary:
+                raise ValueError(f"plan: {node.func.id!r} is no word of this version of regard")
+            return vocabulary[node.func.id](**{str(word.arg): build(word.value) for word in node.keywords})
+        if isinstance(node, ast.Tuple):
+            return tuple(build(part) for part in node.elts)
+        if isinstance(node, ast.Name):
+            if node.id not in _function_of:
+                raise ValueError(
+                    f"plan: {node.id!r} names a Python function of another process; a program that is saved and loaded "
+                    "elsewhere can hold the scores and masks of regard, but no Python function"
+                )
+            return _function_of[node.id]
+        value = ast.literal_eval(node)
+        return float(value) if value in ("inf", "-inf") else value
+
+    return build(ast.parse(text, mode="eval").body)
