@@ -9,13 +9,14 @@ from regard.attention import attention, explain
 from regard.kernels.choose import chosen
 from regard.merge import merge
 from regard.summary import Seen, Summary, Top
-
-__version__ = "0.1.0"
+from regard.version import __version__
+from regard.watch import watch
 
 __all__ = [
     "Seen",
     "Summary",
     "Top",
+    "__version__",
     "attention",
     "chosen",
     "explain",
@@ -25,4 +26,5 @@ __all__ = [
     "position",
     "score",
     "summary",
+    "watch",
 ]

@@ -16,29 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.tile import Sizes, Tile
-
-Align = str | int | None
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The edges of all tiles of a problem: the first and last query of each row of tiles, shape (R, 1), the first and
-    last key of each column of tiles, shape (1, C), and the sizes of the problem."""
-
-    first_query: Tensor
-    last_query: Tensor
-    first_key: Tensor
-    last_key: Tensor
-    sizes: Sizes
-
-    @staticmethod
-    def of(sizes: Sizes, rows: int, columns: int, device: torch.device) -> Grid:
-        """The grid of tiles of `rows` queries by `columns` keys."""
-        q = torch.arange(0, sizes.L, rows, device=device).view(-1, 1)
-        k = torch.arange(0, sizes.S, columns, device=device).view(1, -1)
-        return Grid(q, (q + rows - 1).clamp(max=sizes.L - 1), k, (k + columns - 1).clamp(max=sizes.S - 1), sizes)
-
+from regard import check
+from regard.tile import Align, Grid, Sizes, Tile
 
 # Per tile of a grid: may some pair attend (never False where one may), and may every pair (never True where one may
 # not). Each is a bool tensor that broadcasts to (B, R, C).
@@ -55,6 +34,9 @@ class Mask:
     def __or__(self, other: Mask) -> Mask:
         return Or(self, _operand(other, "|"))
 
+    # Only what is no mask comes here: the error is ours, and not Python's, which names neither mask nor remedy.
+    __rand__, __ror__ = __and__, __or__
+
     def __invert__(self) -> Mask:
         return Not(self)
 
@@ -70,22 +52,31 @@ class Mask:
         unknown = torch.ones(1, grid.first_query.shape[0], grid.first_key.shape[1], dtype=torch.bool)
         return unknown.to(grid.first_query.device), ~unknown.to(grid.first_query.device)
 
-    def check(self, sizes: Sizes) -> None:
-        """Raise a ValueError where a tensor of the mask does not fit the problem."""
+    def check(self, sizes: Sizes, device: torch.device) -> None:
+        """Raise a ValueError or TypeError where the mask does not fit the problem."""
 
 
 def _operand(other: object, sign: str) -> Mask:
     if not isinstance(other, Mask):
-        raise TypeError(
-            f"mask: the right side of {sign} is {type(other).__name__}; expected a mask (wrap a bool tensor in mask.dense)"
-        )
+        raise check.wrong(f"mask: one side of {sign}", other, "a mask (wrap a bool tensor in mask.dense)", False)
     return other
 
 
 @dataclass(frozen=True)
-class And(Mask):
+class Pair(Mask):
+    """Two masks, joined."""
+
     left: Mask
     right: Mask
+
+    def check(self, sizes: Sizes, device: torch.device) -> None:
+        self.left.check(sizes, device)
+        self.right.check(sizes, device)
+
+
+@dataclass(frozen=True)
+class And(Pair):
+    """Both allow it."""
 
     def allowed(self, tile: Tile) -> Tensor:
         return self.left.allowed(tile) & self.right.allowed(tile)
@@ -96,9 +87,8 @@ class And(Mask):
 
 
 @dataclass(frozen=True)
-class Or(Mask):
-    left: Mask
-    right: Mask
+class Or(Pair):
+    """One of them allows it."""
 
     def allowed(self, tile: Tile) -> Tensor:
         return self.left.allowed(tile) | self.right.allowed(tile)
@@ -110,7 +100,12 @@ class Or(Mask):
 
 @dataclass(frozen=True)
 class Not(Mask):
+    """The mask inside forbids it."""
+
     inner: Mask
+
+    def check(self, sizes: Sizes, device: torch.device) -> None:
+        self.inner.check(sizes, device)
 
     def allowed(self, tile: Tile) -> Tensor:
         return ~self.inner.allowed(tile)
@@ -152,13 +147,13 @@ class Band(Mask):
 
 @dataclass(frozen=True)
 class Before(Mask):
-    """The first n keys of each batch row; n is int64 of shape (B,) or (1,)."""
+    """The first n keys of each batch row; n is integers of shape (B,), (1,) or ()."""
 
     n: Tensor
 
-    def check(self, sizes: Sizes) -> None:
-        if self.n.shape[0] not in (1, sizes.B):
-            raise ValueError(f"mask: n has shape {tuple(self.n.shape)}; expected one number per batch row, ({sizes.B},)")
+    def check(self, sizes: Sizes, device: torch.device) -> None:
+        if self.n.shape not in ((sizes.B,), (1,), ()):
+            raise ValueError(f"mask: n has shape {tuple(self.n.shape)}; expected one int per batch row, ({sizes.B},)")
 
     def allowed(self, tile: Tile) -> Tensor:
         return tile.key < tile.cut(self.n.view(-1, 1, 1, 1))
@@ -175,12 +170,13 @@ class Documents(Mask):
     queries: Tensor
     keys: Tensor
 
-    def check(self, sizes: Sizes) -> None:
+    def check(self, sizes: Sizes, device: torch.device) -> None:
         for name, ids, length in (("queries", self.queries, sizes.L), ("keys", self.keys, sizes.S)):
             if ids.shape[0] not in (1, sizes.B) or ids.shape[1] != length:
+                pair = "; give a pair (queries, keys) where their lengths differ" if sizes.L != sizes.S else ""
                 raise ValueError(
-                    f"mask: documents of the {name} have shape {tuple(ids.shape)}; expected ({sizes.B}, {length})"
-                    + ("; give a pair (queries, keys) where their lengths differ" if sizes.L != sizes.S else "")
+                    f"mask: the documents of the {name} have shape {check.shape(ids, 1)}; expected "
+                    f"({sizes.B}, {length}) or ({length},){pair}"
                 )
 
     def allowed(self, tile: Tile) -> Tensor:
@@ -216,13 +212,15 @@ class Blocks(Mask):
         rows = self.rows or -(-sizes.L // self.table.shape[2]) or 1
         return rows, self.columns or -(-sizes.S // self.table.shape[3]) or 1
 
-    def check(self, sizes: Sizes) -> None:
+    def check(self, sizes: Sizes, device: torch.device) -> None:
         rows, columns = self._size(sizes)
-        shape, blocks = tuple(self.table.shape), (-(-sizes.L // rows), -(-sizes.S // columns))
-        if shape[2:] != blocks or shape[0] not in (1, sizes.B) or shape[1] not in (1, sizes.H):
+        shape, blocks = self.table.shape, (-(-sizes.L // rows), -(-sizes.S // columns))
+        if shape[2:] != blocks or not check.broadcasts(shape[:2], (sizes.B, sizes.H)):
+            given = "" if self.rows else "; give size= where they do not divide the axes evenly"
             raise ValueError(
-                f"mask: the block table has shape {shape}; expected ({sizes.B}, {sizes.H}, {blocks[0]}, {blocks[1]}) "
-                f"for blocks of {rows} queries by {columns} keys (the first two may be 1 or left out)"
+                f"mask: the block table has shape {check.shape(self.table)}; expected one that broadcasts to "
+                f"(B, H, R, C) = {(sizes.B, sizes.H, *blocks)} for L = {sizes.L} queries and S = {sizes.S} keys in "
+                f"blocks of {rows} by {columns}{given}"
             )
 
     def allowed(self, tile: Tile) -> Tensor:
@@ -249,13 +247,13 @@ class Dense(Mask):
 
     table: Tensor
 
-    def check(self, sizes: Sizes) -> None:
-        for got, expected in zip(self.table.shape, (sizes.B, sizes.H, sizes.L, sizes.S), strict=True):
-            if got not in (1, expected):
-                raise ValueError(
-                    f"mask: the dense mask has shape {tuple(self.table.shape)}; expected one that broadcasts to "
-                    f"(B, H, L, S) = ({sizes.B}, {sizes.H}, {sizes.L}, {sizes.S})"
-                )
+    def check(self, sizes: Sizes, device: torch.device) -> None:
+        full = (sizes.B, sizes.H, sizes.L, sizes.S)
+        if not check.broadcasts(self.table.shape, full):
+            raise ValueError(
+                f"mask: the dense mask has shape {check.shape(self.table)}; expected one that broadcasts to "
+                f"(B, H, L, S) = {full} (as (B, L, S) does by table[:, None], and (B, S) by table[:, None, None])"
+            )
 
     def allowed(self, tile: Tile) -> Tensor:
         return tile.cut(self.table)
@@ -266,16 +264,16 @@ class Dense(Mask):
         # Reduce keys, then queries, tile by tile; an axis of size one covers every tile.
         parts = []
         for reduce in (torch.any, torch.all):
-            part = torch.stack([reduce(t, -1) for t in _tiles(table, -1, grid.first_key[0], grid.last_key[0])], -1)
-            part = torch.stack([reduce(t, -2) for t in _tiles(part, -2, grid.first_query[:, 0], grid.last_query[:, 0])], -2)
-            parts.append(part.expand(-1, -1, rows, columns))
+            across = torch.stack([reduce(t, -1) for t in _tiles(table, -1, grid.first_key[0], grid.last_key[0])], -1)
+            down = [reduce(t, -2) for t in _tiles(across, -2, grid.first_query[:, 0], grid.last_query[:, 0])]
+            parts.append(torch.stack(down, -2).expand(-1, -1, rows, columns))
         return parts[0].any(1), parts[1].all(1)
 
 
 def _tiles(tensor: Tensor, axis: int, first: Tensor, last: Tensor) -> list[Tensor]:
     if tensor.shape[axis] == 1:
         return [tensor]
-    return list(tensor.split(int(last[0] - first[0]) + 1 if len(first) else 1, axis))
+    return list(torch.split(tensor, int(last[0] - first[0]) + 1 if len(first) else 1, axis))
 
 
 @dataclass(frozen=True)
@@ -284,8 +282,18 @@ class Where(Mask):
 
     predicate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+    def check(self, sizes: Sizes, device: torch.device) -> None:
+        # Asked about one pair, if there is one, it shows what it gives.
+        if not torch.compiler.is_compiling() and sizes.B * sizes.H * sizes.L * sizes.S:
+            self.allowed(Tile((0, 1), (0, 1), (0, 1), (0, 1), sizes, device))
+
     def allowed(self, tile: Tile) -> Tensor:
-        return self.predicate(tile.batch, tile.head, tile.query, tile.key)
+        out = self.predicate(tile.batch, tile.head, tile.query, tile.key)
+        shape = tuple(stop - start for start, stop in (tile.b, tile.h, tile.q, tile.k))
+        if not check.is_bools(out) or not check.broadcasts(out.shape, shape):
+            expected = f"bool that broadcasts to (b, h, l, s) = {shape}"
+            raise check.wrong("mask: what the predicate gives", out, expected, check.is_bools(out))
+        return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,7 +308,7 @@ def causal(align: Align = None) -> Mask:
             last query beside the last key (decoding with a cache); a whole number n: query 0 beside key n. It must be
             given when there are not as many queries as keys.
     """
-    return Band(None, 0, checked_align(align))
+    return Band(None, 0, check.align(align))
 
 
 def window(left: int | None = None, right: int | None = None, align: Align = None) -> Mask:
@@ -312,43 +320,44 @@ def window(left: int | None = None, right: int | None = None, align: Align = Non
     Source: Beltagy, Peters, Cohan, "Longformer" (2020), section 3.1.
     """
     for name, value in (("left", left), ("right", right)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise ValueError(f"window: {name} is {value!r}; expected a whole number >= 0, or None for no limit")
-    return Band(left, right, checked_align(align))
+        if value is not None:
+            check.whole(f"window: {name}", value, 0, ", or None for no limit")
+    return Band(left, right, check.align(align))
 
 
 def lengths(n: Tensor) -> Mask:
-    """The first n[b] keys of batch row b are real, the rest is padding. n: whole numbers, shape (B,)."""
-    if not isinstance(n, Tensor):
-        n = torch.as_tensor(n)
-    if n.dim() != 1 or n.is_floating_point() or n.dtype == torch.bool:
-        raise ValueError(f"lengths: n is {_kind(n)}; expected whole numbers of shape (B,)")
+    """The first n[b] keys of batch row b are real, the rest is padding. n: integers of shape (B,), where more than S
+    means all of them, and less than 0 none."""
+    if isinstance(n, list | tuple) and all(check.is_int(part) for part in n):
+        n = torch.tensor(n, dtype=torch.int64)
+    if not check.is_ints(n) or n.dim() != 1:
+        raise check.wrong("lengths: n", n, "integers of shape (B,), or a list of ints", check.is_ints(n))
     return Before(n)
 
 
 def prefix(n: int | Tensor) -> Mask:
-    """Everybody attends to the first n keys; n is a number, or whole numbers of shape (B,). `causal() | prefix(n)` is
-    the prefix language model of Raffel et al., "T5" (2020), figure 4."""
-    if isinstance(n, int) and not isinstance(n, bool) and n >= 0:
-        return Before(torch.tensor([n]))
-    if isinstance(n, Tensor) and n.dim() == 1 and not n.is_floating_point() and n.dtype != torch.bool:
-        return Before(n)
-    raise ValueError(f"prefix: n is {_kind(n)}; expected a whole number >= 0, or whole numbers of shape (B,)")
+    """Everybody attends to the first n keys; n is an int, or integers of shape (B,). `causal() | prefix(n)` is the
+    prefix language model of Raffel et al., "T5" (2020), figure 4."""
+    if check.is_int(n) and n >= 0:
+        n = torch.tensor(n)
+    if not check.is_ints(n) or n.dim() > 1:
+        raise check.wrong("prefix: n", n, "an int >= 0, or integers of shape (B,)", check.is_int(n) or check.is_ints(n))
+    return Before(n)
 
 
 def documents(ids: Tensor | tuple[Tensor, Tensor]) -> Mask:
     """Packed documents: a query attends to the keys of its own document.
 
     Args:
-        ids: whole numbers, the document of each position, shape (B, S) or (S,), for queries and keys alike; or a pair
-            of them, for the queries (B, L) and the keys (B, S). Any numbers do; sorted ones let tiles be skipped.
+        ids: integers, the document of each position, shape (B, S) or (S,), for queries and keys alike; or a pair of
+            them, for the queries (B, L) and the keys (B, S). Any numbers do; sorted ones let tiles be skipped.
     """
     pair = ids if isinstance(ids, tuple) else (ids, ids)
     if len(pair) != 2:
-        raise ValueError(f"documents: ids has {len(pair)} parts; expected a tensor, or a pair (queries, keys)")
+        raise ValueError(f"documents: ids is a tuple of {len(pair)}; expected a tensor, or a pair (queries, keys)")
     for part in pair:
-        if not isinstance(part, Tensor) or part.dim() not in (1, 2) or part.is_floating_point():
-            raise ValueError(f"documents: ids is {_kind(part)}; expected whole numbers of shape (B, S) or (S,)")
+        if not check.is_ints(part) or part.dim() not in (1, 2):
+            raise check.wrong("documents: ids", part, "integers of shape (B, S) or (S,)", check.is_ints(part))
     queries, keys = (part if part.dim() == 2 else part[None] for part in pair)
     return Documents(queries, keys)
 
@@ -361,22 +370,23 @@ def blocks(table: Tensor, size: int | tuple[int, int] | None = None) -> Mask:
         size: how many queries and keys a block holds: a number, or a pair; the last block may be short, so that
             R = ceil(L / size) and C = ceil(S / size). By default the axes are divided evenly.
     """
-    if not isinstance(table, Tensor) or table.dtype != torch.bool or table.dim() not in (2, 3, 4) or not table.numel():
-        raise ValueError(f"blocks: table is {_kind(table)}; expected bool of shape (R, C), (H, R, C) or (B, H, R, C)")
+    if not check.is_bools(table) or table.dim() not in (2, 3, 4) or not table.numel():
+        expected = "bool of shape (R, C), (H, R, C) or (B, H, R, C), none of them 0"
+        raise check.wrong("blocks: table", table, expected, check.is_bools(table))
     rows, columns = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
     for part in (rows, columns):
-        if part is not None and (not isinstance(part, int) or isinstance(part, bool) or part <= 0):
-            raise ValueError(f"blocks: size is {size!r}; expected a whole number > 0, or a pair of them")
-    return Blocks(table[(None,) * (4 - table.dim())], rows, columns)  # type: ignore[arg-type]
+        if part is not None and (not check.is_int(part) or part <= 0):
+            raise check.wrong("blocks: size", size, "an int > 0, or a pair of them", isinstance(size, int | tuple))
+    return Blocks(table[(None,) * (4 - table.dim())], rows, columns)
 
 
 def dense(table: Tensor) -> Mask:
     """Any mask, as a bool tensor that broadcasts to (B, H, L, S); True = may attend. It is read, never copied."""
-    if not isinstance(table, Tensor) or table.dtype != torch.bool or table.dim() > 4:
-        raise ValueError(
-            f"dense: table is {_kind(table)}; expected bool that broadcasts to (B, H, L, S), True = may attend "
-            "(a float mask that is added to the scores goes into bias=)"
-        )
+    if not check.is_bools(table) or table.dim() > 4:
+        expected = "bool that broadcasts to (B, H, L, S), True = may attend"
+        if check.is_floats(table):
+            expected += " (a float mask that is added to the scores goes into bias=)"
+        raise check.wrong("dense: table", table, expected, check.is_bools(table))
     return Dense(table[(None,) * (4 - table.dim())])
 
 
@@ -384,16 +394,5 @@ def where(predicate: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Mask:
     """A mask in Python: `predicate(batch, head, query, key)` takes four index tensors that broadcast together, and
     answers with bool. The `mask_mod` functions of FlexAttention work as they are."""
     if not callable(predicate):
-        raise TypeError(f"where: predicate is {type(predicate).__name__}; expected a function (batch, head, query, key)")
+        raise check.wrong("where: predicate", predicate, "a function (batch, head, query, key) -> bool tensor", False)
     return Where(predicate)
-
-
-def _kind(value: object) -> str:
-    """What was given, in an error."""
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def checked_align(align: Align) -> Align:
-    if align is not None and align not in ("start", "end") and (not isinstance(align, int) or isinstance(align, bool)):
-        raise ValueError(f'align: {align!r}; expected "start", "end", or a whole number: the key beside query 0')
-    return align

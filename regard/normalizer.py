@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.score import check_per_head
+from regard import check
 from regard.tile import Sizes, Tile
 
 
@@ -67,7 +67,7 @@ class Softmax(Normalizer):
 
     def check(self, sizes: Sizes) -> None:
         if self.sink is not None:
-            check_per_head("normalizer: sink", self.sink, sizes)
+            check.per_head("normalizer: sink", self.sink, sizes.H)
 
     @classmethod
     def example(cls, heads: int) -> Normalizer:
@@ -92,7 +92,7 @@ class Sigmoid(Normalizer):
         return torch.sigmoid(s + self.bias if self.bias else s)
 
     def check(self, sizes: Sizes) -> None:
-        check_per_head("normalizer: bias", self.bias, sizes)
+        check.per_head("normalizer: bias", self.bias, sizes.H)
 
     @classmethod
     def example(cls, heads: int) -> Normalizer:
@@ -117,8 +117,8 @@ class Entmax(Normalizer):
         return p
 
     def check(self, sizes: Sizes) -> None:
-        if not isinstance(self.alpha, int | float) or not 1.0 < self.alpha <= 2.0:
-            raise ValueError(f"normalizer: alpha is {self.alpha!r}; expected a number with 1 < alpha <= 2")
+        if not check.is_number(self.alpha) or not 1.0 < self.alpha <= 2.0:
+            raise check.wrong("normalizer: alpha", self.alpha, "a number with 1 < alpha <= 2", check.is_number(self.alpha))
 
 
 @dataclass(frozen=True)
@@ -138,18 +138,20 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     def forward(s: Tensor, alpha: float) -> Tensor:
-        # Newton's method on f(tau) = sum p(tau) - 1, which is convex and falling: from the left, where f >= 0, it
-        # never oversteps the root. At tau = max - 1 the largest entry alone gives p = 1.
+        # Newton's method on f(tau) = |p(tau)^(alpha - 1)| - 1, the norm of order 1 / (alpha - 1). It is convex and falling,
+        # so that from the left, where f >= 0, a step never passes the root; and nearly straight, so that 5 to 8 steps do
+        # where the sum of p takes 10 to 14. At tau = max - 1 the largest entry alone gives f >= 0.
         z = (alpha - 1) * (s - s.amax(-1, keepdim=True))
         power = 1 / (alpha - 1)
         tau = torch.full_like(z[..., :1], -1.0)
         for _ in range(100):
-            gap = (z - tau).clamp_min_(0)
+            gap = (z - tau).clamp_(min=0)
             p = gap if power == 1 else gap**power
-            slope = (gap > 0).to(z.dtype) if power == 1 else power * gap ** (power - 1)
-            step = (p.sum(-1, keepdim=True) - 1) / slope.sum(-1, keepdim=True)
+            slope = (gap > 0).to(z.dtype) if power == 1 else gap if power == 2 else gap ** (power - 1)
+            total = p.sum(-1, keepdim=True)
+            step = (total ** (alpha - 1) - 1) * total ** (2 - alpha) / slope.sum(-1, keepdim=True)
             # Rounding makes the last steps tiny and of either sign: stop when none moves tau.
-            moved = tau + step.clamp_min(0)
+            moved = tau + step.clamp(min=0)
             if not torch.compiler.is_compiling() and not bool((moved > tau).any()):
                 break
             tau = moved

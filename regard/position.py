@@ -1,8 +1,8 @@
 """Positions: attention alone knows no order.
 
-Three ways to add it: to the input (`sinusoidal`, `Learned`), by turning q and k (`Rotary`), or to the scores (`ALiBi`,
-`T5`, or any tensor, given to `attention(bias=...)`). The ones on the scores are computed tile by tile, and learned ones
-get their gradient in their own shape.
+Three ways to add it: to the input (`sinusoidal`, `Learned`), by turning q and k (`Rotary`, from `rotary.py`), or to the
+scores (`ALiBi`, `T5`, or any tensor, given to `attention(bias=...)`). The ones on the scores are computed tile by tile,
+and learned ones get their gradient in their own shape.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regard.mask import Align, checked_align
-from regard.score import check_per_head
-from regard.tile import Sizes, Tile
+from regard import check
+from regard.rotary import NTK, Linear, Llama3, Rotary, YaRN
+from regard.tile import Align, Sizes, Tile
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Added to the scores.
@@ -25,12 +25,12 @@ from regard.tile import Sizes, Tile
 class Bias:
     """What is added to the scores, after scale and softcap."""
 
-    def bias(self, tile: Tile) -> Tensor:
-        """The bias of a tile, broadcast to (b, h, l, s)."""
+    def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
+        """The bias of a tile, in the dtype of its scores; it broadcasts to (b, h, l, s)."""
         raise NotImplementedError
 
     def check(self, sizes: Sizes) -> None:
-        """Raise a ValueError where a tensor of the bias does not fit the problem."""
+        """Raise a ValueError or TypeError where a parameter of the bias does not fit the problem."""
 
     @classmethod
     def example(cls, heads: int) -> Bias:
@@ -44,12 +44,13 @@ class Added(Bias):
 
     tensor: Tensor
 
-    def bias(self, tile: Tile) -> Tensor:
-        return tile.cut(self.tensor)
+    def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
+        return tile.cut(self.tensor).to(dtype)
 
     def check(self, sizes: Sizes) -> None:
-        shape, full = tuple(self.tensor.shape), (sizes.B, sizes.H, sizes.L, sizes.S)
-        if any(got not in (1, expected) for got, expected in zip(shape, full, strict=True)):
+        full = (sizes.B, sizes.H, sizes.L, sizes.S)
+        if not check.broadcasts(self.tensor.shape, full):
+            shape = check.shape(self.tensor)
             raise ValueError(f"bias: has shape {shape}; expected one that broadcasts to (B, H, L, S) = {full}")
 
 
@@ -68,18 +69,20 @@ class ALiBi(Bias):
     align: Align = None
 
     def __post_init__(self) -> None:
-        checked_align(self.align)
+        check.align(self.align)
 
-    def bias(self, tile: Tile) -> Tensor:
+    def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
         if self.slopes is None:
-            slopes = torch.tensor(alibi_slopes(tile.sizes.H)[slice(*tile.h)], device=tile.device).view(1, -1, 1, 1)
+            slopes = torch.tensor(alibi_slopes(tile.sizes.H), dtype=dtype, device=tile.device)
         else:
-            slopes = tile.cut_heads(self.slopes)
-        return -slopes * tile.behind(self.align).abs()
+            slopes = self.slopes.to(dtype)
+        # Distances as floats of one matrix, not whole numbers of one per head: products of mixed types are slow.
+        return -tile.cut_heads(slopes) * tile.behind(self.align).abs().to(dtype)
 
     def check(self, sizes: Sizes) -> None:
-        if self.slopes is not None and self.slopes.shape != (sizes.H,):
-            raise ValueError(f"bias: slopes has shape {tuple(self.slopes.shape)}; expected (H,) = ({sizes.H},)")
+        if self.slopes is not None:
+            expected = f"(H,) = ({sizes.H},), or None for those of the paper"
+            check.floats("bias: slopes", self.slopes, ((sizes.H,),), expected)
 
     @classmethod
     def example(cls, heads: int) -> Bias:
@@ -88,8 +91,10 @@ class ALiBi(Bias):
 
 def alibi_slopes(heads: int) -> list[float]:
     """The slopes of the paper: 2^(-8h/H) for a power of two; otherwise those of the next smaller power, filled up with
-    every other slope of the next larger one."""
-    whole = 1 << (heads.bit_length() - 1)
+    every other slope of the next larger one.
+    """
+    check.whole("alibi_slopes: heads", heads, 0)
+    whole = 1 << heads.bit_length() >> 1
     slopes = [2.0 ** (-8.0 * (head + 1) / whole) for head in range(whole)]
     return slopes + [2.0 ** (-8.0 * (2 * head + 1) / (2 * whole)) for head in range(heads - whole)]
 
@@ -114,11 +119,12 @@ class T5(Bias):
     align: Align = None
 
     def __post_init__(self) -> None:
-        checked_align(self.align)
+        check.align(self.align)
 
-    def bias(self, tile: Tile) -> Tensor:
+    def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
         bucket = self._bucket(tile.behind(self.align))[0, 0]
-        return self.table[:, slice(*tile.h)].T[None, :, bucket]
+        # Widened first, so that the gradient of a bucket is summed in that precision too.
+        return self.table[:, slice(*tile.h)].to(dtype).T[None, :, bucket]
 
     def _bucket(self, behind: Tensor) -> Tensor:
         buckets = self.table.shape[0]
@@ -130,22 +136,24 @@ class T5(Bias):
         else:
             distance = behind.clamp(min=0)
         exact = buckets // 2
-        scale = (buckets - exact) / math.log(self.max_distance / exact)
-        far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
+        # In float32, and in this order, as in T5's own code and Hugging Face's: where a bucket ends depends on how the
+        # logarithm is rounded, and trained tables have learned those ends.
+        far = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = exact + (far * (buckets - exact)).long()
         return start + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
     def check(self, sizes: Sizes) -> None:
+        if not isinstance(self.bidirectional, bool):
+            raise check.wrong("bias: bidirectional", self.bidirectional, "True or False", False)
         least = 4 if self.bidirectional else 2
-        if self.table.dim() != 2 or self.table.shape[1] != sizes.H or self.table.shape[0] < least:
-            raise ValueError(
-                f"bias: the T5 table has shape {tuple(self.table.shape)}; expected (buckets, H) with at least {least} "
-                f"buckets and H = {sizes.H}"
-            )
-        if self.max_distance <= self.table.shape[0] // least:
-            raise ValueError(
-                f"bias: max_distance is {self.max_distance}; expected more than the "
-                f"{self.table.shape[0] // least} distances that have a bucket each"
-            )
+        even = ", an even number" if self.bidirectional else ""
+        fits = check.is_floats(self.table)
+        buckets = self.table.shape[0] if fits and self.table.dim() == 2 else 0
+        if buckets < least or (even and buckets % 2) or self.table.shape[1] != sizes.H:
+            expected = f"floats of shape (buckets, H) with H = {sizes.H}, and at least {least} buckets{even}"
+            raise check.wrong("bias: the table of T5", self.table, expected, fits)
+        note = f", more than the {buckets // least} distances that have a bucket each"
+        check.whole("bias: max_distance", self.max_distance, buckets // least + 1, note)
 
     @classmethod
     def example(cls, heads: int) -> Bias:
@@ -165,8 +173,11 @@ def sinusoidal(length: int, width: int, *, base: float = 10000.0, start: int = 0
 
     Source: Vaswani et al. (2017), section 3.5.
     """
-    if width % 2 or width <= 0 or length < 0:
-        raise ValueError(f"sinusoidal: length {length}, width {width}; expected length >= 0 and an even width > 0")
+    check.whole("sinusoidal: length", length, 0)
+    check.even("sinusoidal: width", width)
+    check.positive("sinusoidal: base", base)
+    if not check.is_int(start):
+        raise check.wrong("sinusoidal: start", start, "an int", False)
     position = torch.arange(start, start + length, dtype=torch.float64)
     angle = position[:, None] * base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).float()
@@ -180,162 +191,24 @@ class Learned(nn.Module):
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
+        check.whole("Learned: length", length, 1)
+        check.whole("Learned: width", width, 1)
         self.weight = nn.Parameter(torch.randn(length, width) * 0.02)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """x plus the vectors of the positions start, start + 1, ..."""
+        """Add the vectors of the positions start, start + 1, ..."""
+        length, width = self.weight.shape
+        fits = check.is_floats(x)
+        if not fits or x.dim() < 2 or x.shape[-1] != width:
+            raise check.wrong("Learned: x", x, f"floats of shape (..., L, {width})", fits)
+        check.whole("Learned: start", start, 0)
         end = start + x.shape[-2]
-        if start < 0 or end > self.weight.shape[0] or x.shape[-1] != self.weight.shape[1]:
-            raise ValueError(
-                f"x: has shape {tuple(x.shape)} and starts at {start}; expected (..., L, {self.weight.shape[1]}) with "
-                f"start + L <= {self.weight.shape[0]}"
-            )
+        if end > length:
+            raise ValueError(f"Learned: x ends at position {end}; expected no more than {length}, the length")
         return x + self.weight[start:end]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Turning q and k.
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """How the turning speeds of `Rotary` are changed to reach beyond the length of training."""
-
-    factor: float = 1.0
-    magnitude: float = 1.0  # q and k are both multiplied by it
-
-    def apply(self, speed: Tensor, base: float) -> Tensor:
-        """New speeds (width/2,) in radians per position, from the plain ones."""
-        return speed
-
-
-@dataclass(frozen=True)
-class Linear(Scaling):
-    """Positions divided by `factor`. Source: Chen et al., "Positional Interpolation" (2023), equation 4."""
-
-    def apply(self, speed: Tensor, base: float) -> Tensor:
-        return speed / self.factor
-
-
-@dataclass(frozen=True)
-class NTK(Scaling):
-    """A larger base: slow turns are stretched by `factor`, fast ones kept. Source: bloc97 (2023), "NTK-aware scaled
-    RoPE"; Peng et al., "YaRN" (2023), definition 1."""
-
-    def apply(self, speed: Tensor, base: float) -> Tensor:
-        width = 2 * len(speed)
-        index = torch.arange(0, width, 2, dtype=speed.dtype) / width
-        return (base * self.factor ** (width / (width - 2))) ** -index
-
-
-@dataclass(frozen=True)
-class YaRN(Scaling):
-    """Fast turns kept, slow ones stretched by `factor`, a ramp between, and sharper weights.
-
-    Args:
-        factor: how much longer than in training. length: the length of training, in tokens.
-        fast, slow: turns over that length from which a speed is kept, and below which it is stretched.
-        magnitude: by default sqrt(1/t) = 0.1 ln(factor) + 1.
-
-    Source: Peng et al., "YaRN" (2023), equations 19-22.
-    """
-
-    magnitude: float = 0.0
-    length: int = 4096
-    fast: float = 32.0
-    slow: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.magnitude == 0.0:
-            object.__setattr__(self, "magnitude", 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0)
-
-    def apply(self, speed: Tensor, base: float) -> Tensor:
-        width = 2 * len(speed)
-
-        def place(turns: float) -> float:
-            return width * math.log(self.length / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-        low, high = max(math.floor(place(self.fast)), 0), min(math.ceil(place(self.slow)), width - 1)
-        ramp = ((torch.arange(len(speed), dtype=speed.dtype) - low) / max(high - low, 0.001)).clamp(0, 1)
-        return speed / self.factor * ramp + speed * (1 - ramp)
-
-
-@dataclass(frozen=True)
-class Llama3(Scaling):
-    """Wavelengths up to length/high kept, from length/low on stretched by `factor`, a ramp between.
-
-    Source: Dubey et al., "The Llama 3 Herd of Models" (2024), and the reference code of Llama 3.1.
-    """
-
-    length: int = 8192
-    low: float = 1.0
-    high: float = 4.0
-
-    def apply(self, speed: Tensor, base: float) -> Tensor:
-        turns = self.length * speed / (2 * math.pi)
-        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
-        return speed / self.factor * (1 - kept) + speed * kept
-
-
-class Rotary(nn.Module):
-    """Rotary positions: `q, k = rotary(q, k)` turns pairs of entries by an angle that grows with the position, so that
-    q.k depends on the distance alone.
-
-    Args:
-        width: how many entries of each head are turned, even; the rest stays (partial rotary).
-        base: the wavelengths grow from 2 pi to 2 pi base.
-        scaling: `Linear`, `NTK`, `YaRN` or `Llama3`, to reach beyond the length of training.
-        interleaved: pairs are neighbours (2i, 2i+1), as in the paper and GPT-J; by default (i, i + width/2), as in
-            GPT-NeoX, Llama and Hugging Face.
-
-    Source: Su et al., "RoFormer" (2021), equation 34.
-    """
-
-    speed: Tensor
-
-    def __init__(
-        self, width: int, *, base: float = 10000.0, scaling: Scaling | None = None, interleaved: bool = False
-    ) -> None:
-        super().__init__()
-        if width <= 0 or width % 2:
-            raise ValueError(f"Rotary: width is {width}; expected an even number > 0")
-        if scaling is not None and not isinstance(scaling, Scaling):
-            raise TypeError(f"Rotary: scaling is {type(scaling).__name__}; expected Linear, NTK, YaRN or Llama3")
-        speed = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        scaling = scaling or Scaling()
-        self.width, self.interleaved, self.magnitude = width, interleaved, scaling.magnitude
-        self.register_buffer("speed", scaling.apply(speed, base).float(), persistent=False)
-
-    def forward(
-        self, q: Tensor, k: Tensor, *, start: int = 0, positions: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Turn q (..., L, D) and k (..., S, D). The last query stands beside the last key; the first key at `start`, or
-        the keys at `positions`, of shape (S,) or (B, S)."""
-        L, S = q.shape[-2], k.shape[-2]
-        if L > S:
-            raise ValueError(f"q: has {L} positions, k has {S}; expected no more queries than keys: give turn() each apart")
-        if positions is None:
-            positions = torch.arange(start, start + S, device=k.device)
-        return self.turn(q, positions[..., S - L :]), self.turn(k, positions)
-
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn x (..., N, D) to the given positions, of shape (N,), or (B, N) for x (B, H, N, D)."""
-        if x.shape[-1] < self.width or positions.shape[-1] != x.shape[-2]:
-            raise ValueError(
-                f"x: has shape {tuple(x.shape)} and positions {tuple(positions.shape)}; expected (..., N, D) with "
-                f"D >= {self.width}, and (N,) or (B, N)"
-            )
-        angle = positions[..., None].float() * self.speed
-        angle = angle if angle.dim() == 2 else angle[:, None]
-        cos, sin = (angle.cos() * self.magnitude).to(x.dtype), (angle.sin() * self.magnitude).to(x.dtype)
-        turned, rest = x[..., : self.width], x[..., self.width :]
-        axis = -1 if self.interleaved else -2
-        first, second = turned.unflatten(-1, (-1, 2) if self.interleaved else (2, -1)).unbind(axis)
-        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], axis).flatten(-2)
-        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
 # Every bias with a formula by name: tests, benchmarks and documentation loop over this table.
 _BIASES: dict[str, type[Bias]] = {"alibi": ALiBi, "t5": T5}
 
-__all__ = ["ALiBi", "Learned", "Linear", "Llama3", "NTK", "Rotary", "T5", "YaRN", "alibi_slopes", "sinusoidal"]
+__all__ = ["NTK", "T5", "ALiBi", "Learned", "Linear", "Llama3", "Rotary", "YaRN", "alibi_slopes", "sinusoidal"]

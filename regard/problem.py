@@ -15,19 +15,21 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from regard import check
 from regard.mask import Mask
 from regard.normalizer import Normalizer, Softmax
 from regard.position import Added, Bias
 from regard.score import Python, ScaledDot, Score
 from regard.summary import Summary
-from regard.tile import Sizes
-from regard.word import split
+from regard.tile import Align, Sizes
+from regard.word import slots, split
 
+_AXES = {"q": "(..., H, L, D)", "k": "(..., G, S, D)", "v": "(..., G, S, E)"}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -91,32 +93,35 @@ def pose(
     size = sizes(q, k)
     if dropout != 0.0 or seed is not None:
         seed = _seed(dropout, seed, q.device)
-    if softcap is not None and (not isinstance(softcap, int | float) or not 0 < softcap < math.inf):
-        raise ValueError(f"softcap: {softcap!r}; expected a finite number > 0, or None")
+    if softcap is not None:
+        check.positive("softcap", softcap, ", or None")
 
     if score is None:
         score = ScaledDot()
-    elif not isinstance(score, Score):
-        if not callable(score) or isinstance(score, type):
-            raise TypeError(f"score: {_kind(score)}; expected one of regard.score, or a function (q, k) -> scores")
+    elif callable(score) and not isinstance(score, type | Score):
         score = Python.of(score, q, k)
-    normalizer = _expect("normalizer", normalizer, Normalizer, Softmax())
-    summary = _expect("summary", summary, Summary, Summary())
-    mask = _expect("mask", mask, Mask, None)
+    else:
+        score = _word("score", score, Score, q.device)
+    score.check(size, q.shape[-1], k.shape[-1])
+    if normalizer is None:
+        normalizer = Softmax()
+    else:
+        _word("normalizer", normalizer, Normalizer, q.device).check(size)
+    if summary is None:
+        summary = Summary()
+    else:
+        _word("summary", summary, Summary, q.device).check(size)
+    if mask is not None:
+        _word("mask", mask, Mask, q.device).check(size, q.device)
     if bias is not None:
         bias = _bias(bias, lead, size)
+        _word("bias", bias, Bias, q.device).check(size)
 
-    score.check(size, q.shape[-1], k.shape[-1])
-    normalizer.check(size)
-    summary.check(size)
     bad_q = bad_k = None
     if mask is not None or bias is not None:
         mask, bias = _align(mask, bias, size)
     if mask is not None:
-        mask.check(size)
         q, k, v, bad_q, bad_k = _without_nonfinite(q, k, v)
-    if bias is not None:
-        bias.check(size)
 
     given = type(score).__name__
     q, k, score = score.reduce(q, k)
@@ -126,31 +131,66 @@ def pose(
     )
     plan = split(plan, tensors)
     if any(tensor.device != q.device for tensor in tensors):
-        tensors = [tensor.to(q.device) for tensor in tensors]
+        # Numbers in tensors of shape (); what a user's function holds stays where the function expects it.
+        own = slots(plan.score) if isinstance(plan.score, Python) else []
+        tensors = [tensor if i in own else tensor.to(q.device) for i, tensor in enumerate(tensors)]
     return Problem(plan, tuple(tensors), lead, given)
 
 
-def _kind(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+W = TypeVar("W", Score, Normalizer, Summary, Mask, Bias)
+
+_WORDS: dict[type[Any], str] = {
+    Score: "one of regard.score, or a function (q, k) -> scores",
+    Normalizer: "one of regard.normalizer",
+    Mask: "one of regard.mask",
+    Bias: "a float tensor that broadcasts to (B, H, L, S), position.ALiBi or position.T5",
+    Summary: "a regard.Summary, such as Summary(lse=True)",
+}
 
 
-def _expect(name: str, value: Any, kind: type, default: Any) -> Any:
-    if value is None:
-        return default
-    if not isinstance(value, kind):
-        hint = "; give a bool tensor as mask.dense(tensor), True = may attend" if kind is Mask else ""
-        raise TypeError(f"{name}: {_kind(value)}; expected one of regard.{name}{hint}")
-    return value
+def _word(name: str, word: Any, kind: type[W], device: torch.device) -> W:
+    """Raise unless it is a word of its kind, with its tensors beside q."""
+    if not isinstance(word, kind):
+        raise check.wrong(name, word, _WORDS[kind] + _hint(word, kind), False)
+    _beside(name, word, device)
+    return word
+
+
+def _hint(value: object, kind: type[Any]) -> str:
+    """What may have been meant."""
+    if isinstance(value, type) and issubclass(value, kind):
+        return f": an object of this class, {value.__name__}(...)"
+    if kind is Mask and check.is_floats(value):
+        return " (what is added to the scores goes into bias=)"
+    if kind is Mask and isinstance(value, Tensor):
+        return ", such as mask.dense(tensor) for a tensor of bools, True = may attend"
+    if kind is Bias and check.is_bools(value):
+        return " (bools go into mask=mask.dense(tensor), True = may attend)"
+    if kind is Bias and isinstance(value, torch.nn.Module):
+        return " (the modules of regard.position are called before, on the input or on q and k)"
+    return ""
+
+
+def _beside(name: str, word: Any, device: torch.device) -> None:
+    """Raise where a tensor of a word is on another device than q: to move it would cost a copy in every call. As
+    everywhere in torch, a number in a tensor of shape () on the CPU goes with any device.
+    """
+    for field, value in vars(word).items():
+        if isinstance(value, Tensor):
+            if value.device != device and (value.dim() or value.device.type != "cpu"):
+                raise ValueError(f"{name}: {field} is on {value.device} but q is on {device}; expected the same")
+        elif dataclasses.is_dataclass(value):
+            _beside(name, value, device)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: {type(x).__name__}; expected a tensor (..., {'L' if name == 'q' else 'S'}, width)")
+        if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
+            nested = isinstance(x, Tensor) and x.is_nested
+            hint = " (pad it and give mask.lengths, or pack it and give mask.documents)" if nested else ""
+            raise check.wrong(name, x, f"an ordinary dense tensor {_AXES[name]}{hint}", False)
         if x.dim() < 2:
-            raise ValueError(f"{name}: has shape {tuple(x.shape)}; expected at least two axes, (..., length, width)")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name}: has layout {x.layout}; expected a strided (ordinary dense) tensor")
+            raise ValueError(f"{name}: has shape {tuple(x.shape)}; expected at least two axes, {_AXES[name]}")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name}: has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
     for name, x in (("k", k), ("v", v)):
@@ -169,11 +209,20 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() > 3:
         H, G = q.shape[-3], k.shape[-3]
         if H != G and (G == 0 or H % G):
-            raise ValueError(f"k: has {G} heads but q has {H}; expected as many, or a divisor (grouped queries)")
+            raise ValueError(
+                f"k: has {G} heads (shape {tuple(k.shape)}) but q has {H} (shape {tuple(q.shape)}); expected k "
+                f"{_AXES['k']} with as many heads, or a divisor of them (grouped queries)"
+            )
         if v.shape[-3] != G:
-            raise ValueError(f"v: has {v.shape[-3]} heads but k has {G}; expected as many")
+            raise ValueError(
+                f"v: has {v.shape[-3]} heads (shape {tuple(v.shape)}) but k has {G} (shape {tuple(k.shape)}); "
+                "expected as many"
+            )
     if v.shape[-2] != k.shape[-2]:
-        raise ValueError(f"v: has {v.shape[-2]} keys but k has {k.shape[-2]}; expected as many: v (..., S, E), k (..., S, D)")
+        raise ValueError(
+            f"v: has {v.shape[-2]} keys (shape {tuple(v.shape)}) but k has {k.shape[-2]} (shape {tuple(k.shape)}); "
+            f"expected as many, v {_AXES['v']} for k {_AXES['k']}"
+        )
 
 
 def _four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,29 +240,28 @@ def _four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _seed(dropout: float, seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if not isinstance(dropout, int | float) or not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout: {dropout!r}; expected the chance that a weight is dropped, 0 to 1")
+    if not check.is_number(dropout) or not 0.0 <= dropout <= 1.0:
+        expected = "the chance that a weight is dropped, a number from 0 to 1"
+        raise check.wrong("dropout", dropout, expected, check.is_number(dropout))
     if seed is None:
         return torch.randint(-(1 << 63), (1 << 63) - 1, (), device=device)
+    expected = "an int of 64 bits, an int64 tensor of shape (), or None to draw one"
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(f"seed: has shape {tuple(seed.shape)} and dtype {seed.dtype}; expected one int64 number")
-        return seed.reshape(())
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(1 << 63) <= seed < 1 << 63:
-        raise ValueError(f"seed: {seed!r}; expected a whole number of 64 bits, or None to draw one")
+        if seed.dtype != torch.int64 or seed.dim():
+            raise check.wrong("seed", seed, expected, seed.dtype == torch.int64)
+        if seed.device != device and seed.device.type != "cpu":
+            raise ValueError(f"seed: is on {seed.device} but q is on {device}; expected the same")
+        return seed
+    if not check.is_int(seed) or not -(1 << 63) <= seed < 1 << 63:
+        raise check.wrong("seed", seed, expected, check.is_int(seed))
     return torch.tensor(seed, device=device)
 
 
 def _bias(bias: Tensor | Bias, lead: tuple[int, ...], size: Sizes) -> Bias:
     if isinstance(bias, Bias):
         return bias
-    if not isinstance(bias, Tensor):
-        hint = ""
-        if isinstance(bias, torch.nn.Module):
-            hint = "; layers of regard.position are applied to the input, or to q and k, before the call"
-        raise TypeError(f"bias: {_kind(bias)}; expected a float tensor, position.ALiBi or position.T5{hint}")
-    if not bias.is_floating_point():
-        raise TypeError(f"bias: has dtype {bias.dtype}; expected a float tensor (a bool mask goes into mask.dense)")
+    if not check.is_floats(bias):
+        raise check.wrong("bias", bias, _WORDS[Bias] + _hint(bias, Bias), False)
     axes = (*lead, size.L, size.S)
     if bias.dim() > max(4, len(axes)) or (bias.dim() > len(axes) and bias.shape[0] not in (1, size.B)):
         raise ValueError(f"bias: has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
@@ -229,7 +277,7 @@ def _bias(bias: Tensor | Bias, lead: tuple[int, ...], size: Sizes) -> Bias:
 
 def _align(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[Mask | None, Bias | None]:
     """Give words without an alignment the one that the others name; refuse to guess where it matters."""
-    found: list[str | int | None] = []
+    found: list[Align] = []
     for word in (mask, bias):
         _aligns(word, found)
     if None not in found:
@@ -237,8 +285,13 @@ def _align(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[Mask | No
     named = [align for align in found if align is not None]
     if size.L == size.S and not named:
         return mask, bias
-    if not named or any(align != named[0] for align in named):
-        name = "mask" if mask is not None and None in _aligns(mask, []) else "bias"
+    name = "mask" if mask is not None and None in _aligns(mask, []) else "bias"
+    if any(align != named[0] for align in named):
+        raise ValueError(
+            f"{name}: a part of it has no align, and the others name {', '.join(sorted(map(repr, set(named))))}; "
+            "expected an align in each part, or the same in all that name one"
+        )
+    if not named:
         raise ValueError(
             f'{name}: with L = {size.L} queries and S = {size.S} keys, say where the queries stand: align="start" puts '
             'query 0 beside key 0 (as is_causal of torch), align="end" the last query beside the last key (decoding '
@@ -247,7 +300,7 @@ def _align(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[Mask | No
     return _with_align(mask, named[0]), _with_align(bias, named[0])
 
 
-def _aligns(word: Any, found: list[str | int | None]) -> list[str | int | None]:
+def _aligns(word: Any, found: list[Align]) -> list[Align]:
     if dataclasses.is_dataclass(word) and not isinstance(word, type):
         for field in dataclasses.fields(word):
             value = getattr(word, field.name)
@@ -258,7 +311,7 @@ def _aligns(word: Any, found: list[str | int | None]) -> list[str | int | None]:
     return found
 
 
-def _with_align(word: Any, align: str | int | None) -> Any:
+def _with_align(word: Any, align: Align) -> Any:
     if not dataclasses.is_dataclass(word) or isinstance(word, type):
         return word
     parts = {}
@@ -286,7 +339,8 @@ def _without_nonfinite(
 
 def _all_finite(x: Tensor) -> bool:
     """True only if x holds no NaN and no inf, and that is cheap to find out. One sum tells: NaN and inf stay in it. A
-    sum that overflows says False, which costs time and nothing else."""
+    sum that overflows says False, which costs time and nothing else.
+    """
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     try:

@@ -7,14 +7,13 @@ then runs on the fastest kernels. To add a score: write the class, and enter it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from regard import check
 from regard.tile import Sizes, Tile
 
 Number = float | Tensor
@@ -43,7 +42,10 @@ class Score:
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
         """Raise a ValueError where q and k, or a tensor of the score, do not fit."""
         if q_width != k_width:
-            raise ValueError(f"k: has width {k_width} but q has width {q_width}; {type(self).__name__} compares equals")
+            raise ValueError(
+                f"k: has width {k_width} but q has width {q_width}; expected the same for score.{type(self).__name__} "
+                "(score.Bilinear and score.Additive map q and k of different widths)"
+            )
 
     @classmethod
     def example(cls, heads: int, width: int) -> Score:
@@ -101,23 +103,33 @@ def _for_queries(k: Tensor, q: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ScaledDot(Score):
+class Scaled(Score):
+    """What the scores with a scale share: it is 1/sqrt(D) by default."""
+
+    scale: float | None = None
+
+    def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
+        super().check(sizes, q_width, k_width)
+        if self.scale is not None:
+            check.finite("score: scale", self.scale, ", or None for 1/sqrt(D); for a learned one, multiply q by it")
+
+    def _scale(self, q: Tensor) -> float:
+        # A width of 0 has no scores to scale.
+        return (q.shape[-1] or 1) ** -0.5 if self.scale is None else self.scale
+
+
+@dataclass(frozen=True)
+class ScaledDot(Scaled):
     """s_ij = q_i . k_j * scale; scale is 1/sqrt(D) by default.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
     """
-
-    scale: float | None = None
 
     def pair(self, q: Tensor, k: Tensor) -> Tensor:
         return (q * k).sum(-1) * self._scale(q)
 
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
         return q, k, Product(self._scale(q))
-
-    def _scale(self, q: Tensor) -> float:
-        # A width of 0 has no scores to scale.
-        return (q.shape[-1] or 1) ** -0.5 if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,7 @@ class Cosine(Score):
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
         super().check(sizes, q_width, k_width)
-        check_per_head("score: temperature", self.temperature, sizes)
+        check.per_head("score: temperature", self.temperature, sizes.H, positive=True)
 
     @classmethod
     def example(cls, heads: int, width: int) -> Score:
@@ -217,11 +229,11 @@ class Gaussian(Score):
         if isinstance(self.sigma, Tensor) and self.sigma.dim() == 1 and k.shape[1] != q.shape[1]:
             k = _for_queries(k, q)
         sigma = _per_head(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma
-        return _squared_distance(q / sigma, k / sigma, 0.5)
+        return _squared_distance(widen(q) / sigma, widen(k) / sigma, 0.5)
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
         super().check(sizes, q_width, k_width)
-        check_per_head("score: sigma", self.sigma, sizes)
+        check.per_head("score: sigma", self.sigma, sizes.H, positive=True)
 
     @classmethod
     def example(cls, heads: int, width: int) -> Score:
@@ -229,22 +241,17 @@ class Gaussian(Score):
 
 
 @dataclass(frozen=True)
-class Distance(Score):
+class Distance(Scaled):
     """s_ij = -|q_i - k_j|^2 * scale; scale is 1/sqrt(D) by default.
 
     Source: Kim, Papamakarios, Mnih, "The Lipschitz Constant of Self-Attention" (2021), section 3.2 (L2 attention).
     """
-
-    scale: float | None = None
 
     def pair(self, q: Tensor, k: Tensor) -> Tensor:
         return -(q - k).square().sum(-1) * self._scale(q)
 
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
         return _squared_distance(q, k, self._scale(q))
-
-    def _scale(self, q: Tensor) -> float:
-        return (q.shape[-1] or 1) ** -0.5 if self.scale is None else self.scale
 
 
 def _squared_distance(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Score]:
@@ -296,9 +303,10 @@ class Additive(Score):
         return (torch.tanh(q[..., :, None, :] + k[..., None, :, :]) @ v.to(q.dtype))[..., 0]
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
-        if self.v.dim() not in (1, 2) or (self.v.dim() == 2 and self.v.shape[0] != sizes.H):
-            raise ValueError(f"score: v has shape {tuple(self.v.shape)}; expected (A,) or (H, A) with H = {sizes.H}")
-        A = self.v.shape[-1]
+        fits = check.is_floats(self.v)
+        A = self.v.shape[-1] if fits and self.v.dim() else 0
+        if not fits or self.v.shape not in ((A,), (sizes.H, A)):
+            raise check.wrong("score: v", self.v, f"floats of shape (A,) or (H, A) with H = {sizes.H}", fits)
         for name, W, heads, letter, axis, width in (
             ("w_q", self.w_q, sizes.H, "H", "Dq", q_width),
             ("w_k", self.w_k, sizes.G, "G", "Dk", k_width),
@@ -310,8 +318,9 @@ class Additive(Score):
                     f"score: v has width {A} but {name[-1]} has width {width}; expected the same, or a map {name} of "
                     f"shape ({A}, {width})"
                 )
-        if self.bias is not None and (self.bias.shape[-1:] != (A,) or self.bias.shape[:-1] not in ((), (sizes.H,))):
-            raise ValueError(f"score: bias has shape {tuple(self.bias.shape)}; expected ({A},) or (H, A) = ({sizes.H}, {A})")
+        if self.bias is not None:
+            expected = f"(A,) = ({A},) or (H, A) = ({sizes.H}, {A})"
+            check.floats("score: bias", self.bias, ((A,), (sizes.H, A)), expected)
 
     @classmethod
     def example(cls, heads: int, width: int) -> Score:
@@ -331,13 +340,13 @@ class Python(Score):
         """Any widths that the function takes will do."""
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-        out = self.function(q, _for_queries(k, q))
+        return self._call(q, _for_queries(k, q))
+
+    def _call(self, q: Tensor, k: Tensor) -> Tensor:
+        out = self.function(q, k)
         expected = (*q.shape[:-1], k.shape[-2])
-        if not isinstance(out, Tensor) or out.shape != expected:
-            got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(
-                f"score: the function gave {got} for q {tuple(q.shape)} and k {tuple(k.shape)}; expected {expected}"
-            )
+        name = f"score: what the function gives for parts of q {tuple(q.shape)} and k {tuple(k.shape)}"
+        check.floats(name, out, (expected,), f"{expected}")
         return out
 
     @staticmethod
@@ -345,13 +354,12 @@ class Python(Score):
         """Wrap a function, and find what it closes over by scoring one pair and walking the graph that it leaves."""
         if not q.numel() or not k.numel() or torch.compiler.is_compiling():
             return Python(function)
-        one_q = q[:1, :, :1].detach()
-        one_k = _for_queries(k[:1, :, :1].detach(), q)
+        one_q = widen(q[:1, :, :1].detach())
+        one_k = _for_queries(widen(k[:1, :, :1].detach()), q)
         with torch.enable_grad():
-            trial = function(one_q, one_k)
-        root = trial.grad_fn if isinstance(trial, Tensor) else None
+            trial = Python(function)._call(one_q, one_k)
         leaves: dict[int, Tensor] = {}
-        seen, todo = set(), [root]
+        seen, todo = set(), [trial.grad_fn]
         while todo:
             node = todo.pop()
             if node is None or node in seen:
@@ -373,23 +381,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 1 else x[:, None, :]
 
 
-def check_per_head(name: str, value: Any, sizes: Sizes) -> None:
-    """Raise unless `value` is a number, or a tensor of shape () or (H,)."""
-    if isinstance(value, Tensor):
-        if value.shape not in ((), (sizes.H,)):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected a number, () or (H,) = ({sizes.H},)")
-    elif not isinstance(value, int | float) or math.isnan(value):
-        raise ValueError(f"{name} is {value!r}; expected a number, or a tensor of shape () or (H,) = ({sizes.H},)")
-
-
 def _check_map(name: str, W: Tensor, heads: int, letter: str, rows: tuple[str, int], columns: tuple[str, int]) -> None:
     """Raise unless W is a map (rows, columns), or one per head."""
     shape = (rows[1], columns[1])
-    if W.shape not in (shape, (heads, *shape)):
-        raise ValueError(
-            f"score: {name} has shape {tuple(W.shape)}; expected ({rows[0]}, {columns[0]}) = {shape}, or a map per head, "
-            f"({letter}, {rows[0]}, {columns[0]}) = {(heads, *shape)}"
-        )
+    expected = f"({rows[0]}, {columns[0]}) = {shape}, or per head ({letter}, {rows[0]}, {columns[0]}) = {(heads, *shape)}"
+    check.floats(f"score: {name}", W, (shape, (heads, *shape)), expected)
 
 
 # Every score by name: tests, benchmarks, the command line and the documentation loop over this table.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from regard import check
 from regard.tile import Sizes
 
 
@@ -38,31 +39,34 @@ class Summary:
     top: int = 0
     received: bool = False
     mass: Tensor | None = None
-    rows: int | tuple[int, ...] = ()
+    rows: int | Sequence[int] = ()
     full: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, list | range):
+            object.__setattr__(self, "rows", tuple(self.rows))
+
     def check(self, sizes: Sizes) -> None:
-        """Raise a ValueError where something asked for does not exist."""
-        if not isinstance(self.top, int) or isinstance(self.top, bool) or self.top < 0:
-            raise ValueError(f"summary: top is {self.top!r}; expected a whole number >= 0: how many weights of each row")
+        """Raise a ValueError or TypeError where something asked for does not exist."""
+        for name in ("lse", "max", "entropy", "received", "full"):
+            if not isinstance(flag := getattr(self, name), bool):
+                raise check.wrong(f"summary: {name}", flag, "True or False", False)
+        check.whole("summary: top", self.top, 0, ": how many weights of each row")
         if self.mass is not None:
-            fits = isinstance(self.mass, Tensor) and self.mass.dtype == torch.bool and self.mass.dim() in (2, 3)
-            if not fits or self.mass.shape[-1] != sizes.S or self.mass.shape[:-2] not in ((), (1,), (sizes.B,)):
-                got = (
-                    f"shape {tuple(self.mass.shape)} and dtype {self.mass.dtype}"
-                    if isinstance(self.mass, Tensor)
-                    else type(self.mass).__name__
-                )
-                raise ValueError(
-                    f"summary: mass is {got}; expected bool of shape (N, S) or (B, N, S) with B = {sizes.B}, S = {sizes.S} "
-                    "(summary.groups makes one from group numbers)"
-                )
+            fits = check.is_bools(self.mass)
+            shape: tuple[int, ...] = tuple(self.mass.shape) if fits else ()
+            if len(shape) not in (2, 3) or shape[-1] != sizes.S or shape[:-2] not in ((), (1,), (sizes.B,)):
+                expected = f"bool of shape (N, S) or (B, N, S) with B = {sizes.B} and S = {sizes.S}"
+                raise check.wrong("summary: mass", self.mass, f"{expected} (summary.groups makes it)", fits)
+        if not isinstance(self.rows, int | tuple):
+            raise check.wrong("summary: rows", self.rows, "an int, or a sequence of ints: numbers of queries", False)
         for row in self.row_numbers:
-            if not isinstance(row, int) or isinstance(row, bool) or not -sizes.L <= row < sizes.L:
-                raise ValueError(f"summary: rows has {row!r}; expected query numbers from {-sizes.L} to {sizes.L - 1}")
+            if not check.is_int(row) or not -sizes.L <= row < sizes.L:
+                raise check.wrong("summary: rows", row, f"ints from {-sizes.L} to {sizes.L - 1}", check.is_int(row))
 
     @property
     def row_numbers(self) -> tuple[int, ...]:
+        """The queries whose rows are asked for."""
         return (self.rows,) if isinstance(self.rows, int) else tuple(self.rows)
 
     @property
@@ -77,7 +81,8 @@ class Summary:
 
 class Top(NamedTuple):
     """The largest weights of each row (B, H, L, k), and their keys (B, H, L, k), largest first. Where fewer than k keys
-    may be attended, the rest has weight 0 and key -1. Equal weights come in any order."""
+    may be attended, the rest has weight 0 and key -1. Equal weights come in any order.
+    """
 
     weights: Tensor
     keys: Tensor
@@ -105,17 +110,21 @@ def groups(numbers: Tensor | Sequence[int], count: int | None = None) -> Tensor:
     """Group numbers as the membership table that `Summary(mass=...)` takes.
 
     Args:
-        numbers: the group of each key, whole numbers of shape (S,) or (B, S); -1 for no group.
+        numbers: the group of each key, integers of shape (S,) or (B, S); -1 for no group.
         count: how many groups there are; by default as many as the largest number says.
 
     Returns:
         bool tensor of shape (N, S) or (B, N, S).
     """
-    numbers = torch.as_tensor(numbers)
-    if numbers.dim() not in (1, 2) or numbers.is_floating_point():
-        raise ValueError(
-            f"groups: numbers has shape {tuple(numbers.shape)} and dtype {numbers.dtype}; expected whole numbers of "
-            "shape (S,) or (B, S)"
-        )
-    count = int(numbers.max()) + 1 if count is None else count
+    if isinstance(numbers, list | tuple) and all(check.is_int(number) for number in numbers):
+        numbers = torch.tensor(numbers, dtype=torch.int64)
+    if not check.is_ints(numbers) or numbers.dim() not in (1, 2):
+        expected = "a list of ints, or integers of shape (S,) or (B, S)"
+        raise check.wrong("groups: numbers", numbers, expected, check.is_ints(numbers))
+    least, largest = (int(x) for x in numbers.aminmax()) if numbers.numel() else (-1, -1)
+    if least < -1:
+        raise ValueError(f"groups: numbers has {least}; expected numbers >= 0, or -1 for no group")
+    if count is None:
+        count = largest + 1
+    check.whole("groups: count", count, largest + 1, ", one more than the largest number, or None")
     return numbers.unsqueeze(-2) == torch.arange(count, device=numbers.device)[:, None]

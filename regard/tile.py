@@ -1,4 +1,4 @@
-"""A tile: the box of the (batch, head, query, key) space that one step computes."""
+"""A tile: the box of the (batch, head, query, key) space that one step computes; and the grid that all of them form."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 Range = tuple[int, int]
+# Where the queries stand among the keys: "start", "end", or the key beside query 0; None where it was left out.
+Align = str | int | None
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Sizes:
     L: int
     S: int
 
-    def offset(self, align: str | int | None) -> int:
+    def offset(self, align: Align) -> int:
         """The key position that query 0 stands at: 0 for "start", S - L for "end", or the number given."""
         if isinstance(align, int):
             return align
@@ -65,7 +67,7 @@ class Tile:
     def key(self) -> Tensor:
         return torch.arange(*self.k, device=self.device).view(1, 1, 1, -1)
 
-    def behind(self, align: str | int | None) -> Tensor:
+    def behind(self, align: Align) -> Tensor:
         """How far each key lies behind its query: positive in the past. Shape (1, 1, l, s)."""
         return self.query + self.sizes.offset(align) - self.key
 
@@ -77,3 +79,22 @@ class Tile:
     def cut_heads(self, tensor: Tensor) -> Tensor:
         """The part of a tensor of shape () or (H,) which lies in this tile, shaped to broadcast to (b, h, l, s)."""
         return tensor if tensor.dim() == 0 else tensor[slice(*self.h)].view(1, -1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The edges of all tiles of a problem: the first and last query of each row of tiles, shape (R, 1), the first and
+    last key of each column of tiles, shape (1, C), and the sizes of the problem."""
+
+    first_query: Tensor
+    last_query: Tensor
+    first_key: Tensor
+    last_key: Tensor
+    sizes: Sizes
+
+    @staticmethod
+    def of(sizes: Sizes, rows: int, columns: int, device: torch.device) -> Grid:
+        """The grid of tiles of `rows` queries by `columns` keys."""
+        q = torch.arange(0, sizes.L, rows, device=device).view(-1, 1)
+        k = torch.arange(0, sizes.S, columns, device=device).view(1, -1)
+        return Grid(q, (q + rows - 1).clamp(max=sizes.L - 1), k, (k + columns - 1).clamp(max=sizes.S - 1), sizes)

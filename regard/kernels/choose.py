@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from regard import check
 from regard.kernels import differentiate, reference, tiled
 from regard.kernels import torch as torch_
 from regard.problem import Plan, Problem
@@ -62,11 +63,12 @@ def _choose(problem: Problem) -> str:
 
 
 def _force(problem: Problem, kernel: str) -> str:
-    if kernel not in _CANDIDATES:
-        raise ValueError(f"kernel: {kernel!r}; expected one of {', '.join(map(repr, _CANDIDATES))}, or None")
+    if not isinstance(kernel, str) or kernel not in _CANDIDATES:
+        expected = f"one of {', '.join(map(repr, _CANDIDATES))}, or None"
+        raise check.wrong("kernel", kernel, expected, isinstance(kernel, str))
     reason = _CANDIDATES[kernel].refuse(problem.plan, problem.tensors)
     if reason is not None:
-        raise ValueError(f"kernel: {kernel!r} cannot serve this problem: {reason}")
+        raise ValueError(f"kernel is {kernel!r}, which cannot serve this problem: {reason}")
     return kernel
 
 

@@ -28,7 +28,7 @@ def scores(plan: Plan, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
     if plan.softcap is not None:
         s = torch.tanh(s / plan.softcap) * plan.softcap
     if plan.bias is not None:
-        s = s + plan.bias.bias(tile).to(s.dtype)
+        s = s + plan.bias.bias(tile, s.dtype)
     return s
 
 
@@ -79,6 +79,9 @@ def finish(
     p = plan.normalizer.weights(s, tile)
     if empty is not None:
         p = p.masked_fill(empty, 0.0)
+    if plan.bad_q is not None:
+        # A row that attends to NaN is NaN, but not where it may not attend: nothing flows back there.
+        p = p.masked_fill(s == -math.inf, 0.0)
     summary = plan.summary
     results: dict[str, Tensor] = {"full": p}
     if "out" in wanted:

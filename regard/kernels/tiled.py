@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 
 from regard.kernels.equation import can_be_empty, finish, over, poison, rows_in, scores
-from regard.mask import Grid
 from regard.normalizer import Softmax
 from regard.position import Added
 from regard.problem import Plan, sizes
 from regard.score import Python, widen
-from regard.tile import Range, Sizes, Tile
+from regard.tile import Grid, Range, Sizes, Tile
 from regard.word import fill, slots
 
 # Numbers a strip may hold (8 MiB of fp32): larger ones leave the caches, smaller ones pay for more calls of PyTorch.
 _STRIP = 1 << 21
 # Numbers a segment may hold while it is scored, where a score holds several per pair.
 _SEGMENT = 1 << 22
-# Rows and columns of the tiles that a mask is asked about.
+# Rows and columns of the tiles that a mask is asked about; twice as many for long sequences, where calls cost more than
+# the pairs that a finer grid would leave out.
 _TILE = 64
+_LONG = 1024
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def backward(
     given = {name: g for name, g in zip(plan.outputs, gradients, strict=True) if g is not None and name != "top_keys"}
     q, k, v = (widen(x.detach()) for x in tensors[:3])
     totals = [
-        torch.zeros_like(x, dtype=widen(x[:0]).dtype, memory_format=torch.contiguous_format) if want else None
+        torch.zeros_like(widen(x.detach()), memory_format=torch.contiguous_format) if want else None
         for x, want in zip(tensors, wanted, strict=True)
     ]
     leaves = _leaves(plan, tensors, wanted)
@@ -323,26 +324,40 @@ def _rows(
             for rows in _steps(size.L, step):
                 yield b, rows, (columns, ())
         return
-    some, full = plan.mask.coverage(Grid.of(size, _TILE, _TILE, device))
+    tile = _TILE if max(size.L, size.S) <= _LONG else 2 * _TILE
+    some, full = plan.mask.coverage(Grid.of(size, tile, tile, device))
     shared = some.shape[0] == 1 and full.shape[0] == 1
     some, full = (x.expand(1 if shared else size.B, -1, -1).tolist() for x in (some, full))
     for index in range(len(some)):
-        batch = max(_STRIP // (size.H * min(_TILE, size.L) * size.S), 1) if shared else 1
+        batch = max(_STRIP // (size.H * min(tile, size.L) * size.S), 1) if shared else 1
         for b in _steps(size.B, batch) if shared else [(index, index + 1)]:
-            for row, rows in enumerate(_steps(size.L, _TILE)):
-                yield b, rows, _columns(some[index][row], full[index][row], size.S)
+            for rows, columns, partial in _merged(some[index], full[index], tile, size):
+                yield b, rows, (columns, partial)
 
 
-def _columns(some: Sequence[bool], full: Sequence[bool], S: int) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
-    """Runs of tiles that are not empty, and runs of those that are not full."""
-    return _runs(some, S), _runs([a and not b for a, b in zip(some, full, strict=True)], S)
+def _merged(
+    some: Sequence[Sequence[bool]], full: Sequence[Sequence[bool]], tile: int, size: Sizes
+) -> Iterator[tuple[Range, tuple[Range, ...], tuple[Range, ...]]]:
+    """Rows of tiles with their columns and the partial ones; neighbours with the same are taken together while they fit."""
+    row = 0
+    while row < len(some):
+        columns = _runs(some[row], tile, size.S)
+        partial = _runs([a and not b for a, b in zip(some[row], full[row], strict=True)], tile, size.S)
+        width = sum(stop - start for start, stop in columns)
+        most = max(_STRIP // (size.H * max(width, 1) * tile), 1)
+        last = row + 1
+        while last < len(some) and last - row < most and some[last] == some[row] and full[last] == full[row]:
+            last += 1
+        yield (row * tile, min(last * tile, size.L)), columns, partial
+        row = last
 
 
-def _runs(flags: Sequence[bool], S: int) -> tuple[Range, ...]:
+def _runs(flags: Sequence[bool], tile: int, S: int) -> tuple[Range, ...]:
+    """Runs of tiles that are flagged, as ranges of keys."""
     runs: list[Range] = []
     for at, flag in enumerate(flags):
         if flag:
-            start, stop = at * _TILE, min((at + 1) * _TILE, S)
+            start, stop = at * tile, min((at + 1) * tile, S)
             if runs and runs[-1][1] == start:
                 start = runs.pop()[0]
             runs.append((start, stop))

@@ -19,8 +19,10 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """Why it cannot serve a problem without materialising the weights or breaking the contract; None if it can."""
     q, k, v = tensors[:3]
     size = sizes(q, k)
-    if not (isinstance(plan.score, Product) and plan.score.key_bias is None and plan.score.query_bias is None):
-        return f"the score reduces to {type(plan.score).__name__}, not to a plain dot product"
+    if not isinstance(plan.score, Product):
+        return f"it has no score but the dot product, and {type(plan.score).__name__} is none"
+    if plan.score.key_bias is not None or plan.score.query_bias is not None:
+        return "the score is a dot product and a bias per query and key, which it has only as a matrix of queries by keys"
     if not (isinstance(plan.normalizer, Softmax) and plan.normalizer.sink is None):
         return "it has no normalizer but softmax without a sink"
     if plan.summary.outputs:
@@ -33,7 +35,7 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return "its dropout is not a function of the seed, and materialises the weights on the CPU"
     if not _is_causal(plan) and plan.mask is not None:
         return "it has masks only as a matrix of queries by keys, but for causal ones"
-    if isinstance(plan.mask, Band) and size.L != size.S and plan.mask.align != "start" and plan.mask.align != 0:
+    if isinstance(plan.mask, Band) and size.offset(plan.mask.align) != 0:
         return 'its causal mask has align="start" alone'
     if q.shape[-1] != v.shape[-1]:
         return f"it materialises the weights where the widths of q ({q.shape[-1]}) and v ({v.shape[-1]}) differ"

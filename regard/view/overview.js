@@ -1,0 +1,193 @@
+// Every head at a glance: a row a layer, a column a head, and in each thumbnail its pattern, what its keys receive or how wide its
+// queries look.
+
+const THUMB = 96; // pixels a side, about
+const POOL = 40; // cells a side; a longer text is pooled by its greatest weight, so that a thin line stays a line
+
+function drawPattern(canvas, layer, head) {
+  const wide = Math.min(POOL, layer.keys);
+  const high = Math.min(POOL, layer.queries);
+  const image = new ImageData(wide, high);
+  const most = new Float32Array(wide * high).fill(-1); // -1: nothing known here
+  const open = new Uint8Array(wide * high); // some key here may be attended
+  for (let i = 0; i < layer.queries; i++) {
+    const y = Math.floor((i * high) / layer.queries);
+    for (let n = head.start[i]; n < head.start[i + 1]; n++) {
+      const place = y * wide + Math.floor((head.key[n] * wide) / layer.keys);
+      if (head.weight[n] > most[place]) most[place] = head.weight[n];
+    }
+    if (!head.complete[i]) open.fill(1, y * wide, y * wide + Math.ceil((allowed(layer, i) * wide) / layer.keys));
+  }
+  const ramp = tables[theme()];
+  const hatch = theme() === "dark" ? [44, 50, 62] : [214, 217, 224];
+  const plain = theme() === "dark" ? [30, 35, 44] : [240, 241, 244];
+  for (let place = 0; place < most.length; place++) {
+    let colour = null;
+    if (most[place] >= 0) colour = ramp[Math.round(255 * height(most[place]))];
+    else if (open[place]) colour = ((place % wide) + Math.floor(place / wide)) % 3 ? plain : hatch;
+    if (colour) image.data.set([...colour, 255], 4 * place); // what may not be attended stays clear
+  }
+  canvas.width = wide * Math.ceil(THUMB / wide); // whole pixels a cell, else some cells come out wider than others
+  canvas.height = high * Math.ceil(THUMB / high);
+  const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = false;
+  context.drawImage(asCanvas(image), 0, 0, canvas.width, canvas.height);
+}
+
+// Bars in one direction: down the keys for attention received, across the queries for entropy.
+function drawBars(canvas, amounts, upward) {
+  const count = Math.min(THUMB, amounts.length);
+  canvas.width = canvas.height = THUMB;
+  const context = canvas.getContext("2d");
+  context.fillStyle = shade(0);
+  context.fillRect(0, 0, THUMB, THUMB);
+  const pooled = new Float32Array(count);
+  amounts.forEach((amount, n) => {
+    const place = Math.floor((n * count) / amounts.length);
+    pooled[place] = Math.max(pooled[place], amount);
+  });
+  pooled.forEach((amount, n) => {
+    const from = Math.round((n * THUMB) / count);
+    const to = Math.round(((n + 1) * THUMB) / count);
+    const length = Math.round(amount * THUMB);
+    context.fillStyle = shade(0.25 + 0.6 * amount);
+    if (upward) context.fillRect(from, THUMB - length, to - from, length);
+    else context.fillRect(0, from, length, to - from);
+  });
+}
+
+function drawThumb(thumb) {
+  const layer = data.layers[thumb.layer];
+  const head = headOf(thumb.layer, thumb.head);
+  if (state.show === "pattern") drawPattern(thumb.canvas, layer, head);
+  else if (state.show === "received") {
+    const most = Math.max(1e-9, ...head.received);
+    drawBars(thumb.canvas, Array.from(head.received, (amount) => Math.sqrt(amount / most)), true);
+  } else {
+    const part = (nats, i) => nats / Math.max(1e-9, Math.log(Math.max(1, reach(layer, head, i))));
+    drawBars(thumb.canvas, Array.from(head.entropy || [], (nats, i) => Math.min(1, part(nats, i))), false);
+  }
+}
+
+const thumbs = [];
+
+function buildOverview() {
+  const groups = new Map(); // layers of one kind stand together
+  data.layers.forEach((layer, n) => {
+    const name = layer.label.split("layer")[0].trim() || "self";
+    if (!groups.has(name)) groups.set(name, []);
+    groups.get(name).push(n);
+  });
+  for (const [name, layers] of groups) {
+    if (groups.size > 1) byId("grid").append(make("h3", {}, { self: "Self attention", cross: "Cross attention", encoder: "Encoder" }[name] || name));
+    const heads = Math.max(...layers.map((n) => data.layers[n].heads.length));
+    const box = make("div", { class: "grid", role: "grid", "aria-label": `Heads, a row a layer: ${name}` });
+    box.style.setProperty("--heads", heads);
+    const labels = make("div", { class: "grid-row heads", role: "presentation", "aria-hidden": "true" }, make("span"));
+    for (let head = 0; head < heads; head++) labels.append(make("span", {}, String(head)));
+    box.append(labels);
+    for (const n of layers) {
+      const layer = data.layers[n];
+      const short = layer.label.replace(/^.*layer /, "").replace(", call ", "·");
+      const row = make("div", { class: "grid-row", role: "row" }, make("span", { role: "rowheader", title: `${layer.label}: ${layer.name}` }, short));
+      layer.heads.forEach((head, h) => {
+        const canvas = make("canvas", { "aria-hidden": "true" });
+        const button = make("button", { type: "button", role: "gridcell", class: "thumb", tabindex: "-1" }, canvas);
+        button.setAttribute("aria-label", `${layer.label}, head ${h}: ${head.words}`);
+        button.title = `${layer.label}, head ${h}: ${head.words}`;
+        button.addEventListener("click", () => chooseHead(n, h));
+        button.addEventListener("keydown", moveInGrid);
+        row.append(button);
+        thumbs.push({ layer: n, head: h, row: n, button, canvas, pattern: head.pattern, stale: true });
+      });
+      box.append(row);
+    }
+    byId("grid").append(box);
+  }
+}
+
+// Arrows move through the grid, and the choice follows.
+function moveInGrid(event) {
+  const layer = chosenLayer();
+  let row = state.layer;
+  let head = state.head;
+  if (event.key === "ArrowRight") head++;
+  else if (event.key === "ArrowLeft") head--;
+  else if (event.key === "ArrowDown") row++;
+  else if (event.key === "ArrowUp") row--;
+  else if (event.key === "Home") head = 0;
+  else if (event.key === "End") head = layer.heads.length - 1;
+  else return;
+  event.preventDefault();
+  row = Math.max(0, Math.min(data.layers.length - 1, row));
+  head = Math.max(0, Math.min(data.layers[row].heads.length - 1, head));
+  chooseHead(row, head);
+  thumbs.find((thumb) => thumb.layer === row && thumb.head === head).button.focus();
+}
+
+// Thumbnails are drawn a few at a time, so that a page of a thousand heads still answers at once.
+let pending = 0;
+function redrawThumbs() {
+  for (const thumb of thumbs) thumb.stale = true;
+  cancelAnimationFrame(pending);
+  const some = () => {
+    const until = performance.now() + 12;
+    for (const thumb of thumbs) {
+      if (!thumb.stale) continue;
+      if (performance.now() > until) {
+        pending = requestAnimationFrame(some);
+        return;
+      }
+      drawThumb(thumb);
+      thumb.stale = false;
+    }
+    byId("grid").dataset.drawn = state.show;
+  };
+  some();
+  byId("grid-note").textContent = {
+    pattern: "Down: queries. Across: keys. Darker is more attention.",
+    received: "Across: keys. A bar is the attention a key receives from all queries.",
+    entropy: "Down: queries. A bar is how wide a query looks, of as wide as it may.",
+  }[state.show].replace("Darker", theme() === "dark" ? "Brighter" : "Darker");
+}
+
+function markThumbs() {
+  for (const thumb of thumbs) {
+    const chosen = thumb.layer === state.layer && thumb.head === state.head;
+    thumb.button.setAttribute("aria-selected", chosen);
+    thumb.button.tabIndex = chosen ? 0 : -1;
+    if (chosen) reveal(byId("grid"), thumb.button.offsetTop - 24, thumb.button.offsetTop + thumb.button.offsetHeight + 8);
+    thumb.button.classList.toggle("aside", state.habit !== null && thumb.pattern !== state.habit);
+  }
+}
+
+function buildHabits() {
+  const counts = new Map();
+  for (const thumb of thumbs) counts.set(thumb.pattern, (counts.get(thumb.pattern) || 0) + 1);
+  for (const [pattern, [sign, name]] of Object.entries(data.habits)) {
+    if (!counts.has(pattern)) continue;
+    const chip = make("button", { type: "button", class: "chip", "aria-pressed": "false" }, make("span", { class: "sign", "aria-hidden": "true" }, sign), name, make("span", { class: "count" }, String(counts.get(pattern))));
+    chip.addEventListener("click", () => {
+      state.habit = state.habit === pattern ? null : pattern;
+      tell("habit");
+    });
+    on("habit", () => chip.setAttribute("aria-pressed", state.habit === pattern));
+    byId("habits").append(chip);
+  }
+}
+
+buildOverview();
+buildHabits();
+segments(
+  byId("show"),
+  [
+    ["pattern", "Pattern", "Which key each query looks at"],
+    ["received", "Received", "How much attention each key receives"],
+    ["entropy", "Spread", "How wide each query looks (entropy)"],
+  ],
+  () => state.show,
+  (value) => (state.show = value),
+  "show",
+);
+on("head habit", markThumbs);
+on("show theme", redrawThumbs);

@@ -1,0 +1,147 @@
+"""What the views read: one record of what a call of attention paid attention to, and which text its two sides are.
+
+Axes: B batch, H heads, L queries, S keys, k recorded keys a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Top(Protocol):
+    """The largest weights of every row and the keys they fall on."""
+
+    @property
+    def weights(self) -> Tensor: ...  # (B,H,L,k), largest first, filled up with 0
+
+    @property
+    def keys(self) -> Tensor: ...  # (B,H,L,k) int64, filled up with -1
+
+
+class Record(Protocol):
+    """One call of attention in one module, as the views need it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def kind(self) -> str: ...  # "self" or "cross"
+    @property
+    def call(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def queries(self) -> int: ...
+    @property
+    def keys(self) -> int: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def top(self) -> Top: ...
+    @property
+    def received(self) -> Tensor | None: ...  # (B,H,S)
+    @property
+    def entropy(self) -> Tensor | None: ...  # (B,H,L), nats
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch entry of a record, on the CPU in fp32, with what the recorded top says and what it leaves open."""
+
+    weights: Tensor  # (H,L,k)
+    keys: Tensor  # (H,L,k)
+    listed: Tensor  # (H,L,k) bool: the entry is a key, not filling
+    allowed: Tensor  # (L,) how many keys the causal rule permits
+    complete: Tensor  # (H,L) bool: every key that may be attended is listed
+    rest: Tensor  # (H,L) the weight outside the list
+    entropy: Tensor | None  # (H,L) nats; None where it was not recorded and cannot be told from the list
+    received: Tensor  # (H,S)
+    received_exact: bool  # False where `received` is a lower bound, summed from the list
+    offset: int  # the place of the first query in its text
+
+
+def rows(record: Record, batch: int) -> Rows:
+    """The rows of one batch entry. Queries stand at the end of the keys where a cache makes L < S."""
+    keys = record.top.keys[batch].detach().cpu().long()
+    listed = keys >= 0
+    weights = record.top.weights[batch].detach().cpu().float().nan_to_num(0.0).masked_fill(~listed, 0.0)
+    offset = record.keys - record.queries if record.kind == "self" else 0
+    allowed = torch.full((record.queries,), record.keys)
+    if record.causal:
+        allowed = (torch.arange(record.queries) + offset + 1).clamp(0, record.keys)
+    count = listed.sum(-1)
+    complete = (count < keys.shape[-1]) | (count >= allowed)
+    exact = record.received is not None or bool(complete.all())
+    if record.received is not None:
+        received = record.received[batch].detach().cpu().float().nan_to_num(0.0)
+    else:
+        received = torch.zeros(keys.shape[0], record.keys)
+        received.scatter_add_(1, keys.clamp(min=0).flatten(1), weights.flatten(1))
+    entropy = None
+    if record.entropy is not None:
+        entropy = record.entropy[batch].detach().cpu().float().nan_to_num(0.0)
+    elif bool(complete.all()):
+        entropy = -torch.special.xlogy(weights, weights).sum(-1)
+    rest = (1 - weights.sum(-1)).clamp(0, 1)
+    return Rows(weights, keys, listed, allowed, complete, rest, entropy, received, exact, offset)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Which text the queries and the keys of a record belong to (0: `tokens`, 1: `key_tokens`), and their tokens."""
+
+    query_text: int
+    key_text: int
+    queries: Sequence[str]  # L of them
+    keys: Sequence[str]  # S of them
+
+
+def check(
+    records: Sequence[Record], tokens: Sequence[str], key_tokens: Sequence[str] | None, batch: int
+) -> list[Sides]:
+    """The sides of every record. Raises ValueError, naming the argument, where texts, batch and records do not fit."""
+    if len(records) == 0:
+        raise ValueError("records is empty: expected at least one record of a call of attention")
+    for name, text in (("tokens", tokens), ("key_tokens", key_tokens)):
+        if text is not None and len(text) == 0:
+            raise ValueError(f"{name} is empty: expected at least one token")
+    for record in records:
+        size, most = record.top.weights.shape[0], record.top.weights.shape[-1]
+        if most == 0:
+            raise ValueError(f"record {record.name!r} holds no weights: expected top.weights (B,H,L,k) with k >= 1")
+        if not 0 <= batch < size:
+            raise ValueError(f"batch is {batch}: expected 0 <= batch < {size}, the batch of record {record.name!r}")
+    return [_sides(record, tokens, key_tokens) for record in records]
+
+
+def _sides(record: Record, tokens: Sequence[str], key_tokens: Sequence[str] | None) -> Sides:
+    length, size = record.queries, record.keys
+    where = f"record {record.name!r} (layer {record.layer}, {record.kind}, L={length}, S={size})"
+    if record.kind == "cross":
+        sources = tokens if key_tokens is None else key_tokens
+        if len(tokens) != length:
+            raise ValueError(f"tokens has {len(tokens)} entries: expected {length}, the queries of {where}")
+        if len(sources) != size:
+            name = "tokens" if key_tokens is None else "key_tokens"
+            raise ValueError(f"{name} has {len(sources)} entries: expected {size}, the keys of {where}")
+        return Sides(0, 0 if key_tokens is None else 1, tokens, sources)
+    texts = [(0, tokens)] if key_tokens is None else [(0, tokens), (1, key_tokens)]
+    if key_tokens is not None and "encoder" in record.name.split("."):
+        texts.reverse()  # two texts: an encoder reads the source, which is the text of the cross attention's keys
+    for index, text in texts:
+        if len(text) == size and length <= size:
+            return Sides(index, index, text[size - length :], text)
+    lengths = " and ".join(f"{('tokens', 'key_tokens')[i]} has {len(t)} entries" for i, t in sorted(texts))
+    raise ValueError(f"{lengths}: expected {size}, the keys of {where}")
+
+
+def label(record: Record, sides: Sides) -> str:
+    """What a record is called in the views: "layer 3", "encoder layer 3", "cross layer 3", "layer 3, call 1"."""
+    part = "cross " if record.kind == "cross" else "encoder " if sides.key_text == 1 else ""
+    return f"{part}layer {record.layer}" + (f", call {record.call}" if record.call else "")

@@ -1,0 +1,65 @@
+"""What a watch keeps of one call of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+from torch import Tensor
+
+from regard.summary import Top
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call of attention in a model, in summaries of its weights. Tensors are detached.
+
+    B batch rows, H heads, L queries, S keys.
+    """
+
+    name: str  # the path of the module that called it, "encoder.layer.0.attention.self"
+    layer: int  # which attention of the model it is, in the order of calls, from 0
+    call: int  # which run of the model it belongs to, from 0
+    kind: str  # "self" or "cross"
+    causal: bool  # no query may attend to a later key
+    heads: int
+    queries: int
+    keys: int
+    top: Top  # the largest weights (B, H, L, k) and their keys (B, H, L, k); weight 0 and key -1 where there are fewer
+    max: Tensor  # the largest weight of each row (B, H, L)
+    received: Tensor | None  # the sum of each key's weights (B, H, S)
+    entropy: Tensor | None  # of each row, in nats (B, H, L)
+    rows: Tensor | None  # the whole weights of the rows asked for (B, H, R, S)
+
+    @property
+    def missing(self) -> Tensor:
+        """The weight of each row that `top` leaves out (B, H, L): it went to other keys."""
+        return (1 - self.top.weights.sum(-1)).clamp(min=0) * (self.max > 0)
+
+
+@dataclass
+class Watched(Sequence[Record]):
+    """The records of a watch, in the order of the calls."""
+
+    records: list[Record] = field(default_factory=list)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        return self.records[index]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __repr__(self) -> str:
+        if not self.records:
+            return "Watched(no attention seen)"
+        layers = {record.layer for record in self.records}
+        last = self.records[-1]
+        return f"Watched({len(self.records)} calls in {len(layers)} layers; {last.heads} heads, {last.queries} queries x {last.keys} keys at last)"

@@ -1,0 +1,206 @@
+"""Ask the library and the oracle the same, outputs, summaries and gradients, and hold one against the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import oracle
+import torch
+from budget import Yardstick, check, related
+from problems import Problem
+from torch import Tensor
+
+import regard
+
+Tensors = dict[str, Tensor]
+
+# The kernels under test, and the precision that they work in on half-precision inputs: float32 inside, or (None) that of
+# the inputs. A new kernel joins every test here.
+KERNELS: dict[str, torch.dtype | None] = {"reference": torch.float32, "tiled": torch.float32}
+
+
+# How often the signs of the rows are drawn to find out how large the terms of a gradient are.
+_SIGNS = 3
+
+
+@dataclass
+class Truth:
+    """What the oracle says of a problem: outputs and gradients by name, the former also with all else it knows; the
+    weights of the sum that is differentiated; the rows (B, H, L) which NaN or inf reaches."""
+
+    exact: Tensors
+    straight: Tensors
+    outputs: dict[str, Yardstick]
+    gradients: dict[str, Yardstick]
+    cotangents: Tensors
+    grain: float
+    tainted: Tensor
+
+
+def wanted(problem: Problem) -> list[str]:
+    """The differentiable outputs of a problem, by name."""
+    names = ("out", *(problem.summary.outputs if problem.summary else ()))
+    return [name for name in names if name != "top_keys"]
+
+
+def truth(problem: Problem, precision: torch.dtype | None = torch.float32) -> Truth:
+    """The oracle's answers, and those of the plain way in a precision (None = that of q)."""
+    straight_dtype = precision or problem.dtype
+    grain = 1.0
+    if problem.dtype == torch.float64:
+        # The inputs are numbers of float32: there the errors of the plain way can be seen, and scaled down.
+        straight_dtype, grain = torch.float32, torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    exact, leaves = _solve(problem, torch.float64)
+    weights = _cotangents(problem, exact)
+    exact_gradients = _gradients(exact, weights, leaves)
+    sizes = _sizes(exact, weights, leaves)
+    straight, leaves = _solve(problem, straight_dtype)
+    straight_gradients = _gradients(straight, weights, leaves)
+    outputs = {name: Yardstick(exact[name], straight[name], grain) for name in weights}
+    gradients = {n: Yardstick(x, straight_gradients[n], grain, sizes[n]) for n, x in exact_gradients.items()}
+    outputs, gradients = (
+        {name: replace(y, relative=related(group.values())) for name, y in group.items()} for group in (outputs, gradients)
+    )
+    return Truth(exact, straight, outputs, gradients, weights, grain, problem.reached.any(-1))
+
+
+def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, float]:
+    """How large the gradients are when the rows have other signs: what cancels in one sum does not in the others."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = dict.fromkeys(leaves, 0.0)
+    for _ in range(_SIGNS):
+        flipped = {}
+        for name, x in weights.items():
+            signs = torch.randint(2, x.shape[:3], generator=generator) * 2.0 - 1
+            flipped[name] = x * signs.view(*signs.shape, *[1] * (x.dim() - 3))
+        for name, gradient in _gradients(outputs, flipped, leaves).items():
+            sizes[name] = max(sizes[name], gradient.abs().max().item() if gradient.numel() else 0.0)
+    return sizes
+
+
+def _solve(problem: Problem, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in problem.clean.items()}
+    return problem.solve(leaves), leaves
+
+
+def _cotangents(problem: Problem, exact: Tensors) -> Tensors:
+    generator = torch.Generator().manual_seed(len(problem.choices))
+    result = {}
+    for name in wanted(problem):
+        # Numbers that every dtype can hold.
+        result[name] = torch.randn(exact[name].shape, generator=generator).bfloat16().double()
+    # Where a derivative jumps, rounding decides which one a kernel finds; where NaN is, there is nothing to compare.
+    scale = exact["scores"].detach()
+    scale = scale[scale.isfinite()].abs().max().item() if scale.isfinite().any() else 1.0
+    margin = 256 * torch.finfo(torch.float32).eps * max(scale, 1.0)
+    rows = oracle.kinks(exact, margin, problem.alpha, problem.summary.top if problem.summary else 0)
+    silent = {"max": rows["max"] | rows["weights"], "top_weights": rows["top"] | rows["weights"]}
+    for name, weights in result.items():
+        if name == "received":
+            result[name] = weights * (not bool(rows["weights"].any()))
+        elif name == "rows":
+            chosen = silent.get(name, rows["weights"])[:, :, list(problem.summary.row_numbers)]  # type: ignore[union-attr]
+            result[name] = weights.masked_fill(chosen[..., None], 0.0)
+        else:
+            flags = silent.get(name, rows["weights"])
+            result[name] = weights.masked_fill(flags.view(*flags.shape, *[1] * (weights.dim() - 3)), 0.0)
+    return result
+
+
+def _gradients(outputs: Tensors, weights: Tensors, leaves: Tensors) -> Tensors:
+    """The gradients of the weighted sum of the outputs; 0 where there is none."""
+    used = [name for name in weights if outputs[name].requires_grad]
+    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if used:
+        given = [weights[name].to(outputs[name].dtype) for name in used]
+        sums = [outputs[name] for name in used]
+        found = torch.autograd.grad(sums, list(leaves.values()), given, allow_unused=True, retain_graph=True)
+    return {
+        name: torch.zeros_like(x) if gradient is None else gradient
+        for (name, x), gradient in zip(leaves.items(), found, strict=True)
+    }
+
+
+def ask(problem: Problem, kernel: str | None, leaves: Tensors) -> Tensors:
+    """The library's outputs and summaries, by name; it proves that this kernel ran."""
+    with regard.chosen() as ran:
+        answer = regard.attention(**problem.ask(leaves), kernel=kernel)
+    assert kernel is None or ran == [kernel], f"{ran} ran instead of {kernel}"
+    if problem.summary is None:
+        return {"out": answer}
+    out, seen = answer
+    found = {"out": out, **{name: x for name, x in seen._asdict().items() if x is not None and name != "top"}}
+    if seen.top is not None:
+        found["top_weights"], found["top_keys"] = seen.top
+    return found
+
+
+def fresh(problem: Problem) -> Tensors:
+    """The tensors of a problem as new leaves, laid out as they are."""
+    return {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
+
+
+def judge(problem: Problem, kernel: str, told: Truth) -> None:
+    """Raise an AssertionError unless a kernel gives what the oracle says, within the budget."""
+    leaves = fresh(problem)
+    found = ask(problem, kernel, leaves)
+    assert set(found) - {"top_keys"} == set(told.cotangents), f"{set(found)} were given"
+    assert found["out"].dtype == problem.dtype
+    clear = ~told.tainted
+    for name in told.cotangents:
+        judge_output(problem, name, found[name], told)
+    if "top_keys" in found:
+        judge_top(problem, found["top_weights"], found["top_keys"], told)
+    # Rows that NaN reaches give NaN to the gradients of all that they attend to, and of every parameter.
+    gradients = _gradients(found, told.cotangents, leaves)
+    places = {"q": clear[..., None]}
+    if told.tainted.any():
+        touched = (told.tainted[..., None] & problem.allowed).any(2)
+        touched = touched.unflatten(1, (problem.tensors["k"].shape[1], -1)).any(2)[..., None]
+        places |= {"k": ~touched, "v": ~touched}
+    for name, gradient in gradients.items():
+        if name in "qkv" or not told.tainted.any():
+            assert gradient.dtype == problem.tensors[name].dtype
+            check(f"gradient of {name}", gradient, told.gradients[name], places.get(name))
+
+
+def judge_output(problem: Problem, name: str, got: Tensor, told: Truth) -> None:
+    """One output, where NaN does not reach, and NaN where it does."""
+    tainted, where = told.tainted, None
+    if tainted.any():
+        if name in ("out", "lse"):
+            assert bool(got[tainted].isnan().all()), f"{name}: rows that attend to NaN are not NaN"
+        if name == "received":
+            where = ~(tainted[..., None] & problem.allowed).any(2)
+        elif name == "rows":
+            chosen = list(problem.summary.row_numbers)  # type: ignore[union-attr]
+            where = ~(tainted[..., None] & problem.allowed)[:, :, chosen]
+        elif name == "full":
+            where = ~(tainted[..., None] & problem.allowed)
+        else:
+            where = ~tainted.view(*tainted.shape, *[1] * (got.dim() - 3))
+    exact = told.outputs[name]
+    if name in ("received", "rows", "full") and where is not None:
+        # What a row may not attend to has no weight, even in a row of NaN.
+        cleared = [x.detach().masked_fill(tainted[..., None], 0.0) for x in (told.exact["full"], told.straight["full"])]
+        chosen = list(problem.summary.row_numbers)  # type: ignore[union-attr]
+        take = {"received": lambda x: x.sum(2), "rows": lambda x: x[:, :, chosen], "full": lambda x: x}[name]
+        exact = replace(exact, exact=take(cleared[0]), straight=take(cleared[1]))
+    check(name, got, exact, where)
+
+
+def judge_top(problem: Problem, weights: Tensor, keys: Tensor, told: Truth) -> None:
+    """The keys named are those that have the weights; -1 names none."""
+    clear = ~told.tainted[..., None]
+    full, there = told.exact["full"].detach(), told.exact["scores"].detach() > -torch.inf
+    count = keys.shape[-1]
+    expected = there.sum(-1, keepdim=True).clamp(max=count)
+    assert bool((((keys >= 0).sum(-1, keepdim=True) == expected) | ~clear).all()), "top: keys are missing, or invented"
+    assert bool(((keys < 0) <= (weights == 0)).logical_or(~clear).all()), "top: a weight without a key"
+    sorted_keys = keys.sort(-1).values
+    twice = (sorted_keys[..., 1:] == sorted_keys[..., :-1]) & (sorted_keys[..., 1:] >= 0)
+    assert not bool((twice & clear).any()), "top: a key is named twice"
+    if full.shape[-1]:
+        named = torch.where(keys >= 0, full.gather(-1, keys.clamp(min=0)), 0.0)
+        straight = torch.where(keys >= 0, told.straight["full"].detach().gather(-1, keys.clamp(min=0)), 0.0)
+        check("top weights at their keys", weights, replace(told.outputs["top_weights"], exact=named, straight=straight), clear)

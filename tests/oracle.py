@@ -1,0 +1,317 @@
+"""What attention is, done the plain way: one batch row and one head after the other, in whatever precision the inputs
+have. Tests run it in float64, as the truth; `budget.py` also runs it in the precision of a kernel, as a yardstick.
+
+It shares no code with the library. Gradients come from autograd.
+
+    q (B, H, L, D)    k (B, G, S, D)    v (B, G, S, E)    allowed (B, H, L, S)    ->    out (B, H, L, E)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The scores of one head: q (L, D), k (S, D), the head, its key/value head -> (L, S).
+Score = Callable[[Tensor, Tensor, int, int], Tensor]
+# The weights of one head: s (L, S), the head -> (L, S).
+Normalizer = Callable[[Tensor, int], Tensor]
+
+
+def of_head(x: Any, head: int, axes: int = 0) -> Any:
+    """A parameter's own part of a head: x itself unless it is a tensor with an axis of heads before its `axes`."""
+    return x[head] if isinstance(x, Tensor) and x.dim() > axes else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores.
+
+
+def scaled_dot(q: Tensor, k: Tensor, h: int, g: int, scale: float | None = None) -> Tensor:
+    return torch.einsum("id,jd->ij", q, k) * (1 / math.sqrt(max(q.shape[1], 1)) if scale is None else scale)
+
+
+def dot(q: Tensor, k: Tensor, h: int, g: int) -> Tensor:
+    return torch.einsum("id,jd->ij", q, k)
+
+
+def cosine(q: Tensor, k: Tensor, h: int, g: int, temperature: Any = 1.0) -> Tensor:
+    return torch.einsum("id,jd->ij", _unit(q), _unit(k)) / of_head(temperature, h)
+
+
+def _unit(x: Tensor) -> Tensor:
+    length = (x * x).sum(-1, keepdim=True)
+    return x / torch.where(length == 0, 1.0, length).sqrt()
+
+
+def bilinear(q: Tensor, k: Tensor, h: int, g: int, W: Tensor) -> Tensor:
+    return torch.einsum("ia,ab,jb->ij", q, of_head(W, h, 2), k)
+
+
+def gaussian(q: Tensor, k: Tensor, h: int, g: int, sigma: Any = 1.0) -> Tensor:
+    return -((q[:, None] - k[None]) ** 2).sum(-1) / (2 * of_head(sigma, h) ** 2)
+
+
+def distance(q: Tensor, k: Tensor, h: int, g: int, scale: float | None = None) -> Tensor:
+    scale = 1 / math.sqrt(max(q.shape[1], 1)) if scale is None else scale
+    return -((q[:, None] - k[None]) ** 2).sum(-1) * scale
+
+
+def additive(
+    q: Tensor, k: Tensor, h: int, g: int, v: Tensor, w_q: Tensor | None = None, w_k: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    q = q if w_q is None else torch.einsum("id,ad->ia", q, of_head(w_q, h, 2))
+    k = k if w_k is None else torch.einsum("jd,ad->ja", k, of_head(w_k, g, 2))
+    inner = q[:, None] + k[None]
+    inner = inner if bias is None else inner + of_head(bias, h, 1)
+    return torch.einsum("ija,a->ij", torch.tanh(inner), of_head(v, h, 1))
+
+
+SCORES: dict[str, Callable[..., Tensor]] = {
+    "scaled_dot": scaled_dot,
+    "dot": dot,
+    "cosine": cosine,
+    "bilinear": bilinear,
+    "gaussian": gaussian,
+    "distance": distance,
+    "additive": additive,
+}
+
+
+def one_by_one(pair: Callable[[Tensor, Tensor], Tensor]) -> Score:
+    """A score from its formula for one query vector and one key vector."""
+
+    def score(q: Tensor, k: Tensor, h: int, g: int) -> Tensor:
+        if not len(q) or not len(k):
+            return q.new_zeros(len(q), len(k))
+        return torch.stack([torch.stack([pair(x, y).reshape(()) for y in k]) for x in q])
+
+    return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normalizers: rows of scores, at least one of each finite, the rest perhaps -inf.
+
+
+def softmax(s: Tensor, h: int, sink: Any = None) -> Tensor:
+    top = s.detach().amax(-1, keepdim=True)
+    if sink is None:
+        grown = (s - top).exp()
+        return grown / grown.sum(-1, keepdim=True)
+    sink = torch.as_tensor(of_head(sink, h), dtype=s.dtype)
+    top = torch.maximum(top, sink.detach())
+    grown = (s - top).exp()
+    return grown / (grown.sum(-1, keepdim=True) + (sink - top).exp())
+
+
+def sigmoid(s: Tensor, h: int, bias: Any = 0.0) -> Tensor:
+    return torch.sigmoid(s + of_head(bias, h))
+
+
+def sparsemax(s: Tensor, h: int) -> Tensor:
+    """Martins, Astudillo (2016), algorithm 1: sort, and keep the scores that lie above the threshold they imply."""
+    size = torch.arange(1, s.shape[-1] + 1, dtype=s.dtype)
+    down = s.sort(-1, descending=True).values
+    # -inf sorts last, where it cannot belong to the support.
+    total = torch.where(down > -math.inf, down, 0.0).cumsum(-1)
+    support = (down > -math.inf) & (1 + size * down > total)
+    count = support.sum(-1, keepdim=True)
+    tau = (total.gather(-1, count - 1) - 1) / count
+    return (s - tau).clamp(min=0)
+
+
+def entmax(s: Tensor, h: int, alpha: float = 1.5) -> Tensor:
+    """Bisection for tau, then one step of Newton's method with a graph: at the root, it gives tau its true gradient."""
+    power = 1 / (alpha - 1)
+    z = (alpha - 1) * s
+    with torch.no_grad():
+        high = z.amax(-1, keepdim=True)
+        low = high - 1
+        for _ in range(80):
+            middle = (low + high) / 2
+            above = ((z - middle).clamp(min=0) ** power).sum(-1, keepdim=True) >= 1
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        slope = (power * (z - low).clamp(min=0) ** (power - 1) * (z > low)).sum(-1, keepdim=True)
+    tau = low + (((z - low).clamp(min=0) ** power).sum(-1, keepdim=True) - 1) / slope
+    return (z - tau).clamp(min=0) ** power
+
+
+NORMALIZERS: dict[str, Callable[..., Tensor]] = {
+    "softmax": softmax,
+    "sigmoid": sigmoid,
+    "sparsemax": sparsemax,
+    "entmax": entmax,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Biases (H, L, S), by how many positions each key lies behind its query.
+
+
+def behind(L: int, S: int, align: str | int | None) -> list[list[int]]:
+    """[i][j]: how far key j lies behind query i, which stands at key i ("start"), i + S - L ("end") or i + n (n)."""
+    first = {"start": 0, "end": S - L, None: 0}.get(align, align)  # type: ignore[arg-type]
+    return [[first + i - j for j in range(S)] for i in range(L)]  # type: ignore[operator]
+
+
+def alibi(H: int, steps: list[list[int]], slopes: Tensor | None, like: Tensor) -> Tensor:
+    """Press, Smith, Lewis (2022): the penalty grows with the distance, by a slope per head."""
+    if slopes is None:
+        slopes = torch.tensor(_alibi_slopes(H), dtype=torch.float64)
+    far = torch.tensor([[abs(step) for step in row] for row in steps]).reshape(len(steps), -1).to(like.dtype)
+    return torch.stack([-slope.to(like.dtype) * far for slope in slopes]) if H else far[None, :0]
+
+
+def _alibi_slopes(H: int) -> list[float]:
+    # "For n heads, our set of slopes is the geometric sequence that starts at 2^(-8/n) and uses that same value as its
+    # ratio"; the authors' code fills up other n from the sequence of the next power of two, every second one.
+    if H & (H - 1) == 0:
+        return [(2 ** (-8 / H)) ** (h + 1) for h in range(H)]
+    power = 2 ** int(math.log2(H))
+    return _alibi_slopes(power) + _alibi_slopes(2 * power)[0::2][: H - power]
+
+
+def t5(steps: list[list[int]], table: Tensor, bidirectional: bool, max_distance: int) -> Tensor:
+    """Raffel et al. (2020): a number per bucket of distances and head, table (buckets, H)."""
+    bucket = [[_t5_bucket(step, len(table), bidirectional, max_distance) for step in row] for row in steps]
+    index = torch.tensor(bucket, dtype=torch.int64).reshape(len(steps), -1)
+    return torch.stack([table[:, h][index] for h in range(table.shape[1])])
+
+
+def _t5_bucket(step: int, buckets: int, bidirectional: bool, max_distance: int) -> int:
+    start, far = 0, max(step, 0)
+    if bidirectional:
+        buckets //= 2
+        start, far = (buckets if step < 0 else 0), abs(step)
+    exact = buckets // 2
+    if far < exact:
+        return start + far
+    # exact + floor(log(far / exact) / log(max_distance / exact) * rest), in whole numbers: the most steps m with
+    # (max_distance / exact)^(m / rest) <= far / exact.
+    rest = buckets - exact
+    steps = 0
+    while steps < rest - 1 and max_distance ** (steps + 1) * exact ** (rest - steps - 1) <= far**rest:
+        steps += 1
+    return start + exact + steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout.
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def _mix(x: int) -> int:
+    """lowbias32 of Chris Wellons, "Prospecting for Hash Functions" (2018)."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D & _MASK
+    x ^= x >> 15
+    x = x * 0x846CA68B & _MASK
+    return x ^ x >> 16
+
+
+def keep(B: int, H: int, L: int, S: int, seed: int, rate: float) -> Tensor:
+    """Which weights survive dropout, bool (B, H, L, S), by whole numbers of 32 bits."""
+    kept = torch.zeros(B, H, L, S, dtype=torch.bool)
+    threshold = min(round(rate * 2**32), 2**32 - 1)
+    if rate >= 1:
+        return kept
+    for b in range(B):
+        for h in range(H):
+            for i in range(L):
+                row = _mix((seed ^ _GOLDEN) & _MASK)
+                for part in (seed >> 32, b, h, i):
+                    row = _mix((row * _GOLDEN ^ part) & _MASK)
+                factor = _mix(row ^ _GOLDEN) | 1
+                words = [_mix((j + row) * factor & _MASK) for j in range(S)]
+                kept[b, h, i] = torch.tensor([word >= threshold for word in words], dtype=torch.bool)
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The equation.
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, score: Score, normalizer: Normalizer = softmax, allowed: Tensor | None = None,
+    bias: Tensor | None = None, softcap: float | None = None, kept: Tensor | None = None, rate: float = 0.0,
+    sink: Any = None, top: int = 0, member: Tensor | None = None, rows: Sequence[int] = (),
+) -> dict[str, Tensor]:
+    """The output and every summary, by name; `scores` (B, H, L, S) besides, masked.
+
+    bias broadcasts to (B, H, L, S); `kept` (B, H, L, S) are the weights that dropout leaves; `sink` is that of the
+    normalizer, for the log-sum-exp; member (B, N, S) are groups of keys.
+    """
+    (B, H, L, _), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
+    allowed = torch.ones(B, H, L, S, dtype=torch.bool) if allowed is None else allowed
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("out", "lse", "full", "scores")}
+    for b in range(B):
+        for h in range(H):
+            g = h * G // H
+            s = score(q[b, h], k[b, g], h, g)
+            s = s if softcap is None else softcap * torch.tanh(s / softcap)
+            s = s if bias is None else s + bias.expand(B, H, L, S)[b, h].to(s.dtype)
+            s = torch.where(allowed[b, h], s, -math.inf)
+            there = s > -math.inf
+            some = there.any(-1, keepdim=True)
+            p = s
+            if S:
+                p = normalizer(torch.where(some, s, 0.0), h)
+                p = torch.where(some & there, p, 0.0)
+            dealt = p if kept is None else torch.where(kept[b, h], p, 0.0) * (1 / (1 - rate) if rate < 1 else 0.0)
+            parts["out"].append(torch.einsum("ij,je->ie", dealt, v[b, g]))
+            parts["lse"].append(_log_sum_exp(s, of_head(sink, h)))
+            parts["full"].append(p)
+            parts["scores"].append(s)
+    shapes = {"out": (B, H, L, E), "lse": (B, H, L), "full": (B, H, L, S), "scores": (B, H, L, S)}
+    found = {n: torch.stack(x).reshape(shapes[n]) if x else q.new_zeros(shapes[n]) for n, x in parts.items()}
+    p = found["full"]
+    found["max"] = p.amax(-1) if S else p.new_zeros(B, H, L)
+    found["entropy"] = -torch.where(p > 0, p * torch.where(p > 0, p, 1.0).log(), 0.0).sum(-1)
+    found["received"] = p.sum(2)
+    found["rows"] = p[:, :, list(rows)]
+    if member is not None:
+        found["mass"] = torch.einsum("bhij,bnj->bhin", p, member.to(p.dtype))
+    if top:
+        best = p.sort(-1, descending=True).values[..., :top]
+        found["top_weights"] = torch.nn.functional.pad(best, (0, top - best.shape[-1]))
+    return found
+
+
+def _log_sum_exp(s: Tensor, sink: Any) -> Tensor:
+    """Over the last axis, and a sink; -inf where there is nothing to sum."""
+    if sink is not None:
+        s = torch.cat([s, torch.as_tensor(sink, dtype=s.dtype).expand(len(s), 1)], 1)
+    if not s.shape[1]:
+        return s.new_full((len(s),), -math.inf)
+    top = s.detach().amax(-1, keepdim=True)
+    some = top > -math.inf
+    total = torch.where(some, s - torch.where(some, top, 0.0), 0.0).exp().sum(-1)
+    return torch.where(some[:, 0], total.log() + torch.where(some, top, 0.0)[:, 0], -math.inf)
+
+
+def kinks(found: dict[str, Tensor], margin: float, alpha: float | None = None, top: int = 0) -> dict[str, Tensor]:
+    """The rows (B, H, L) whose derivatives are about to jump: rounding may put them on either side.
+
+    "max" and "top": two of the largest scores differ by less than `margin`; "weights": a score lies within `margin` of
+    the threshold of entmax.
+    """
+    s, p = found["scores"].detach(), found["full"].detach()
+    nobody = torch.zeros(s.shape[:3], dtype=torch.bool)
+    if not s.shape[-1]:
+        return {"max": nobody, "top": nobody, "weights": nobody}
+    best = s.sort(-1, descending=True).values
+    close = (best[..., :-1] - best[..., 1:]) < margin
+    rows = {"max": close[..., :1].any(-1), "top": close[..., :top].any(-1), "weights": nobody}
+    if alpha is not None:
+        # On the support, p = gap^(1 / (alpha - 1)) with gap = (alpha - 1) s - tau.
+        gap = torch.where(p > 0, p, 1.0) ** (alpha - 1)
+        z = (alpha - 1) * s
+        tau = torch.where(p > 0, z - gap, -math.inf).amax(-1, keepdim=True)
+        rows["weights"] = ((z - tau).abs() < margin).any(-1)
+    return rows

@@ -1,0 +1,122 @@
+"""The command line, run as its users run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from regard.cli import main
+from regard.look import look
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, expect: int = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "regard.cli", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240, input=stdin
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def causal_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small Llama with a tokenizer of its own, saved as users save theirs."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("llama")
+    words = ["<unk>", "<s>", "the", "cat", "sat", "on", "mat", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=32, max_position_embeddings=12,
+    )  # fmt: skip
+    transformers.LlamaModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_look_at_the_default_model(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = run("look", "The animal didn't cross the street because it was too tired.", "--out", str(page))
+    assert "6 layers" in done.stdout
+    assert "previous token" in done.stdout
+    document = page.read_text(encoding="utf-8")
+    assert "all-MiniLM-L6-v2" in document
+    assert "http://" not in document.replace("http://www.w3.org/", "")
+
+
+def test_look_records_the_weights_of_the_model() -> None:
+    looked = look("A cat, a mat.")
+    assert looked.tokens == ["[CLS]", "a", "cat", ",", "a", "mat", ".", "[SEP]"]
+    assert len(looked.watched) == 6
+    for record in looked.watched:
+        assert record.top.weights.shape == (1, 12, 8, 8)
+        assert not record.causal
+        assert torch.allclose(record.top.weights.sum(-1), torch.ones(1, 12, 8), atol=1e-5)
+
+
+def test_look_at_a_causal_model_and_cut_what_is_too_long(causal_model: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    text = "the cat sat on the mat . the cat sat on the mat ."
+    done = run("look", "-", "--model", causal_model, "--out", str(page), stdin=text)
+    assert "The last 2 tokens are beyond what the model can take" in done.stdout
+    looked = look(text, causal_model)
+    assert looked.truncated == 2
+    assert [record.causal for record in looked.watched] == [True, True]
+    assert int(looked.watched[0].top.keys[0, 0, 0, 1:].max()) == -1
+
+
+def test_look_tells_what_is_wrong(tmp_path: Path) -> None:
+    assert "text: is empty" in run("look", "  ", "--out", str(tmp_path / "p.html"), expect=2).stderr
+    assert "does not exist" in run("look", "hi", "--out", str(tmp_path / "no" / "p.html"), expect=2).stderr
+    nowhere = run("look", "hi", "--model", str(tmp_path), "--out", str(tmp_path / "p.html"), expect=2)
+    assert "cannot be loaded by transformers" in nowhere.stderr
+    assert "Traceback" not in nowhere.stderr
+
+
+def test_doctor_names_every_kernel_and_reason() -> None:
+    out = run("doctor").stdout
+    for word in ("PyTorch", "tiled", "torch", "transformers", "softcap", "sparsemax"):
+        assert word in out
+
+
+def test_bench_measures_and_refuses_wrong_results(tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    done = run("bench", "--only", "plain", "--quick", "--json", "--plot", str(plot))
+    results = json.loads(done.stdout)
+    assert [r["direction"] for r in results] == ["forward", "forward + backward"]
+    assert all(r["ratio"] > 0 and r["ours_error"] < 1e-5 for r in results)
+    assert plot.stat().st_size > 5000
+    assert "no case has 'nonsense' in its name" in run("bench", "--only", "nonsense", expect=2).stderr
+
+
+def test_demo_tells_where_the_page_is(tmp_path: Path) -> None:
+    done = run("demo", "--quick", "--out", str(tmp_path / "demo"))
+    for word in ("score", "normalise", "aggregate", "Open the page"):
+        assert word in done.stdout
+    assert (tmp_path / "demo" / "attention.html").stat().st_size > 20_000
+
+
+def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("look", "bench", "doctor", "demo"):
+        assert command in out
+
+
+def test_missing_packages_are_named() -> None:
+    code = "import sys; sys.modules['typer'] = None\nimport regard.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 1
+    assert "pip install 'regard[look]'" in done.stderr

@@ -1,0 +1,227 @@
+"""Watching changes nothing, leaves nothing behind, and reports the weights that eager attention gives."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import regard
+from regard.watch import Record
+
+IDS = torch.randint(5, 90, (2, 17), generator=torch.Generator().manual_seed(0))
+PADDED = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_fill(1, torch.arange(12, 17), 0)}
+SMALL = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def bert(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    return transformers.BertModel(transformers.BertConfig(**SMALL, attn_implementation=implementation)), PADDED
+
+
+def gpt2(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    config = transformers.GPT2Config(
+        vocab_size=90, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, attn_implementation=implementation
+    )
+    return transformers.GPT2Model(config), PADDED
+
+
+def llama(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, attn_implementation=implementation)
+    return transformers.LlamaModel(config), {"input_ids": IDS}
+
+
+def t5(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    config = transformers.T5Config(
+        vocab_size=90, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, attn_implementation=implementation
+    )
+    return transformers.T5Model(config), {**PADDED, "decoder_input_ids": IDS[:, :9]}
+
+
+MODELS = {"bert": bert, "gpt2": gpt2, "llama": llama, "t5": t5}
+
+
+def dense(record: Record) -> Tensor:
+    """The weights of a record that keeps them all."""
+    weights = torch.zeros(*record.top.weights.shape[:3], record.keys)
+    keys = record.top.keys
+    return weights.scatter_add(-1, keys.clamp(min=0), record.top.weights * (keys >= 0))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", MODELS)
+def test_hugging_face(family: str, implementation: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = MODELS[family](implementation)
+    model.eval()
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state
+        with regard.watch(model, top=17, rows=[0, 5]) as seen:
+            watched = model(**inputs).last_hidden_state
+        after = model(**inputs).last_hidden_state
+        model.set_attn_implementation("eager")
+        eager = model(**inputs, output_attentions=True)
+    assert torch.equal(before, after)
+    assert model.config._attn_implementation == "eager"
+    # Rounding alone: the same sums in another order.
+    scale = before.abs().max()
+    assert (watched - before).abs().max() <= 64 * torch.finfo(torch.float32).eps * scale
+    truth = _in_order_of_calls(eager)
+    assert len(seen) == len(truth)
+    for record, weights in zip(seen, truth, strict=True):
+        B, H, L, S = weights.shape
+        assert (record.heads, record.queries, record.keys) == (H, L, S)
+        bound = 32 * torch.finfo(torch.float32).eps
+        assert (dense(record) - weights).abs().max() <= bound
+        assert record.received is not None
+        assert (record.received - weights.sum(-2)).abs().max() <= bound * L
+        assert record.entropy is not None
+        assert (record.entropy - torch.special.entr(weights).sum(-1)).abs().max() <= 8 * bound
+        assert record.rows is not None
+        assert (record.rows - weights[:, :, [0, 5]]).abs().max() <= bound
+        assert float(record.missing.max()) <= bound
+
+
+def _in_order_of_calls(outputs: object) -> list[Tensor]:
+    if hasattr(outputs, "cross_attentions") and hasattr(outputs, "encoder_attentions"):
+        own, cross = outputs.decoder_attentions, outputs.cross_attentions
+        decoder = [weights for pair in zip(own, cross, strict=True) for weights in pair]
+        return [*outputs.encoder_attentions, *decoder]
+    return list(outputs.attentions)  # type: ignore[attr-defined]
+
+
+def test_kinds_and_names() -> None:
+    model, inputs = t5("sdpa")
+    with torch.no_grad(), regard.watch(model.eval()) as seen:
+        model(**inputs)
+        model(**inputs)
+    assert [record.kind for record in seen][:6] == ["self", "self", "self", "cross", "self", "cross"]
+    assert [record.causal for record in seen][:6] == [False, False, True, False, True, False]
+    assert [record.layer for record in seen] == [*range(6), *range(6)]
+    assert {record.call for record in seen[6:]} == {1}
+    assert seen[3].name == "decoder.block.0.layer.1.EncDecAttention"
+    assert repr(seen) == "Watched(12 calls in 6 layers; 4 heads, 9 queries x 17 keys at last)"
+
+
+def test_left_out_weight_is_known() -> None:
+    model, inputs = llama("sdpa")
+    with torch.no_grad(), regard.watch(model.eval(), top=3, layers=[1]) as seen:
+        model(**inputs)
+    (record,) = seen
+    assert record.layer == 1
+    assert record.top.weights.shape == (2, 4, 17, 3)
+    left = 1 - record.top.weights.sum(-1)
+    assert torch.allclose(record.missing, left.clamp(min=0), atol=torch.finfo(torch.float32).eps)
+    assert float(record.missing[..., 10:].min()) > 0
+
+
+class Handmade(nn.Module):
+    """Attention as people write it, with a name that was imported early."""
+
+    attend = staticmethod(F.scaled_dot_product_attention)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inner(x).chunk(3, -1)
+        return type(self).attend(q, k, v, is_causal=True, scale=0.5)
+
+
+def test_handmade_and_gradients() -> None:
+    model, x = Handmade(), torch.randn(3, 7, 8)
+    plain = torch.autograd.grad(model(x).square().sum(), model.inner.weight)[0]
+    with regard.watch(model) as seen:
+        watched = torch.autograd.grad(model(x).square().sum(), model.inner.weight)[0]
+    assert torch.allclose(plain, watched, rtol=1e-5, atol=float(plain.abs().max()) * 1e-6)
+    assert seen[0].causal
+    assert seen[0].top.weights.shape == (3, 1, 7, 7)
+    assert not seen[0].top.weights.requires_grad
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead(need_weights: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 6, 16)
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    arguments = {"key_padding_mask": padding, "need_weights": need_weights}
+    with torch.no_grad():
+        before = layer(x, x, x, **arguments)
+        with regard.watch(layer, top=6, rows=[1]) as seen:
+            watched = layer(x, x, x, **arguments)
+        _, weights = layer(x, x, x, key_padding_mask=padding, average_attn_weights=False)
+    assert torch.allclose(before[0], watched[0], atol=1e-6)
+    assert (before[1] is None) == (watched[1] is None)
+    if need_weights:
+        assert torch.allclose(before[1], watched[1], atol=1e-6)
+    assert torch.allclose(dense(seen[0]), weights, atol=1e-6)
+    assert int(seen[0].top.keys[1, :, :, 4:].max()) == -1
+
+
+def test_transformer_encoder_in_all_modes() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, dropout=0.1, batch_first=True), 2)
+    x = torch.randn(2, 5, 16)
+    for mode in (encoder.train, encoder.eval):
+        mode()
+        torch.manual_seed(1)
+        before = encoder(x)
+        torch.manual_seed(1)
+        with regard.watch(encoder) as seen:
+            watched = encoder(x)
+        assert [record.name for record in seen] == ["layers.0.self_attn", "layers.1.self_attn"]
+        assert torch.allclose(before, watched, atol=1e-5)
+
+
+def test_nothing_stays_behind() -> None:
+    model, inputs = bert("eager")
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(RuntimeError, match="stop"), regard.watch(model):
+        model(**inputs)
+        raise RuntimeError("stop")
+    assert model.config._attn_implementation == "eager"
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+
+
+def test_nested_watches_and_other_models() -> None:
+    model, other, x = Handmade(), Handmade(), torch.randn(2, 5, 8)
+    with regard.watch(model) as outer:
+        other(x)
+        with regard.watch(other) as inner:
+            other(x)
+        model(x)
+    assert len(outer) == 1
+    assert len(inner) == 1
+
+
+def test_threads_watch_their_own() -> None:
+    counts: dict[int, int] = {}
+
+    def work(number: int) -> None:
+        layer, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 6, 16)
+        with regard.watch(layer) as seen:
+            for _ in range(number + 1):
+                layer(x, x, x, need_weights=False)
+        counts[number] = len(seen)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts == {number: number + 1 for number in range(6)}
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+
+
+def test_bad_calls() -> None:
+    with pytest.raises(TypeError, match=r"model: str; expected a torch\.nn\.Module"), regard.watch("bert"):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ValueError, match="top: 0; expected a whole number > 0"), regard.watch(nn.Linear(1, 1), top=0):
+        pass
+    linear = nn.Linear(1, 1)
+    with pytest.warns(UserWarning, match="no attention was seen in Linear"), regard.watch(linear):
+        linear(torch.ones(1))
