@@ -90,8 +90,8 @@ def test_habits_are_called_by_name() -> None:
     assert words[0] == "previous token 0.82"
     assert words[1] == "next token 0.73"
     assert words[2] == "itself 0.90"
-    assert words[3].startswith("[CLS] 0.6")
-    assert words[4].startswith("[SEP] 0.7")
+    assert words[3] == "[CLS] 0.61"
+    assert words[4] == "[SEP] 0.70"
     assert words[5] == "“.” 0.66"
     assert words[6] == f"spread wide (entropy {math.log(size):.1f} of {math.log(size):.1f})"
 
@@ -143,6 +143,18 @@ def test_without_entropy_a_head_is_told_by_its_weights() -> None:
     assert [b.words for b in briefs(record, rows(record, 0), side)] == ["spread wide (entropy 2.2 of 2.2)"]
     bounded = replace(seen(random(1, 9, 9), k=2), entropy=None, received=None)
     assert "received most" in shown([bounded], list("abcdefghi"), 80)
+
+
+def test_padding_that_no_query_attends_changes_no_word() -> None:
+    weights = torch.zeros(1, 1, 9, 9)
+    weights[..., 0], weights[..., 1:4] = 0.7, 0.1
+    record = seen(weights, causal=True)  # fills up with key -1 where a weight is 0
+    record = replace(record, causal=False)
+    tokens = ["[CLS]", "a", "b", "[SEP]", *["[PAD]"] * 5]
+    (side,) = check([record], tokens, None, 0)
+    (brief,) = briefs(record, rows(record, 0), side)
+    assert brief.words == "[CLS] 0.70"
+    assert brief.room == pytest.approx(math.log(4), abs=1e-6)
 
 
 def test_nothing_attended_is_said_and_breaks_nothing() -> None:

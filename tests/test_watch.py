@@ -139,7 +139,7 @@ def test_handmade_and_gradients() -> None:
         watched = torch.autograd.grad(model(x).square().sum(), model.inner.weight)[0]
     assert torch.allclose(plain, watched, rtol=1e-5, atol=float(plain.abs().max()) * 1e-6)
     assert seen[0].causal
-    assert seen[0].top.weights.shape == (3, 1, 7, 7)
+    assert seen[0].top.weights.shape == (3, 1, 7, 8)
     assert not seen[0].top.weights.requires_grad
 
 

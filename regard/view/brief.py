@@ -32,8 +32,17 @@ HABITS = {  # pattern: its sign in the views, and what it is called there
     "none": ("∅", "attends to nothing"),
 }
 
+_PLACES = {  # a habit that follows the words, as a sentence calls its target
+    "previous": "the previous token",
+    "next": "the next token",
+    "itself": "the token itself",
+    "first": "the first token",
+    "same": "the same word elsewhere",
+    "induction": "what followed an earlier copy of the token",
+}
 _LEAST = 0.4  # a habit holds at least this share of the weight ...
 _CHANCE = 1.8  # ... and this many times what an even spread would give it
+_FAINT = 0.2  # a link between words is told where it has this part of the strongest link of all
 _WIDE = 0.85  # spread wide: entropy at least this part of the greatest possible
 
 
@@ -96,8 +105,7 @@ def briefs(record: Record, rows: Rows, sides: Sides) -> list[Brief]:
         shares.append(low[:, counted].mean(-1))
         highs.append(high[:, counted].mean(-1))
     entropy = None if rows.entropy is None else rows.entropy[:, asking].mean(-1)
-    reach = torch.where(rows.complete, rows.listed.sum(-1), rows.allowed)  # padding is not listed, so makes no room
-    rooms = reach[:, asking].clamp(min=1).float().log().mean(-1)
+    rooms = _reach(rows)[:, asking].clamp(min=1).float().log().mean(-1)
     pairs = [_strongest(rows, head, record, queries, keys) for head in range(record.heads)]
     out = []
     for head in range(record.heads):
@@ -108,7 +116,7 @@ def briefs(record: Record, rows: Rows, sides: Sides) -> list[Brief]:
         if fit:
             share, n = max(fit)
             mark = "≥" if float(highs[n][head]) - share > 0.005 else ""
-            words, sentence = _told(habits[n], share, mark, rows, head, asking, keys)
+            share, words, sentence = _told(habits[n], share, mark, rows, head, asking, keys)
             out.append(Brief(habits[n].pattern, share, words, sentence, spread, room, pair))
         elif pair is None:
             out.append(Brief("none", 0.0, "attends to nothing", "Attends to nothing in this text.", spread, room, None))
@@ -132,6 +140,11 @@ def _asking(rows: Rows, queries: Sequence[Reading]) -> Tensor:
     return choice if bool(choice.any()) else torch.ones_like(choice)
 
 
+def _reach(rows: Rows) -> Tensor:
+    """(H,L) how many keys a query may attend, as far as is known. Padding is not listed, so a complete row tells."""
+    return torch.where(rows.complete, rows.listed.sum(-1), rows.allowed)
+
+
 def _least(rows: Rows) -> Tensor:
     """(H,L) the smallest recorded weight."""
     return rows.weights.masked_fill(~rows.listed, float("inf")).amin(-1).nan_to_num(posinf=0.0)
@@ -139,10 +152,15 @@ def _least(rows: Rows) -> Tensor:
 
 def _habits(record: Record, rows: Rows, sides: Sides, keys: Sequence[Reading]) -> list[_Habit]:
     allowed, at = rows.allowed, rows.keys.clamp(min=0)
-    even = 1 / allowed.clamp(min=1)
+    even = 1 / _reach(rows).amax(0).clamp(min=1)
+    present = torch.zeros(len(keys), dtype=torch.bool)  # padding, which no query may attend, is no target
+    present[rows.keys[rows.listed]] = True
+    if not bool(rows.complete.all()):
+        present[: int(allowed[~rows.complete.all(0)].max())] = True
     habits: list[_Habit] = []
 
     def group(pattern: str, member: Tensor) -> None:  # (S,) bool: these keys, for every query
+        member = member & present
         total = torch.cat([torch.zeros(1, dtype=torch.long), member.long().cumsum(0)])[allowed]
         habits.append(_Habit(pattern, member[at] & rows.listed, total, total * even))
 
@@ -151,10 +169,11 @@ def _habits(record: Record, rows: Rows, sides: Sides, keys: Sequence[Reading]) -
         habits.append(_Habit(pattern, (rows.keys == target[:, None]) & rows.listed, there.long(), there * even))
 
     size = len(keys)
-    group("first", torch.arange(size) == 0)
     markers = torch.tensor([reading.marker for reading in keys], dtype=torch.bool)
-    if bool(markers[1:].any()):
+    several = bool(markers[1:].any())
+    if several:
         group("separator", markers)
+    group("separator" if several and keys[0].marker else "first", torch.arange(size) == 0)
     group("punctuation", torch.tensor([is_punctuation(r.text) and not r.marker for r in keys], dtype=torch.bool))
     if record.kind == "self":
         own = torch.arange(record.queries) + rows.offset
@@ -181,7 +200,7 @@ def _repeats(habits: list[_Habit], rows: Rows, name: Tensor, counts: Tensor, own
     elsewhere = torch.tensor(earlier if causal else others)[own]
     before = torch.tensor(earlier)[own]
     enough = max(4, len(own) // 4)  # fewer repeats would be an accident, not a habit
-    even = 1 / rows.allowed.clamp(min=1)
+    even = 1 / _reach(rows).amax(0).clamp(min=1)
     if int((elsewhere > 0).sum()) >= enough:
         hit = (name[at] == name[own][:, None]) & (at != own[:, None]) & rows.listed
         habits.append(_Habit("same", hit & (elsewhere > 0)[:, None], elsewhere, elsewhere * even))
@@ -203,52 +222,53 @@ def _fits(share: float, habit: _Habit, asking: Tensor) -> bool:
 
 def _told(
     habit: _Habit, share: float, mark: str, rows: Rows, head: int, asking: Tensor, keys: Sequence[Reading]
-) -> tuple[str, str]:
-    """The words and the sentence of a habit. Markers and punctuation are called by their own names."""
-    what, number = HABITS[habit.pattern][1], f"{mark}{share:.2f}"
+) -> tuple[float, str, str]:
+    """The share, the words and the sentence of a habit. Markers and punctuation are called by their own names."""
+    what, place = HABITS[habit.pattern][1], _PLACES.get(habit.pattern)
     if habit.pattern == "first" and keys[0].marker:
-        what = keys[0].text
+        what = place = keys[0].text
     elif habit.pattern in ("separator", "punctuation"):
-        weights = (rows.weights[head] * habit.hit[head])[asking]
-        by_name = Counter[str]()
-        for key, weight in zip(rows.keys[head][asking].flatten().tolist(), weights.flatten().tolist(), strict=True):
-            if weight > 0:
-                by_name[keys[key].text] += weight
-        ranked = by_name.most_common(2)
-        if ranked and (len(ranked) == 1 or ranked[0][1] >= 0.8 * sum(by_name.values())):
-            what = ranked[0][0]
-        elif len(ranked) == 2 and habit.pattern == "separator":
-            what = f"{ranked[0][0]} and {ranked[1][0]}"
-        if habit.pattern == "punctuation" and what != HABITS["punctuation"][1]:
-            what = f"“{what}”"
+        what, part = _names(habit, rows, head, asking, keys)
+        share *= part
+    verb = "Looks at" if place and share >= 0.7 else "Leans to" if place else "Rests on"
     least = "at least " if mark else ""
-    rest = habit.pattern in ("first", "separator", "punctuation")
-    verb = "Rests on" if rest else "Looks at" if share >= 0.7 else "Leans to"
-    article = {
-        "previous": "the previous token",
-        "next": "the next token",
-        "itself": "the token itself",
-        "first": what if keys[0].marker else "the first token",
-        "same": "the same word elsewhere",
-        "induction": "what followed an earlier copy of the token",
-    }.get(habit.pattern, what)
-    return f"{what} {number}", f"{verb} {article}: {least}{share:.2f} of its attention."
+    return share, f"{what} {mark}{share:.2f}", f"{verb} {place or what}: {least}{share:.2f} of its attention."
+
+
+def _names(habit: _Habit, rows: Rows, head: int, asking: Tensor, keys: Sequence[Reading]) -> tuple[str, float]:
+    """What a group of keys is called, and the part of its share that the name covers: one token where it takes most."""
+    weights = (rows.weights[head] * habit.hit[head])[asking].flatten()
+    per_key = torch.zeros(len(keys)).scatter_add_(0, rows.keys[head][asking].clamp(min=0).flatten(), weights)
+    by_name: dict[str, float] = {}
+    for key, weight in enumerate(per_key.tolist()):
+        if weight > 0:
+            by_name[keys[key].text] = by_name.get(keys[key].text, 0.0) + weight
+    ranked, total = sorted(by_name.items(), key=lambda item: -item[1]), sum(by_name.values())
+    name = "“{}”" if habit.pattern == "punctuation" else "{}"
+    if ranked[0][1] >= 0.8 * total:
+        return name.format(ranked[0][0]), ranked[0][1] / total
+    if len(by_name) == 2:
+        return f"{name.format(ranked[0][0])} and {name.format(ranked[1][0])}", 1.0
+    return HABITS[habit.pattern][1], 1.0
 
 
 def _strongest(
     rows: Rows, head: int, record: Record, queries: Sequence[Reading], keys: Sequence[Reading]
 ) -> Pair | None:
-    """The strongest link of a head: between two different words if there is one, else between any two tokens."""
-    weights, at = rows.weights[head], rows.keys[head]
+    """The strongest link of a head: between two different words, unless it is faint beside another."""
+    weights, at, listed = rows.weights[head], rows.keys[head], rows.listed[head]
     asks = torch.tensor([not r.marker and not is_punctuation(r.text) for r in queries])
     asks &= rows.allowed > 1
     answers = torch.tensor([not r.marker and not is_punctuation(r.text) for r in keys])
-    words = asks[:, None] & answers[at.clamp(min=0)] & rows.listed[head]
+    words = asks[:, None] & answers[at.clamp(min=0)] & listed
     if record.kind == "self":
         words &= at != (torch.arange(record.queries) + rows.offset)[:, None]
-    for among in (words, rows.listed[head]):
-        found = weights.masked_fill(~among, -1.0)
-        if found.numel() and float(found.max()) > 0:
-            row, entry = divmod(int(found.argmax()), found.shape[1])
-            return Pair(row, int(at[row, entry]), float(found[row, entry]))
-    return None
+    most = float(weights.max())
+    if most <= 0:
+        return None
+    found = weights.masked_fill(~words, -1.0)
+    if float(found.max()) < _FAINT * most:
+        said = torch.tensor([not r.marker for r in queries])[:, None] & listed
+        found = weights.masked_fill(~(said if bool((weights * said > 0).any()) else listed), -1.0)
+    row, entry = divmod(int(found.argmax()), found.shape[1])
+    return Pair(row, int(at[row, entry]), float(found[row, entry]))

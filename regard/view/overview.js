@@ -1,13 +1,17 @@
 // Every head at a glance: a row a layer, a column a head, and in each thumbnail its pattern, what its keys receive or how wide its
 // queries look.
 
-const THUMB = 96; // pixels a side, about
-const POOL = 40; // cells a side; a longer text is pooled by its greatest weight, so that a thin line stays a line
+const dense = data.layers.some((layer) => layer.heads.length > 16);
+const THUMB = dense ? 32 : 96; // pixels a side, about
+const POOL = dense ? 32 : 40; // cells a side; a longer text is pooled by its greatest weight, so a thin line stays a line
 
 function drawPattern(canvas, layer, head) {
   const wide = Math.min(POOL, layer.keys);
   const high = Math.min(POOL, layer.queries);
-  const image = new ImageData(wide, high);
+  const across = Math.ceil(THUMB / wide); // whole pixels a cell, else some cells come out wider than others
+  const down = Math.ceil(THUMB / high);
+  const image = new ImageData(wide * across, high * down);
+  const pixels = new Uint32Array(image.data.buffer);
   const most = new Float32Array(wide * high).fill(-1); // -1: nothing known here
   const open = new Uint8Array(wide * high); // some key here may be attended
   for (let i = 0; i < layer.queries; i++) {
@@ -25,13 +29,14 @@ function drawPattern(canvas, layer, head) {
     let colour = null;
     if (most[place] >= 0) colour = ramp[Math.round(255 * height(most[place]))];
     else if (open[place]) colour = ((place % wide) + Math.floor(place / wide)) % 3 ? plain : hatch;
-    if (colour) image.data.set([...colour, 255], 4 * place); // what may not be attended stays clear
+    if (!colour) continue; // what may not be attended stays clear
+    const pixel = (255 << 24) | (colour[2] << 16) | (colour[1] << 8) | colour[0];
+    const corner = Math.floor(place / wide) * down * image.width + (place % wide) * across;
+    for (let row = 0; row < down; row++) pixels.fill(pixel, corner + row * image.width, corner + row * image.width + across);
   }
-  canvas.width = wide * Math.ceil(THUMB / wide); // whole pixels a cell, else some cells come out wider than others
-  canvas.height = high * Math.ceil(THUMB / high);
-  const context = canvas.getContext("2d");
-  context.imageSmoothingEnabled = false;
-  context.drawImage(asCanvas(image), 0, 0, canvas.width, canvas.height);
+  canvas.width = image.width;
+  canvas.height = image.height;
+  canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
 // Bars in one direction: down the keys for attention received, across the queries for entropy.
@@ -72,6 +77,7 @@ function drawThumb(thumb) {
 const thumbs = [];
 
 function buildOverview() {
+  document.querySelector("main").classList.toggle("wide", dense);
   const groups = new Map(); // layers of one kind stand together
   data.layers.forEach((layer, n) => {
     const name = layer.label.split("layer")[0].trim() || "self";
@@ -81,10 +87,10 @@ function buildOverview() {
   for (const [name, layers] of groups) {
     if (groups.size > 1) byId("grid").append(make("h3", {}, { self: "Self attention", cross: "Cross attention", encoder: "Encoder" }[name] || name));
     const heads = Math.max(...layers.map((n) => data.layers[n].heads.length));
-    const box = make("div", { class: "grid", role: "grid", "aria-label": `Heads, a row a layer: ${name}` });
+    const box = make("div", { class: dense ? "grid dense" : "grid", role: "grid", "aria-label": `Heads, a row a layer: ${name}` });
     box.style.setProperty("--heads", heads);
     const labels = make("div", { class: "grid-row heads", role: "presentation", "aria-hidden": "true" }, make("span"));
-    for (let head = 0; head < heads; head++) labels.append(make("span", {}, String(head)));
+    for (let head = 0; head < heads; head++) labels.append(make("span", {}, dense && head % 4 ? "" : String(head)));
     box.append(labels);
     for (const n of layers) {
       const layer = data.layers[n];
@@ -131,7 +137,7 @@ function redrawThumbs() {
   for (const thumb of thumbs) thumb.stale = true;
   cancelAnimationFrame(pending);
   const some = () => {
-    const until = performance.now() + 12;
+    const until = performance.now() + 30;
     for (const thumb of thumbs) {
       if (!thumb.stale) continue;
       if (performance.now() > until) {

@@ -18,12 +18,12 @@ THOUSAND = 1000  # entropy and received are packed in thousandths
 
 def varints(numbers: Tensor) -> str:
     """Base64 of a flat tensor of integers >= 0, each below 2^28."""
-    n = numbers.flatten().long()
-    parts = torch.stack([(n >> shift) & 127 for shift in (0, 7, 14, 21)], -1)
-    length = 1 + (n > 127).long() + (n > 16383) + (n > 2097151)
-    place = torch.arange(4)
-    parts = parts | ((place < length[:, None] - 1).long() << 7)
-    kept = parts[place < length[:, None]].to(torch.uint8)
+    n = numbers.flatten().int()
+    shifts = [shift for shift in (0, 7, 14, 21) if shift == 0 or bool((n >> shift).any())]
+    rest = torch.stack([n >> shift for shift in shifts], -1)  # what is left to write at each byte
+    more = torch.cat([rest[:, 1:] > 0, torch.zeros(len(n), 1, dtype=torch.bool)], -1)
+    parts = (rest & 127) + 128 * more
+    kept = parts[torch.cat([torch.ones(len(n), 1, dtype=torch.bool), more[:, :-1]], -1)].to(torch.uint8)
     return base64.b64encode(bytes(kept.tolist())).decode("ascii")
 
 

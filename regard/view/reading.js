@@ -1,7 +1,7 @@
 // The text as it is read, shaded by the chosen head, and the sentence at the foot of the page that says the same in numbers.
 
 const flows = data.texts.map((text, index) => {
-  const box = make("p", { class: text.length > 60 ? "flow long" : "flow" });
+  const box = make("p", { class: `flow${text.length > 60 ? " long" : ""}${text.length > 160 ? " endless" : ""}` });
   const words = text.map((token, n) => {
     const word = make("span", { class: `word${token[2] ? " marker" : ""}${token[1] ? " joined" : ""}`, title: `${rawOf(token)}  (token ${n})`, tabindex: "-1" }, token[0]);
     word.dataset.token = n;

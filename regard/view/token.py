@@ -93,7 +93,7 @@ def _style(tokens: Sequence[str]) -> str:
 
 @cache
 def _byte_of() -> dict[str, int]:
-    """The letters byte-level BPE writes for bytes (GPT-2's table): printable ones for themselves, others from U+0100."""
+    """The letters byte-level BPE writes for bytes (GPT-2's): printable ones for themselves, the rest from U+0100."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in set(plain)]
     return {chr(b): b for b in plain} | {chr(0x100 + n): b for n, b in enumerate(rest)}

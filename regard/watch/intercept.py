@@ -141,8 +141,7 @@ def _looks_causal(attn_mask: Tensor | None) -> bool:
 
 def _from_weights(p: Tensor, summary: Summary) -> Seen:
     """The summaries of weights (B, H, L, S) that are there already."""
-    k = min(summary.top, p.shape[-1])
-    weights, keys = p.topk(k, -1)
+    weights, keys = F.pad(p, (0, max(summary.top - p.shape[-1], 0))).topk(summary.top, -1)
     return Seen(
         max=p.amax(-1),
         entropy=-(p * torch.log(torch.where(p > 0, p, 1.0))).sum(-1) if summary.entropy else None,
