@@ -22,10 +22,14 @@ def kind(value: object) -> str:
         if value.is_nested:
             return "a nested tensor"
         layout = "" if value.layout == torch.strided else f" ({str(value.layout).removeprefix('torch.')})"
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor{layout} of shape {tuple(value.shape)}"
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{'an' if dtype[0] == 'i' else 'a'} {dtype} tensor{layout} of shape {tuple(value.shape)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if value is None or isinstance(value, bool | int | float | complex | str | list | tuple | dict):
+    if isinstance(value, list | tuple):
+        parts = [kind(part) for part in value[:3]] + ["..."] * (len(value) > 3)
+        return f"[{', '.join(parts)}]" if isinstance(value, list) else f"({', '.join(parts)})"
+    if value is None or isinstance(value, bool | int | float | complex | str):
         return reprlib.repr(value)
     name = getattr(value, "__name__", None)
     return f"the function {name}" if callable(value) and name else f"an object of class {type(value).__name__}"

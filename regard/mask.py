@@ -291,8 +291,8 @@ class Where(Mask):
         out = self.predicate(tile.batch, tile.head, tile.query, tile.key)
         shape = tuple(stop - start for start, stop in (tile.b, tile.h, tile.q, tile.k))
         if not check.is_bools(out) or not check.broadcasts(out.shape, shape):
-            expected = f"bool that broadcasts to (b, h, l, s) = {shape}"
-            raise check.wrong("mask: what the predicate gives", out, expected, check.is_bools(out))
+            name = f"mask: what the predicate of where gives for a part (b, h, l, s) = {shape}"
+            raise check.wrong(name, out, "bools that broadcast to it", check.is_bools(out))
         return out
 
 
@@ -376,7 +376,7 @@ def blocks(table: Tensor, size: int | tuple[int, int] | None = None) -> Mask:
     rows, columns = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
     for part in (rows, columns):
         if part is not None and (not check.is_int(part) or part <= 0):
-            raise check.wrong("blocks: size", size, "an int > 0, or a pair of them", isinstance(size, int | tuple))
+            raise check.wrong("blocks: size", size, "an int > 0, or a tuple of two", isinstance(size, int | tuple))
     return Blocks(table[(None,) * (4 - table.dim())], rows, columns)
 
 

@@ -51,7 +51,7 @@ class Added(Bias):
         full = (sizes.B, sizes.H, sizes.L, sizes.S)
         if not check.broadcasts(self.tensor.shape, full):
             shape = check.shape(self.tensor)
-            raise ValueError(f"bias: has shape {shape}; expected one that broadcasts to (B, H, L, S) = {full}")
+            raise ValueError(f"bias has shape {shape}; expected one that broadcasts to (B, H, L, S) = {full}")
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,14 @@ from regard import check
 from regard.mask import Mask
 from regard.normalizer import Normalizer, Softmax
 from regard.position import Added, Bias
-from regard.score import Python, ScaledDot, Score
+from regard.score import Python, ScaledDot, Score, expand_heads
 from regard.summary import Summary
 from regard.tile import Align, Sizes
 from regard.word import slots, split
 
 _AXES = {"q": "(..., H, L, D)", "k": "(..., G, S, D)", "v": "(..., G, S, E)"}
+# The words that stand where none is given: made once.
+_SCALED_DOT, _SOFTMAX, _NO_SUMMARY = ScaledDot(), Softmax(), Summary()
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -97,18 +99,18 @@ def pose(
         check.positive("softcap", softcap, ", or None")
 
     if score is None:
-        score = ScaledDot()
+        score = _SCALED_DOT
     elif callable(score) and not isinstance(score, type | Score):
         score = Python.of(score, q, k)
     else:
         score = _word("score", score, Score, q.device)
     score.check(size, q.shape[-1], k.shape[-1])
     if normalizer is None:
-        normalizer = Softmax()
+        normalizer = _SOFTMAX
     else:
         _word("normalizer", normalizer, Normalizer, q.device).check(size)
     if summary is None:
-        summary = Summary()
+        summary = _NO_SUMMARY
     else:
         _word("summary", summary, Summary, q.device).check(size)
     if mask is not None:
@@ -125,6 +127,10 @@ def pose(
 
     given = type(score).__name__
     q, k, score = score.reduce(q, k)
+    if k.shape[1] != v.shape[1]:
+        # A parameter per query head has made a key per query head: values go along.
+        repeats = k.shape[1] // v.shape[1]
+        v, bad_k = expand_heads(v, repeats), None if bad_k is None else expand_heads(bad_k, repeats)
     tensors = [q, k, v]
     plan = Plan(
         score, normalizer, mask, bias, softcap, float(dropout), seed if dropout else None, summary, bad_q, bad_k
@@ -140,17 +146,18 @@ def pose(
 W = TypeVar("W", Score, Normalizer, Summary, Mask, Bias)
 
 _WORDS: dict[type[Any], str] = {
-    Score: "one of regard.score, or a function (q, k) -> scores",
-    Normalizer: "one of regard.normalizer",
-    Mask: "one of regard.mask",
+    Score: "one of regard.score, such as score.Dot(), or a function (q, k) -> scores",
+    Normalizer: "one of regard.normalizer, such as normalizer.Softmax()",
+    Mask: "one of regard.mask, such as mask.causal()",
     Bias: "a float tensor that broadcasts to (B, H, L, S), position.ALiBi or position.T5",
     Summary: "a regard.Summary, such as Summary(lse=True)",
 }
+_ABSTRACT = (Score, Normalizer, Mask, Bias)
 
 
 def _word(name: str, word: Any, kind: type[W], device: torch.device) -> W:
     """Raise unless it is a word of its kind, with its tensors beside q."""
-    if not isinstance(word, kind):
+    if not isinstance(word, kind) or type(word) in _ABSTRACT:
         raise check.wrong(name, word, _WORDS[kind] + _hint(word, kind), False)
     _beside(name, word, device)
     return word
@@ -159,11 +166,11 @@ def _word(name: str, word: Any, kind: type[W], device: torch.device) -> W:
 def _hint(value: object, kind: type[Any]) -> str:
     """What may have been meant."""
     if isinstance(value, type) and issubclass(value, kind):
-        return f": an object of this class, {value.__name__}(...)"
+        return f" (an object of this class: {value.__name__}(...))"
     if kind is Mask and check.is_floats(value):
         return " (what is added to the scores goes into bias=)"
     if kind is Mask and isinstance(value, Tensor):
-        return ", such as mask.dense(tensor) for a tensor of bools, True = may attend"
+        return ", or mask.dense(tensor) for a tensor of bools, True = may attend"
     if kind is Bias and check.is_bools(value):
         return " (bools go into mask=mask.dense(tensor), True = may attend)"
     if kind is Bias and isinstance(value, torch.nn.Module):
@@ -190,37 +197,37 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             hint = " (pad it and give mask.lengths, or pack it and give mask.documents)" if nested else ""
             raise check.wrong(name, x, f"an ordinary dense tensor {_AXES[name]}{hint}", False)
         if x.dim() < 2:
-            raise ValueError(f"{name}: has shape {tuple(x.shape)}; expected at least two axes, {_AXES[name]}")
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected at least two axes, {_AXES[name]}")
         if x.dtype not in _DTYPES:
-            raise TypeError(f"{name}: has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
+            raise TypeError(f"{name} has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise TypeError(f"{name}: has dtype {x.dtype} but q has {q.dtype}; expected the same")
+            raise TypeError(f"{name} has dtype {x.dtype} but q has {q.dtype}; expected the same")
         if x.device != q.device:
-            raise ValueError(f"{name}: is on {x.device} but q is on {q.device}; expected the same")
+            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; expected the same")
         if x.dim() != q.dim():
-            raise ValueError(f"{name}: has shape {tuple(x.shape)} but q has {tuple(q.shape)}; expected as many axes")
+            raise ValueError(f"{name} has shape {tuple(x.shape)} but q has {tuple(q.shape)}; expected as many axes")
         batch = slice(None, -3) if q.dim() > 3 else slice(None, -2)
         for got, expected in zip(x.shape[batch], q.shape[batch], strict=True):
             if got not in (1, expected):
                 raise ValueError(
-                    f"{name}: has shape {tuple(x.shape)}; expected the batch axes of q, {tuple(q.shape[batch])}, or 1"
+                    f"{name} has shape {tuple(x.shape)}; expected the batch axes of q, {tuple(q.shape[batch])}, or 1"
                 )
     if q.dim() > 3:
         H, G = q.shape[-3], k.shape[-3]
         if H != G and (G == 0 or H % G):
             raise ValueError(
-                f"k: has {G} heads (shape {tuple(k.shape)}) but q has {H} (shape {tuple(q.shape)}); expected k "
+                f"k has {G} heads (shape {tuple(k.shape)}) but q has {H} (shape {tuple(q.shape)}); expected k "
                 f"{_AXES['k']} with as many heads, or a divisor of them (grouped queries)"
             )
         if v.shape[-3] != G:
             raise ValueError(
-                f"v: has {v.shape[-3]} heads (shape {tuple(v.shape)}) but k has {G} (shape {tuple(k.shape)}); "
+                f"v has {v.shape[-3]} heads (shape {tuple(v.shape)}) but k has {G} (shape {tuple(k.shape)}); "
                 "expected as many"
             )
     if v.shape[-2] != k.shape[-2]:
         raise ValueError(
-            f"v: has {v.shape[-2]} keys (shape {tuple(v.shape)}) but k has {k.shape[-2]} (shape {tuple(k.shape)}); "
+            f"v has {v.shape[-2]} keys (shape {tuple(v.shape)}) but k has {k.shape[-2]} (shape {tuple(k.shape)}); "
             f"expected as many, v {_AXES['v']} for k {_AXES['k']}"
         )
 
@@ -250,7 +257,7 @@ def _seed(dropout: float, seed: int | Tensor | None, device: torch.device) -> Te
         if seed.dtype != torch.int64 or seed.dim():
             raise check.wrong("seed", seed, expected, seed.dtype == torch.int64)
         if seed.device != device and seed.device.type != "cpu":
-            raise ValueError(f"seed: is on {seed.device} but q is on {device}; expected the same")
+            raise ValueError(f"seed is on {seed.device} but q is on {device}; expected the same")
         return seed
     if not check.is_int(seed) or not -(1 << 63) <= seed < 1 << 63:
         raise check.wrong("seed", seed, expected, check.is_int(seed))
@@ -264,12 +271,12 @@ def _bias(bias: Tensor | Bias, lead: tuple[int, ...], size: Sizes) -> Bias:
         raise check.wrong("bias", bias, _WORDS[Bias] + _hint(bias, Bias), False)
     axes = (*lead, size.L, size.S)
     if bias.dim() > max(4, len(axes)) or (bias.dim() > len(axes) and bias.shape[0] not in (1, size.B)):
-        raise ValueError(f"bias: has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
     if len(axes) == 3 and bias.dim() == 3:
         bias = bias[:, None]
     elif len(axes) > 4 and bias.dim() > 4:
         if any(got not in (1, expected) for got, expected in zip(bias.shape, axes, strict=True)):
-            raise ValueError(f"bias: has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
         batch = [1] * len(lead[:-1]) if all(n == 1 for n in bias.shape[:-3]) else list(lead[:-1])
         bias = bias.expand(*batch, *bias.shape[-3:]).flatten(0, -4)
     return Added(bias[(None,) * (4 - bias.dim())])
@@ -295,7 +302,7 @@ def _align(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[Mask | No
         raise ValueError(
             f'{name}: with L = {size.L} queries and S = {size.S} keys, say where the queries stand: align="start" puts '
             'query 0 beside key 0 (as is_causal of torch), align="end" the last query beside the last key (decoding '
-            "with a cache), and a whole number n puts query 0 beside key n"
+            "with a cache), and an int n puts query 0 beside key n"
         )
     return _with_align(mask, named[0]), _with_align(bias, named[0])
 

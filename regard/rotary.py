@@ -143,9 +143,9 @@ class Rotary(nn.Module):
             raise check.wrong("Rotary: scaling", scaling, "a position.Linear, NTK, YaRN or Llama3, or None", False)
         scaling = scaling or Scaling()
         self.width, self.interleaved, self.magnitude = width, interleaved, scaling.magnitude
-        # On the CPU, so that a model which is laid out on the meta device has its speeds as well.
-        speed = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
-        self.register_buffer("speed", scaling.apply(speed, base), persistent=False)
+        with torch.device("cpu"):  # so that a model which is laid out on the meta device has its speeds as well
+            speed = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+            self.register_buffer("speed", scaling.apply(speed, base), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         """Speeds follow the module to its device, but stay in float64: an angle is a position times a speed, and in
@@ -167,7 +167,7 @@ class Rotary(nn.Module):
         self._check("k", k)
         L, S = q.shape[-2], k.shape[-2]
         if L > S:
-            raise ValueError(f"q: has {L} positions but k has {S}; expected no more: call turn() on each instead")
+            raise ValueError(f"q has {L} positions but k has {S}; expected no more: call turn() on each instead")
         if not check.is_int(start) or (start and positions is not None):
             raise check.wrong("start", start, "an int, and none where positions are given", check.is_int(start))
         if positions is None:
@@ -201,4 +201,4 @@ class Rotary(nn.Module):
             expected = f"numbers of shape {(N,)}" + (f" or {(*lead, N)}" if lead else "")
             raise check.wrong(f"positions (for {name} of shape {tuple(x.shape)})", positions, expected, fits)
         if positions.device != x.device:
-            raise ValueError(f"positions: are on {positions.device} but {name} is on {x.device}; expected the same")
+            raise ValueError(f"positions is on {positions.device} but {name} is on {x.device}; expected the same")

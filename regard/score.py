@@ -43,7 +43,7 @@ class Score:
         """Raise a ValueError where q and k, or a tensor of the score, do not fit."""
         if q_width != k_width:
             raise ValueError(
-                f"k: has width {k_width} but q has width {q_width}; expected the same for score.{type(self).__name__} "
+                f"k has width {k_width} but q has width {q_width}; expected the same for score.{type(self).__name__} "
                 "(score.Bilinear and score.Additive map q and k of different widths)"
             )
 
@@ -69,8 +69,7 @@ class Product(Score):
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
         # All queries that share a key/value head are rows of one product: k is not repeated.
-        out = (fold_heads(q, k) @ k.mT).view(*q.shape[:-1], k.shape[2])
-        out = out if self.scale == 1 else out * self.scale
+        out = (fold_heads(q * self.scale, k) @ k.mT).view(*q.shape[:-1], k.shape[2])
         if self.key_bias is not None:
             bias = self.key_bias[slice(*tile.b), slice(*tile.g), slice(*tile.k)]
             out = out + _for_queries(bias[..., None, :], q)
@@ -229,7 +228,8 @@ class Gaussian(Score):
         if isinstance(self.sigma, Tensor) and self.sigma.dim() == 1 and k.shape[1] != q.shape[1]:
             k = _for_queries(k, q)
         sigma = _per_head(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma
-        return _squared_distance(widen(q) / sigma, widen(k) / sigma, 0.5)
+        q, k = _centred(q, k)
+        return _squared_distance(q / sigma, k / sigma, 0.5)
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
         super().check(sizes, q_width, k_width)
@@ -251,19 +251,28 @@ class Distance(Scaled):
         return -(q - k).square().sum(-1) * self._scale(q)
 
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
-        return _squared_distance(q, k, self._scale(q))
+        return _squared_distance(*_centred(q, k), self._scale(q))
+
+
+def _centred(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k, moved so that the keys of each head lie about the origin. Distances stay as they are.
+
+    The way goes towards the mean key, but only as far as the nearest key along it, so that every key comes closer to the
+    origin. A key that is masked out may hold any number: the mean itself would carry off the precision of all the others.
+    """
+    q, k = widen(q), widen(k)
+    if not k.shape[2]:
+        return q, k
+    mean = k.detach().mean(2, keepdim=True)
+    towards = mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+    nearest = (k.detach() @ towards.mT).amin(2, keepdim=True)
+    centre = (towards * nearest.clamp(min=0.0)).nan_to_num(0.0, 0.0, 0.0)
+    return q - _for_queries(centre, q), k - centre
 
 
 def _squared_distance(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Score]:
-    """-|q - k|^2 * scale as a product: 2 scale q.k - scale |k|^2 - scale |q|^2.
-
-    Both are first moved so that the mean key is the origin: distances stay, and the three terms, which nearly cancel
-    where all points lie far from the origin, become small. The mean is per batch row: it is shared by all heads.
-    """
-    q, k = widen(q), widen(k)
-    if k.shape[1] and k.shape[2]:
-        centre = k.detach().mean((1, 2), keepdim=True)
-        q, k = q - centre, k - centre
+    """-|q - k|^2 * scale as a product: 2 scale q.k - scale |k|^2 - scale |q|^2, three terms that nearly cancel where
+    they are large."""
     return q, k, Product(2 * scale, -scale * k.square().sum(-1), -scale * q.square().sum(-1))
 
 

@@ -29,41 +29,68 @@ class Slot:
     index: int
 
 
-def split(word: Any, tensors: list[Tensor]) -> Any:
+def split(word: W, tensors: list[Tensor]) -> W:
     """The word with a `Slot` for each tensor; the tensors are appended to `tensors`."""
-    if isinstance(word, Tensor):
-        tensors.append(word)
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensors.append(leaf)
         return Slot(len(tensors) - 1)
-    if isinstance(word, tuple):
-        return tuple([split(part, tensors) for part in word])
-    if dataclasses.is_dataclass(word) and not isinstance(word, type):
-        parts = {field.name: split(getattr(word, field.name), tensors) for field in dataclasses.fields(word)}
-        return type(word)(**parts)
-    return word
+
+    return rebuild(word, take)
 
 
 def fill(word: W, tensors: Sequence[Tensor]) -> W:
     """The inverse of `split`: each `Slot` is replaced by its tensor."""
-    filled: Any = word
-    if isinstance(word, Slot):
-        filled = tensors[word.index]
-    elif isinstance(word, tuple):
-        filled = tuple([fill(part, tensors) for part in word])
-    elif dataclasses.is_dataclass(word) and not isinstance(word, type):
-        parts = {field.name: fill(getattr(word, field.name), tensors) for field in dataclasses.fields(word)}
-        filled = type(word)(**parts)
-    return filled  # type: ignore[no-any-return]
+    return rebuild(word, lambda leaf: tensors[leaf.index] if isinstance(leaf, Slot) else leaf)
 
 
 def slots(word: Any) -> list[int]:
     """The indices of all slots in a word, in order."""
-    if isinstance(word, Slot):
-        return [word.index]
-    if isinstance(word, tuple):
-        return [index for part in word for index in slots(part)]
-    if dataclasses.is_dataclass(word) and not isinstance(word, type):
-        return [index for field in dataclasses.fields(word) for index in slots(getattr(word, field.name))]
-    return []
+    found: list[int] = []
+
+    def note(leaf: Any) -> Any:
+        if isinstance(leaf, Slot):
+            found.append(leaf.index)
+        return leaf
+
+    rebuild(word, note)
+    return found
+
+
+# What no word is made of and nothing changes.
+_ATOMS = frozenset({type(None), bool, int, float, str})
+
+
+def rebuild(word: W, change: Callable[[Any], Any]) -> W:
+    """The word with `change` applied to the tensors, slots and functions in it; the same object if nothing changes."""
+    names = _fields(type(word))
+    if names is None:
+        return change(word)  # type: ignore[no-any-return]
+    parts = word if isinstance(word, tuple) else [getattr(word, name) for name in names]
+    # Most words hold no tensor, and a call has no microsecond to lose: they are not made anew.
+    changed = {}
+    for index, part in enumerate(parts):
+        if type(part) not in _ATOMS:
+            new = rebuild(part, change)
+            if new is not part:
+                changed[index] = new
+    if not changed:
+        return word
+    items = [changed.get(index, part) for index, part in enumerate(parts)]
+    return tuple(items) if isinstance(word, tuple) else type(word)(*items)  # type: ignore[return-value]
+
+
+_fields_of: dict[type, tuple[str, ...] | None] = {Slot: None, tuple: ()}
+
+
+def _fields(kind: type) -> tuple[str, ...] | None:
+    """The names of a word's fields; None for what is no word."""
+    if kind not in _fields_of:
+        word = dataclasses.is_dataclass(kind)
+        _fields_of[kind] = tuple([field.name for field in dataclasses.fields(kind)]) if word else None
+    return _fields_of[kind]
 
 
 # A compiled graph holds a plan as text, so that an exported program can be read, saved and loaded without pickle.

@@ -8,14 +8,13 @@ on the same inputs. So a kernel that is wrong, by a key or a scale, is told from
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 # How often a result may be rounded besides: in units of its last place, at the size of the largest.
-_ROUNDINGS = 2.0
+_ROUNDINGS = 4.0
 # In so many numbers, the largest rounding error is no matter of luck.
 _MANY = 256
 
@@ -29,14 +28,16 @@ class Yardstick:
         straight: the oracle's equation, done in another precision on the same inputs.
         grain: the precision of the kernel, relative to that of `straight`: 1 where they are the same.
         size: how large the terms are that the result is a sum of, where they may cancel; that of `exact` by default.
+        largest: the size of the largest sibling: what the oracle may round at, where its own result is all but 0.
         relative: the errors of the plain way in sibling results, relative to their sizes: it stands in for the own
-            error where that is the error of a few numbers, which luck can make 0.
+            error where that is the error of a few numbers, which luck can make 0 (or half of what it might have been).
     """
 
     exact: Tensor
     straight: Tensor
     grain: float = 1.0
     size: float = 0.0
+    largest: float = 0.0
     relative: float = 0.0
 
     @property
@@ -59,18 +60,32 @@ class Yardstick:
         """How far a result of this dtype may be off, in the units of the result."""
         error = self.error
         if self.exact.numel() < _MANY:
-            error = max(error, self.relative * self.scale)
+            error = 2 * max(error, self.relative * self.scale)
+        # The oracle rounds as well: that counts where the kernel is as precise.
+        error *= 2 if self.grain == 1 else 3 * self.grain
+        error += _ROUNDINGS * torch.finfo(torch.float64).eps * self.largest
         # Below the smallest normal number, the last place no longer shrinks with the number.
-        return 2 * error * self.grain + _ROUNDINGS * torch.finfo(dtype).eps * max(self.scale, torch.finfo(dtype).tiny)
+        return error + _ROUNDINGS * torch.finfo(dtype).eps * max(self.scale, torch.finfo(dtype).tiny)
 
 
-def related(yardsticks: Iterable[Yardstick]) -> float:
-    """The largest error of the plain way among some results, relative to their sizes."""
-    return max([y.error / y.scale for y in yardsticks if y.scale > 0], default=0.0)
+class OverBudgetError(AssertionError):
+    """A result is farther off than its budget allows: `share` times as far."""
+
+    def __init__(self, message: str, share: float) -> None:
+        super().__init__(message)
+        self.share = share
 
 
-def check(name: str, got: Tensor, yardstick: Yardstick, where: Tensor | None = None) -> None:
-    """Raise an AssertionError where a kernel's result is out of its budget, or NaN or inf stands in other places.
+def related(yardsticks: dict[str, Yardstick]) -> dict[str, Yardstick]:
+    """Yardsticks by name that know of one another."""
+    largest = max([y.scale for y in yardsticks.values()], default=0.0)
+    relative = max([y.error / y.scale for y in yardsticks.values() if y.scale > 0], default=0.0)
+    return {name: replace(y, largest=largest, relative=relative) for name, y in yardsticks.items()}
+
+
+def check(name: str, got: Tensor, yardstick: Yardstick, where: Tensor | None = None) -> float:
+    """Raise an OverBudgetError where a kernel's result is off by too much, and an AssertionError where NaN or inf stands in
+    other places than it should; give the share of the budget that was used.
 
     `where` (bool, broadcasts to the result) are the places to look at.
     """
@@ -86,7 +101,10 @@ def check(name: str, got: Tensor, yardstick: Yardstick, where: Tensor | None = N
     allowed = yardstick.budget(got.dtype)
     if worst > allowed:
         place = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-        raise AssertionError(
+        share = worst / allowed if allowed else math.inf
+        raise OverBudgetError(
             f"{name}: off by {worst:.3g} at {place}, {got[place].item():.9g} for {exact[place].item():.9g}; the budget is "
-            f"{allowed:.3g} ({worst / allowed if allowed else math.inf:.2f} of it)"
+            f"{allowed:.3g}, {share:.3g} times less",
+            share,
         )
+    return worst / allowed if allowed else 0.0

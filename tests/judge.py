@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import oracle
 import torch
-from budget import Yardstick, check, related
-from problems import Problem
+from budget import OverBudgetError, Yardstick, check, related
+from problems import Problem, decided, make
 from torch import Tensor
 
 import regard
@@ -19,6 +19,8 @@ Tensors = dict[str, Tensor]
 KERNELS: dict[str, torch.dtype | None] = {"reference": torch.float32, "tiled": torch.float32}
 
 
+# How far beyond its budget a kernel may be by luck.
+_LUCK = 1.5
 # How often the signs of the rows are drawn to find out how large the terms of a gradient are.
 _SIGNS = 3
 
@@ -58,14 +60,14 @@ def truth(problem: Problem, precision: torch.dtype | None = torch.float32) -> Tr
     straight_gradients = _gradients(straight, weights, leaves)
     outputs = {name: Yardstick(exact[name], straight[name], grain) for name in weights}
     gradients = {n: Yardstick(x, straight_gradients[n], grain, sizes[n]) for n, x in exact_gradients.items()}
-    outputs, gradients = (
-        {name: replace(y, relative=related(group.values())) for name, y in group.items()} for group in (outputs, gradients)
-    )
-    return Truth(exact, straight, outputs, gradients, weights, grain, problem.reached.any(-1))
+    return Truth(exact, straight, related(outputs), related(gradients), weights, grain, problem.reached.any(-1))
 
 
 def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, float]:
-    """How large the gradients are when the rows have other signs: what cancels in one sum does not in the others."""
+    """How large the terms of the gradients are: under other signs of the rows, what cancels does so no longer.
+
+    In the gradient of a bias even the terms of one row cancel: there each pair has a sign of its own.
+    """
     generator = torch.Generator().manual_seed(0)
     sizes = dict.fromkeys(leaves, 0.0)
     for _ in range(_SIGNS):
@@ -75,6 +77,13 @@ def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, flo
             flipped[name] = x * signs.view(*signs.shape, *[1] * (x.dim() - 3))
         for name, gradient in _gradients(outputs, flipped, leaves).items():
             sizes[name] = max(sizes[name], gradient.abs().max().item() if gradient.numel() else 0.0)
+    biases = {name: x for name, x in leaves.items() if name.startswith("bias")}
+    if biases:
+        pairs = _gradients(outputs, weights, {"": outputs["bias"]})[""]
+        for _ in range(_SIGNS):
+            signs = torch.randint(2, pairs.shape, generator=generator) * 2.0 - 1
+            for name, gradient in _gradients({"": outputs["bias"]}, {"": pairs * signs}, biases).items():
+                sizes[name] = max(sizes[name], gradient.abs().max().item() if gradient.numel() else 0.0)
     return sizes
 
 
@@ -141,7 +150,22 @@ def fresh(problem: Problem) -> Tensors:
 
 
 def judge(problem: Problem, kernel: str, told: Truth) -> None:
-    """Raise an AssertionError unless a kernel gives what the oracle says, within the budget."""
+    """Raise an AssertionError unless a kernel gives what the oracle says, within the budget.
+
+    A budget is measured on a few numbers, so once in a thousand problems luck alone breaks it, by a little. A kernel that
+    does is asked the same with other numbers, twice: what is wrong is wrong again.
+    """
+    try:
+        _judge(problem, kernel, told)
+    except OverBudgetError as over:
+        if over.share > _LUCK:
+            raise
+        for numbers in (1_000, 1_001):
+            again = make(decided({**problem.choices, "numbers": numbers}))
+            _judge(again, kernel, truth(again))
+
+
+def _judge(problem: Problem, kernel: str, told: Truth) -> None:
     leaves = fresh(problem)
     found = ask(problem, kernel, leaves)
     assert set(found) - {"top_keys"} == set(told.cotangents), f"{set(found)} were given"

@@ -71,6 +71,28 @@ def additive(
     return torch.einsum("ija,a->ij", torch.tanh(inner), of_head(v, h, 1))
 
 
+def gaussian_as_product(q: Tensor, k: Tensor, h: int, g: int, sigma: Any = 1.0) -> Tensor:
+    q, k = _centred(q, k)
+    return _distance_as_product(q / of_head(sigma, h), k / of_head(sigma, h), 0.5)
+
+
+def distance_as_product(q: Tensor, k: Tensor, h: int, g: int, scale: float | None = None) -> Tensor:
+    return _distance_as_product(*_centred(q, k), 1 / math.sqrt(max(q.shape[1], 1)) if scale is None else scale)
+
+
+def _centred(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    centre = torch.zeros_like(q[:1])
+    if len(k):
+        mean = k.detach().mean(0, keepdim=True)
+        towards = mean / mean.square().sum().sqrt().clamp(min=1e-30)
+        centre = towards * torch.einsum("jd,d->j", k.detach(), towards[0]).min().clamp(min=0)
+    return q - centre, k - centre
+
+
+def _distance_as_product(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return 2 * scale * torch.einsum("id,jd->ij", q, k) - scale * (k * k).sum(-1) - scale * (q * q).sum(-1)[:, None]
+
+
 SCORES: dict[str, Callable[..., Tensor]] = {
     "scaled_dot": scaled_dot,
     "dot": dot,
@@ -80,6 +102,10 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     "distance": distance,
     "additive": additive,
 }
+
+# What the plain way is for scores that kernels take as a dot product: a distance, done so, rounds at the size of |q|^2
+# and |k|^2 (once the keys are moved towards the origin) instead of |q - k|^2. It is a way to round, not another truth: float64 never takes it.
+AS_PRODUCT: dict[str, Callable[..., Tensor]] = {"gaussian": gaussian_as_product, "distance": distance_as_product}
 
 
 def one_by_one(pair: Callable[[Tensor, Tensor], Tensor]) -> Score:
@@ -242,20 +268,21 @@ def attend(
     bias: Tensor | None = None, softcap: float | None = None, kept: Tensor | None = None, rate: float = 0.0,
     sink: Any = None, top: int = 0, member: Tensor | None = None, rows: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """The output and every summary, by name; `scores` (B, H, L, S) besides, masked.
+    """The output and every summary, by name; besides, (B, H, L, S): `scores`, masked, and `bias`.
 
     bias broadcasts to (B, H, L, S); `kept` (B, H, L, S) are the weights that dropout leaves; `sink` is that of the
     normalizer, for the log-sum-exp; member (B, N, S) are groups of keys.
     """
     (B, H, L, _), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
     allowed = torch.ones(B, H, L, S, dtype=torch.bool) if allowed is None else allowed
+    bias = None if bias is None else bias.to(q.dtype).expand(B, H, L, S)
     parts: dict[str, list[Tensor]] = {name: [] for name in ("out", "lse", "full", "scores")}
     for b in range(B):
         for h in range(H):
             g = h * G // H
             s = score(q[b, h], k[b, g], h, g)
             s = s if softcap is None else softcap * torch.tanh(s / softcap)
-            s = s if bias is None else s + bias.expand(B, H, L, S)[b, h].to(s.dtype)
+            s = s if bias is None else s + bias[b, h]
             s = torch.where(allowed[b, h], s, -math.inf)
             there = s > -math.inf
             some = there.any(-1, keepdim=True)
@@ -270,6 +297,8 @@ def attend(
             parts["scores"].append(s)
     shapes = {"out": (B, H, L, E), "lse": (B, H, L), "full": (B, H, L, S), "scores": (B, H, L, S)}
     found = {n: torch.stack(x).reshape(shapes[n]) if x else q.new_zeros(shapes[n]) for n, x in parts.items()}
+    if bias is not None:
+        found["bias"] = bias
     p = found["full"]
     found["max"] = p.amax(-1) if S else p.new_zeros(B, H, L)
     found["entropy"] = -torch.where(p > 0, p * torch.where(p > 0, p, 1.0).log(), 0.0).sum(-1)

@@ -25,7 +25,7 @@ Tensors = dict[str, Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Primes, so that no axis is mistaken for another and no tile of 64 comes out even; and the sizes at the edges.
 LENGTHS = (1, 2, 5, 13, 31, 67, 131, 149)
-WIDTHS = (1, 3, 7, 11, 17)
+WIDTHS = (2, 3, 7, 11, 17)
 _PAIRS = 70_000
 
 
@@ -107,7 +107,9 @@ def make(pick: Pick) -> Problem:
     kept = oracle.keep(B, H, L, S, seed, rate) if rate else None
     summary, member = _summary(on)
 
-    size, shift = choose("size", (1.0, 3.0)), choose("shift", (0.0, 4.0))
+    # Far from the origin, distances are the same, and products so large that one weight is 1 and the others 0.
+    size, shift = choose("size", (1.0, 2.0)), choose("shift", (0.0, 2.0)) if score in oracle.AS_PRODUCT else 0.0
+    size = size * D**-0.25 if score == "dot" else size
     shapes = {"q": (B, H, L, on.D), "k": (B, G, S, on.K), "v": (B, G, S, E)}
     clean = {n: _lay(on, n, (on.randn(*shape) * size + (shift if n != "v" else 0)).to(dtype)) for n, shape in shapes.items()}
     parts = (score_part, normalizer, bias)
@@ -168,10 +170,10 @@ def _lay(on: Draw, name: str, x: Tensor) -> Tensor:
 def _plant(on: Draw, choose: Pick, clean: Tensors, allowed: Tensor, masked: bool) -> tuple[Tensors, Tensor]:
     """NaN and inf in queries, keys and values, and the pairs that they reach. Without a mask there is nothing to show."""
     tensors = dict(clean)
-    where = choose("wild", (None, None, "masked", "anywhere")) if masked else None
+    where = choose("wild", (None, None, "masked", "huge", "anywhere")) if masked else None
     bad_q = torch.zeros(on.B, on.H, on.L, dtype=torch.bool)
     bad_k = torch.zeros(on.B, on.G, on.S, dtype=torch.bool)
-    if where == "masked":
+    if where in ("masked", "huge"):
         # Rows that may attend to nothing, and keys that nobody may attend to.
         bad_q = ~allowed.any(-1)
         bad_k = ~allowed.any(2).unflatten(1, (on.G, -1)).any(2)
@@ -180,7 +182,10 @@ def _plant(on: Draw, choose: Pick, clean: Tensors, allowed: Tensor, masked: bool
     bad_v = bad_k & on.flags(*bad_k.shape, chance=0.5)
     bad_k = bad_k & (~bad_v | on.flags(*bad_k.shape, chance=0.5))
     for name, bad in (("q", bad_q), ("k", bad_k), ("v", bad_v)):
-        x, wild = clean[name], torch.tensor([torch.nan, torch.inf, -torch.inf])[on.whole(3, *clean[name].shape)]
+        x = clean[name]
+        huge = 1e15 if x.dtype != torch.float16 else 6e4
+        wild = [huge, -huge, huge] if where == "huge" else [torch.nan, torch.inf, -torch.inf]
+        wild = torch.tensor(wild)[on.whole(3, *x.shape)]
         # One number of a vector, or all of them.
         spots = bad[..., None] & (on.flags(*x.shape, chance=0.3) | (torch.arange(x.shape[-1]) == 0))
         # Written in place, so that the layout stays; a vector with one such number is 0 for the oracle.

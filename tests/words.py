@@ -122,8 +122,12 @@ def draw_score(name: str, on: Draw) -> Part:
         fields = {"temperature": on.per_head("temperature", 0.3, on.positive)}
     elif name == "gaussian":
         fields = {"sigma": on.per_head("sigma", 1.7, on.positive)}
-    plain = oracle.SCORES[name]
-    return _part("score", _SCORES[name], lambda now: lambda q, k, h, g: plain(q, k, h, g, **now), fields)
+    exact, straight = oracle.SCORES[name], oracle.AS_PRODUCT.get(name, oracle.SCORES[name])
+
+    def plain(now: dict[str, Any]) -> oracle.Score:
+        return lambda q, k, h, g: (exact if q.dtype == torch.float64 else straight)(q, k, h, g, **now)
+
+    return _part("score", _SCORES[name], plain, fields)
 
 
 def _as_parameter(x: Any, on: Draw) -> Any:

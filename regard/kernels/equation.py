@@ -68,7 +68,7 @@ def finish(
         s: masked scores of whole rows (b, h, l, w), w keys that lie in `columns`.
         v: the values of these keys (b, g, w, E).
         tile: the rows; its keys span the columns.
-        wanted: names of outputs, as in `Plan.outputs`.
+        wanted: names of outputs, as in `Plan.outputs`, or "kept" for the weights after dropout.
         empty: (b, h, l, 1), the rows that may attend to nothing; None if there are none.
 
     Returns:
@@ -84,12 +84,14 @@ def finish(
         p = p.masked_fill(s == -math.inf, 0.0)
     summary = plan.summary
     results: dict[str, Tensor] = {"full": p}
-    if "out" in wanted:
+    if "out" in wanted or "kept" in wanted:
         kept = p
         if plan.dropout:
             seed = plan.seed
             where = over(columns, lambda k: keep(dataclasses.replace(tile, k=k), seed, plan.dropout))
             kept = p * where * (1 / (1 - plan.dropout) if plan.dropout < 1 else 0.0)
+        results["kept"] = kept
+    if "out" in wanted:
         results["out"] = (fold_heads(kept, v) @ v).view(*p.shape[:-1], v.shape[-1])
     if "lse" in wanted:
         lse = log_sum_exp(s)

@@ -1,60 +1,28 @@
 """The equation in strips of plain PyTorch: any device, any score, memory linear in length, forward and backward.
 
-A strip is a few rows of queries and the keys that they may attend to; tiles of the mask that are empty are left out.
 Rows are whole, so any normalizer and any summary is taken in one pass, and the backward pass is the forward pass of a
-strip, done again with a graph. Two levels keep that graph small: one from the scores of the strip to the outputs, and one
-per segment of keys from q, k and the words to the scores.
+strip, done again with a graph. Two levels keep that graph small: one from the scores of the strip to its weights and
+summaries, and one per segment of keys from q, k and the words to the scores. The four products around them are written
+out: autograd would compute those of the keys and values in the layout that is twice as slow.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regard.kernels.equation import can_be_empty, finish, over, poison, rows_in, scores
-from regard.normalizer import Softmax
+from regard.kernels.equation import can_be_empty, finish, over, poison, scores
+from regard.kernels.strip import Strip, place, strips, taken
 from regard.position import Added
 from regard.problem import Plan, sizes
-from regard.score import Python, widen
-from regard.tile import Grid, Range, Sizes, Tile
-from regard.word import fill, slots
-
-# Numbers a strip may hold (8 MiB of fp32): larger ones leave the caches, smaller ones pay for more calls of PyTorch.
-_STRIP = 1 << 21
-# Numbers a segment may hold while it is scored, where a score holds several per pair.
-_SEGMENT = 1 << 22
-# Rows and columns of the tiles that a mask is asked about; twice as many for long sequences, where calls cost more than
-# the pairs that a finer grid would leave out.
-_TILE = 64
-_LONG = 1024
-
-
-@dataclass(frozen=True)
-class Strip:
-    """The rows of `tile`, the ranges of keys they may attend to, and which parts of these need the mask."""
-
-    tile: Tile
-    columns: tuple[Range, ...]
-    partial: tuple[Range, ...]
-
-    @property
-    def width(self) -> int:
-        return sum(stop - start for start, stop in self.columns)
-
-    def places(self, keys: Range) -> slice:
-        """Where a range of keys, which lies in one of the columns, stands in the strip."""
-        at = 0
-        for start, stop in self.columns:
-            if start <= keys[0] and keys[1] <= stop:
-                return slice(at + keys[0] - start, at + keys[1] - start)
-            at += stop - start
-        raise AssertionError(f"keys {keys} are not in the columns {self.columns}")
+from regard.score import Product, Python, fold_heads, widen
+from regard.tile import Range, Sizes
+from regard.word import Slot, fill, slots
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
@@ -68,14 +36,15 @@ def forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     plan = fill(plan, tensors)
     q, k, v = (widen(x.detach()) for x in tensors[:3])
     size = sizes(q, k)
-    outputs = empty_outputs(plan, names, size, q, v, tensors[2].dtype)
+    outputs = dict(zip(names, empty_outputs(plan, names, size, q, v, tensors[2].dtype), strict=True))
     with torch.no_grad(), _in_full_precision(q):
-        for strip in _strips(plan, size, q, v):
+        for strip in strips(plan, size, q.device):
             s = _scores(plan, q, k, strip)
-            values = finish(plan, s, _cut_keys(v, strip), strip.tile, strip.columns, names, _empty_rows(plan, s, strip))
-            for name, output, value in zip(names, outputs, values, strict=True):
-                _place(plan, name, output, strip, value)
-    return tuple(outputs)
+            found = strip.has(names)
+            values = finish(plan, s, strip.all_keys(v), strip.tile, strip.columns, found, _empty_rows(plan, s, strip))
+            for name, value in zip(found, values, strict=True):
+                place(plan, name, outputs[name], strip, value)
+    return tuple(outputs.values())
 
 
 def backward(
@@ -83,73 +52,141 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
     given = {name: g for name, g in zip(plan.outputs, gradients, strict=True) if g is not None and name != "top_keys"}
+    # The output is the product of the weights that are kept and the values: the graph ends at the weights.
+    dout = given.pop("out", None)
+    names = (*given, "kept") if dout is not None else tuple(given)
     q, k, v = (widen(x.detach()) for x in tensors[:3])
-    totals = [
-        torch.zeros_like(widen(x.detach()), memory_format=torch.contiguous_format) if want else None
-        for x, want in zip(tensors, wanted, strict=True)
-    ]
+    totals = _Totals(tensors, wanted)
     leaves = _leaves(plan, tensors, wanted)
     with_leaves = fill(plan, leaves)
-    from_scores = [i for i in slots((plan.score, plan.bias)) if wanted[i] and not _is_added(plan, i)]
     from_weights = [i for i in slots(plan.normalizer) if wanted[i]]
     size = sizes(q, k)
     with torch.no_grad(), _in_full_precision(q):
-        for strip in _strips(with_leaves, size, q, v):
+        for strip in strips(with_leaves, size, q.device):
             s = _scores(with_leaves, q, k, strip).detach().requires_grad_()
-            values = _cut_keys(v, strip).detach().requires_grad_()
+            values, found = strip.all_keys(v), strip.has(names)
             with torch.enable_grad():
                 empty = _empty_rows(with_leaves, s.detach(), strip)
-                outputs = finish(with_leaves, s, values, strip.tile, strip.columns, tuple(given), empty)
-            pairs = [
-                (out, _taken(plan, name, given[name], strip).to(out.dtype))
-                for name, out in zip(given, outputs, strict=True)
-                if out.requires_grad
-            ]
+                outputs = finish(with_leaves, s, values, strip.tile, strip.columns, found, empty)
+            pairs = []
+            for name, output in zip(found, outputs, strict=True):
+                if name == "kept":
+                    some = fold_heads(strip.queries(dout).to(values.dtype), values)  # type: ignore[arg-type]
+                    totals.add_keys(2, strip, some.mT @ fold_heads(output.detach(), values))
+                    gradient = (some @ values.mT).view(output.shape)
+                else:
+                    gradient = taken(plan, name, given[name], strip).to(output.dtype)
+                if output.requires_grad:
+                    pairs.append((output, gradient))
             if not pairs:
                 continue
-            inputs = [s, values, *(leaves[i] for i in from_weights)]
-            ds, dv, *dparameters = _gradients(pairs, inputs)
+            ds, *dparameters = _gradients(pairs, [s, *(leaves[i] for i in from_weights)])
             for i, gradient in zip(from_weights, dparameters, strict=True):
-                _add(totals[i], gradient)
-            if totals[2] is not None and dv is not None:
-                for keys in strip.columns:
-                    _at(totals[2], strip.tile.b, strip.tile.g, keys).add_(dv[:, :, strip.places(keys)])
-            if ds is not None:
+                totals.add(i, gradient)
+            if ds is not None and strip.columns:
                 # Pairs that may not attend have no gradient, whatever NaN stands in the row.
                 for keys in strip.partial:
-                    ds[..., strip.places(keys)].masked_fill_(~_allowed(with_leaves, strip, keys), 0.0)
-                _from_scores(plan, with_leaves, q, k, strip, ds, leaves, from_scores, totals)
-    return tuple(
-        None if total is None else total.to(x.dtype) for total, x in zip(totals, tensors, strict=True)
-    )
+                    ds[..., strip.places(keys)].masked_fill_(~strip.allowed(with_leaves, keys), 0.0)
+                _from_scores(plan, with_leaves, q, k, strip, ds, leaves, totals)
+    return totals.results(tensors)
+
+
+class _Totals:
+    """The gradients, while they are summed up; those of k and v lie with the keys innermost, as their products give them."""
+
+    def __init__(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+        self.sums = [
+            torch.zeros(
+                *x.shape[:-2], *(x.shape[:-3:-1] if i in (1, 2) else x.shape[-2:]),
+                dtype=widen(x[:0] if x.dim() else x.detach()).dtype, device=x.device,
+            )
+            if want else None
+            for i, (x, want) in enumerate(zip(tensors, wanted, strict=True))
+        ]  # fmt: skip
+        self.wanted = [i for i, want in enumerate(wanted) if want]
+
+    def add(self, index: int, gradient: Tensor | None) -> None:
+        total = self.sums[index]
+        if total is not None and gradient is not None:
+            total.add_(gradient)
+
+    def add_queries(self, strip: Strip, gradient: Tensor) -> None:
+        if self.sums[0] is not None:
+            strip.queries(self.sums[0]).add_(gradient)
+
+    def add_keys(self, index: int, strip: Strip, gradient: Tensor, segment: Range | None = None) -> None:
+        """Add the gradient (b, g, n, w) of k or v, for one segment or the whole strip."""
+        total = self.sums[index]
+        if total is None:
+            return
+        if segment is not None:
+            strip.keys(total.mT, segment).mT.add_(gradient)
+            return
+        for keys in strip.columns:
+            strip.keys(total.mT, keys).mT.add_(gradient[..., strip.places(keys)])
+
+    def results(self, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients in the shapes and dtypes of the tensors."""
+        results = [None if x is None else x.mT.contiguous() if i in (1, 2) else x for i, x in enumerate(self.sums)]
+        return tuple([None if x is None else x.to(y.dtype) for x, y in zip(results, tensors, strict=True)])
 
 
 def _from_scores(
-    plan: Plan, with_leaves: Plan, q: Tensor, k: Tensor, strip: Strip, ds: Tensor, leaves: Sequence[Tensor],
-    parameters: Sequence[int], totals: Sequence[Tensor | None],
+    plan: Plan, with_leaves: Plan, q: Tensor, k: Tensor, strip: Strip, ds: Tensor, leaves: Sequence[Tensor], totals: _Totals
 ) -> None:
     """From the gradient of a strip's scores to those of q, k and what the score and the bias hold."""
-    tile = strip.tile
-    added = plan.bias.tensor.index if isinstance(plan.bias, Added) else None  # type: ignore[attr-defined]
-    for keys in _segments(strip, with_leaves, q.shape[-1]):
-        part = dataclasses.replace(tile, k=keys)
-        gradient = ds[..., strip.places(keys)]
-        if added is not None and totals[added] is not None:
-            place = part.cut(totals[added])
-            place.add_(gradient.sum_to_size(place.shape))
-        some_q = _at(q, tile.b, tile.h, tile.q).detach().requires_grad_()
-        some_k = _at(k, tile.b, tile.g, keys).detach().requires_grad_()
+    score, bias = with_leaves.score, with_leaves.bias
+    closed = isinstance(score, Product) and plan.softcap is None
+    # What remains for autograd: everything that shapes the scores, or the bias alone.
+    parameters = [i for i in slots(plan.bias if closed else (plan.score, plan.bias)) if i in totals.wanted]
+    parameters = [i for i in parameters if not _is_added(plan, i)]
+    some_q = strip.queries(q).detach()
+    for keys in strip.segments(with_leaves, q.shape[-1]):
+        part = dataclasses.replace(strip.tile, k=keys)
+        some_k, gradient = strip.keys(k, keys).detach(), ds[..., strip.places(keys)]
+        if isinstance(plan.bias, Added):
+            total = totals.sums[_index(plan.bias.tensor)]
+            if total is not None:
+                part.cut(total).add_(gradient.sum_to_size(part.cut(total).shape))
+        if closed:
+            _product(plan.score, score, strip, keys, some_q, some_k, gradient, totals)  # type: ignore[arg-type]
+        inputs = [*([] if closed else [some_q.requires_grad_(), some_k.requires_grad_()]), *(leaves[i] for i in parameters)]
+        if not inputs:
+            continue
         with torch.enable_grad():
-            s = scores(with_leaves, some_q, some_k, part)
+            s = bias.bias(part, q.dtype) if closed and bias is not None else scores(with_leaves, some_q, some_k, part)
         if not s.requires_grad:
             continue
-        dq, dk, *dparameters = _gradients([(s, gradient)], [some_q, some_k, *(leaves[i] for i in parameters)])
-        if totals[0] is not None and dq is not None:
-            _at(totals[0], tile.b, tile.h, tile.q).add_(dq)
-        if totals[1] is not None and dk is not None:
-            _at(totals[1], tile.b, tile.g, keys).add_(dk)
-        for i, parameter in zip(parameters, dparameters, strict=True):
-            _add(totals[i], parameter)
+        found = list(_gradients([(s, gradient.sum_to_size(s.shape).to(s.dtype))], inputs))
+        if not closed:
+            dq, dk = found[:2]
+            if dq is not None:
+                totals.add_queries(strip, dq)
+            if dk is not None:
+                totals.add_keys(1, strip, dk.mT, keys)
+        for i, parameter in zip(parameters, found[0 if closed else 2 :], strict=True):
+            totals.add(i, parameter)
+
+
+def _product(
+    plan: Product, score: Product, strip: Strip, keys: Range, q: Tensor, k: Tensor, ds: Tensor, totals: _Totals
+) -> None:
+    """The gradients of a score that is a product, from ds (b, h, l, s)."""
+    folded = fold_heads(ds, k)
+    totals.add_queries(strip, (folded @ k).view(q.shape).mul_(score.scale))
+    totals.add_keys(1, strip, fold_heads(q * score.scale, k).mT @ folded, keys)
+    for slot, parts, gradient in (
+        (plan.key_bias, (strip.tile.b, strip.tile.g, keys), lambda: folded.sum(-2)),
+        (plan.query_bias, (strip.tile.b, strip.tile.h, strip.tile.q), lambda: ds.sum(-1)),
+    ):
+        total = None if slot is None else totals.sums[_index(slot)]
+        if total is not None:
+            total[tuple([slice(*part) for part in parts])].add_(gradient())
+
+
+def _index(slot: Any) -> int:
+    assert isinstance(slot, Slot)
+    return slot.index
 
 
 def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -195,40 +232,21 @@ def empty_outputs(plan: Plan, names: Sequence[str], size: Sizes, q: Tensor, v: T
     return outputs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One strip.
-
-
 def _scores(plan: Plan, q: Tensor, k: Tensor, strip: Strip) -> Tensor:
     tile = strip.tile
-    some_q = _at(q, tile.b, tile.h, tile.q)
+    some_q = strip.queries(q)
 
     def segment(keys: Range) -> Tensor:
         part = dataclasses.replace(tile, k=keys)
-        return poison(plan, scores(plan, some_q, _at(k, tile.b, tile.g, keys), part), part)
+        return poison(plan, scores(plan, some_q, strip.keys(k, keys), part), part)
 
     if not strip.columns:
         return some_q.new_full((*some_q.shape[:3], 1), -math.inf)
     with torch.no_grad():
-        s = over(_segments(strip, plan, q.shape[-1]), segment)
+        s = over(strip.segments(plan, q.shape[-1]), segment)
         for keys in strip.partial:
-            s[..., strip.places(keys)].masked_fill_(~_allowed(plan, strip, keys), -math.inf)
+            s[..., strip.places(keys)].masked_fill_(~strip.allowed(plan, keys), -math.inf)
     return s
-
-
-def _segments(strip: Strip, plan: Plan, width: int) -> list[Range]:
-    """The columns of a strip, cut where the score holds too many numbers per pair."""
-    tile = strip.tile
-    rows = (tile.b[1] - tile.b[0]) * (tile.h[1] - tile.h[0]) * (tile.q[1] - tile.q[0])
-    volume = plan.score.volume(width)
-    longest = strip.width if volume == 1 else max(_SEGMENT // max(rows * volume, 1), 16)
-    return [
-        (at, min(at + longest, stop)) for start, stop in strip.columns for at in range(start, stop, max(longest, 1))
-    ]
-
-
-def _allowed(plan: Plan, strip: Strip, keys: Range) -> Tensor:
-    return plan.mask.allowed(dataclasses.replace(strip.tile, k=keys))  # type: ignore[union-attr]
 
 
 def _empty_rows(plan: Plan, s: Tensor, strip: Strip) -> Tensor | None:
@@ -238,144 +256,6 @@ def _empty_rows(plan: Plan, s: Tensor, strip: Strip) -> Tensor | None:
     return empty if bool(empty.any()) else None
 
 
-def _at(x: Tensor, b: Range, h: Range, n: Range) -> Tensor:
-    return x[slice(*b), slice(*h), slice(*n)]
-
-
-def _cut_keys(x: Tensor, strip: Strip) -> Tensor:
-    """The keys (or values) of a strip's columns, in one piece."""
-    parts = [_at(x, strip.tile.b, strip.tile.g, keys) for keys in strip.columns]
-    if not parts:
-        return x.new_zeros(strip.tile.b[1] - strip.tile.b[0], strip.tile.g[1] - strip.tile.g[0], 1, x.shape[-1])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _place(plan: Plan, name: str, output: Tensor, strip: Strip, value: Tensor) -> None:
-    """Write what a strip found into an output."""
-    b, h, q = (slice(*r) for r in (strip.tile.b, strip.tile.h, strip.tile.q))
-    if name not in ("received", "rows", "full"):
-        output[b, h, q] = value
-        return
-    for keys in strip.columns:
-        found, place = value[..., strip.places(keys)], slice(*keys)
-        if name == "received":
-            output[b, h, place] += found
-        elif name == "rows":
-            output[b, h, rows_in(plan, strip.tile)[0], place] = found
-        else:
-            output[b, h, q, place] = found
-
-
-def _taken(plan: Plan, name: str, gradient: Tensor, strip: Strip) -> Tensor:
-    """The part of an output's gradient that belongs to a strip: the mirror of `_place`."""
-    b, h, q = (slice(*r) for r in (strip.tile.b, strip.tile.h, strip.tile.q))
-    if name not in ("received", "rows", "full"):
-        return gradient[b, h, q]
-    rows: Any = q
-    if name == "rows":
-        rows = rows_in(plan, strip.tile)[0]
-    if not strip.columns:
-        like = gradient[b, h, :1] if name == "received" else gradient[b, h, rows, :1]
-        return torch.zeros_like(like) if gradient.shape[-1] else like.new_zeros(*like.shape[:-1], 1)
-    if name == "received":
-        return over(strip.columns, lambda keys: gradient[b, h, slice(*keys)])
-    return over(strip.columns, lambda keys: gradient[b, h, rows, slice(*keys)])
-
-
-def _add(total: Tensor | None, gradient: Tensor | None) -> None:
-    if total is not None and gradient is not None:
-        total.add_(gradient)
-
-
 def _in_full_precision(x: Tensor) -> Any:
     """Autocast has chosen the precision of q, k and v; sums are kept in float32."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which strips there are.
-
-
-def _strips(plan: Plan, size: Sizes, q: Tensor, v: Tensor) -> Iterator[Strip]:
-    """The strips of a problem: together they hold every pair that may attend."""
-    if not size.B * size.H * size.L:
-        return
-    for b, rows, segments in _rows(plan, size, q.device):
-        width = sum(stop - start for start, stop in segments[0])
-        # A row with a sink has a log-sum-exp even where it has no keys.
-        sink = isinstance(plan.normalizer, Softmax) and plan.normalizer.sink is not None and plan.summary.lse
-        if not width and not sink:
-            continue
-        for h in _heads(size, (b[1] - b[0]) * (rows[1] - rows[0]) * max(width, 1)):
-            tile = Tile(b, h, rows, (0, size.S), size, q.device)
-            yield Strip(tile, *segments)
-
-
-def _rows(
-    plan: Plan, size: Sizes, device: torch.device
-) -> Iterator[tuple[Range, Range, tuple[tuple[Range, ...], tuple[Range, ...]]]]:
-    """Batch rows, queries, and their columns with the partial ones among these."""
-    if plan.mask is None or not size.S:
-        # Long strips for short keys: as many rows as a strip may hold for one head.
-        step = min(max(_STRIP // max(size.H * size.S, 1), _TILE), 4 * _TILE)
-        batch = max(_STRIP // max(size.H * min(step, size.L) * size.S, 1), 1)
-        columns = ((0, size.S),) if size.S else ()
-        for b in _steps(size.B, batch):
-            for rows in _steps(size.L, step):
-                yield b, rows, (columns, ())
-        return
-    tile = _TILE if max(size.L, size.S) <= _LONG else 2 * _TILE
-    some, full = plan.mask.coverage(Grid.of(size, tile, tile, device))
-    shared = some.shape[0] == 1 and full.shape[0] == 1
-    some, full = (x.expand(1 if shared else size.B, -1, -1).tolist() for x in (some, full))
-    for index in range(len(some)):
-        batch = max(_STRIP // (size.H * min(tile, size.L) * size.S), 1) if shared else 1
-        for b in _steps(size.B, batch) if shared else [(index, index + 1)]:
-            for rows, columns, partial in _merged(some[index], full[index], tile, size):
-                yield b, rows, (columns, partial)
-
-
-def _merged(
-    some: Sequence[Sequence[bool]], full: Sequence[Sequence[bool]], tile: int, size: Sizes
-) -> Iterator[tuple[Range, tuple[Range, ...], tuple[Range, ...]]]:
-    """Rows of tiles with their columns and the partial ones; neighbours with the same are taken together while they fit."""
-    row = 0
-    while row < len(some):
-        columns = _runs(some[row], tile, size.S)
-        partial = _runs([a and not b for a, b in zip(some[row], full[row], strict=True)], tile, size.S)
-        width = sum(stop - start for start, stop in columns)
-        most = max(_STRIP // (size.H * max(width, 1) * tile), 1)
-        last = row + 1
-        while last < len(some) and last - row < most and some[last] == some[row] and full[last] == full[row]:
-            last += 1
-        yield (row * tile, min(last * tile, size.L)), columns, partial
-        row = last
-
-
-def _runs(flags: Sequence[bool], tile: int, S: int) -> tuple[Range, ...]:
-    """Runs of tiles that are flagged, as ranges of keys."""
-    runs: list[Range] = []
-    for at, flag in enumerate(flags):
-        if flag:
-            start, stop = at * tile, min((at + 1) * tile, S)
-            if runs and runs[-1][1] == start:
-                start = runs.pop()[0]
-            runs.append((start, stop))
-    return tuple(runs)
-
-
-def _steps(length: int, step: int) -> Iterator[Range]:
-    return ((at, min(at + step, length)) for at in range(0, length, step))
-
-
-def _heads(size: Sizes, per_head: int) -> Iterator[Range]:
-    """Ranges of heads that fit a strip: whole groups, or parts of one group."""
-    repeats = size.H // size.G
-    fit = max(_STRIP // per_head, 1)
-    if fit >= repeats:
-        return _steps(size.H, fit // repeats * repeats)
-    while repeats % fit:
-        fit -= 1
-    return _steps(size.H, fit)
-
-

@@ -52,12 +52,12 @@ def _is_causal(plan: Plan) -> bool:
 
 def run(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The output of a problem that it does not refuse."""
-    plan = fill(plan, tensors)
     q, k, v = tensors[:3]
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=_is_causal(plan), scale=plan.score.scale, enable_gqa=q.shape[1] != k.shape[1]  # type: ignore[attr-defined]
     )
     if plan.bad_q is not None:
+        plan = fill(plan, tensors)
         # Queries, keys and values with NaN or inf were set to zero: NaN goes to the rows that attend to one.
         reached = plan.bad_k.cumsum(-1)[..., torch.arange(q.shape[2], device=q.device).clamp(max=k.shape[2] - 1)] > 0
         reached = reached.repeat_interleave(q.shape[1] // k.shape[1], 1) | plan.bad_q
