@@ -278,7 +278,7 @@ def _tiles(tensor: Tensor, axis: int, first: Tensor, last: Tensor) -> list[Tenso
 
 @dataclass(frozen=True)
 class Where(Mask):
-    """A predicate in Python; nothing is known of a tile before it is asked."""
+    """A predicate in Python, from indices to bools (b, h, l, s); nothing is known of a tile before it is asked."""
 
     predicate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -48,10 +48,7 @@ class Softmax(Normalizer):
     sink: float | Tensor | None = None
 
     def weights(self, s: Tensor, tile: Tile) -> Tensor:
-        # Weights that are nothing beside the largest of their row (1e-31 of 1 in float32) are set to 0: products of
-        # subnormal numbers, which steep biases make by the thousand, run fifty times slower.
-        limits = torch.finfo(s.dtype)
-        p = torch.threshold(torch.softmax(s, -1), limits.tiny / limits.eps, 0.0)
+        p: Tensor = _Simplex.apply(s, 1.0)  # type: ignore[no-untyped-call]
         if self.sink is None:
             return p
         # What the keys get of the whole: e^lse / (e^lse + e^sink). By its logarithm, whose gradient is the share of the
@@ -117,7 +114,7 @@ class Entmax(Normalizer):
     alpha: float = 1.5
 
     def weights(self, s: Tensor, tile: Tile) -> Tensor:
-        p: Tensor = _Entmax.apply(s, self.alpha)  # type: ignore[no-untyped-call]
+        p: Tensor = _Simplex.apply(s, self.alpha)  # type: ignore[no-untyped-call]
         return p
 
     def check(self, sizes: Sizes) -> None:
@@ -136,30 +133,13 @@ class Sparsemax(Normalizer):
         return Entmax(2.0).weights(s, tile)
 
 
-class _Entmax(torch.autograd.Function):
-    """Entmax with its Jacobian diag(g) - g g^T / sum(g), g = p^(2 - alpha) on the support. The gradient is written in
-    terms of the result p, so derivatives of every order follow from it."""
+class _Simplex(torch.autograd.Function):
+    """Softmax (alpha = 1) and its kin (alpha up to 2), whose Jacobian is diag(g) - g g^T / sum(g), g = p^(2 - alpha) on
+    the support. The gradient is written in terms of the result p, so derivatives of every order follow from it."""
 
     @staticmethod
     def forward(s: Tensor, alpha: float) -> Tensor:
-        # Newton's method on f(tau) = |p(tau)^(alpha - 1)| - 1, the norm of order 1 / (alpha - 1). It is convex and falling,
-        # so that from the left, where f >= 0, a step never passes the root; and nearly straight, so that 5 to 8 steps do
-        # where the sum of p takes 10 to 14. At tau = max - 1 the largest entry alone gives f >= 0.
-        z = (alpha - 1) * (s - s.amax(-1, keepdim=True))
-        power = 1 / (alpha - 1)
-        tau = torch.full_like(z[..., :1], -1.0)
-        for _ in range(100):
-            gap = (z - tau).clamp_(min=0)
-            p = gap if power == 1 else gap**power
-            slope = (gap > 0).to(z.dtype) if power == 1 else gap if power == 2 else gap ** (power - 1)
-            total = p.sum(-1, keepdim=True)
-            step = (total ** (alpha - 1) - 1) * total ** (2 - alpha) / slope.sum(-1, keepdim=True)
-            # Rounding makes the last steps tiny and of either sign: stop when none moves tau.
-            moved = tau + step.clamp(min=0)
-            if not torch.compiler.is_compiling() and not bool((moved > tau).any()):
-                break
-            tau = moved
-        return p / p.sum(-1, keepdim=True)
+        return _softmax(s) if alpha == 1 else _entmax(s, alpha)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
@@ -170,6 +150,8 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def _apply_jacobian(ctx: Any, direction: Tensor) -> Tensor:
         (p,) = ctx.saved_tensors
+        if ctx.alpha == 1:
+            return torch._softmax_backward_data(direction, p, -1, p.dtype)
         support = p > 0
         g = support.to(p.dtype) if ctx.alpha == 2 else torch.where(support, p, 1.0) ** (2 - ctx.alpha) * support
         mean = (g * direction).sum(-1, keepdim=True) / g.sum(-1, keepdim=True)
@@ -177,15 +159,43 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _Entmax._apply_jacobian(ctx, grad), None
+        return _Simplex._apply_jacobian(ctx, grad), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
-        return _Entmax._apply_jacobian(ctx, tangent)
+        return _Simplex._apply_jacobian(ctx, tangent)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], s: Tensor, alpha: float) -> tuple[Tensor, int]:  # type: ignore[override]
-        return _Entmax.apply(s.movedim(in_dims[0], 0), alpha), 0  # type: ignore[no-untyped-call]
+        return _Simplex.apply(s.movedim(in_dims[0], 0), alpha), 0  # type: ignore[no-untyped-call]
+
+
+def _softmax(s: Tensor) -> Tensor:
+    # Weights that are nothing beside the largest of their row (1e-31 of 1 in float32) are set to 0: products of
+    # subnormal numbers, which steep biases make by the thousand, run fifty times slower.
+    limits = torch.finfo(s.dtype)
+    return torch.threshold(torch.softmax(s, -1), limits.tiny / limits.eps, 0.0)
+
+
+def _entmax(s: Tensor, alpha: float) -> Tensor:
+    # Newton's method on f(tau) = |p(tau)^(alpha - 1)| - 1, the norm of order 1 / (alpha - 1). It is convex and falling, so
+    # that from the left, where f >= 0, a step never passes the root; and nearly straight, so that 5 to 8 steps do where
+    # the sum of p takes 10 to 14. At tau = max - 1 the largest entry alone gives f >= 0.
+    z = (alpha - 1) * (s - s.amax(-1, keepdim=True))
+    power = 1 / (alpha - 1)
+    tau = torch.full_like(z[..., :1], -1.0)
+    for _ in range(100):
+        gap = (z - tau).clamp_(min=0)
+        p = gap if power == 1 else gap**power
+        slope = (gap > 0).to(z.dtype) if power == 1 else gap if power == 2 else gap ** (power - 1)
+        total = p.sum(-1, keepdim=True)
+        step = (total ** (alpha - 1) - 1) * total ** (2 - alpha) / slope.sum(-1, keepdim=True)
+        # Rounding makes the last steps tiny and of either sign: stop when none moves tau.
+        moved = tau + step.clamp(min=0)
+        if not torch.compiler.is_compiling() and not bool((moved > tau).any()):
+            break
+        tau = moved
+    return p / p.sum(-1, keepdim=True)
 
 
 # Every normalizer by name: tests, benchmarks, the command line and the documentation loop over this table.

@@ -57,19 +57,24 @@ class Score:
 class Product(Score):
     """scale * q.k + key_bias + query_bias: what every score of the dot family comes down to.
 
-    key_bias (B, G, S) and query_bias (B, H, L) are None or tensors.
+    key_bias (B, G, S) and query_bias (B, H, L) are None or tensors; a scale of None is 1/sqrt(D), which lets a compiled
+    graph leave D open.
     """
 
-    scale: float = 1.0
+    scale: float | None = 1.0
     key_bias: Tensor | None = None
     query_bias: Tensor | None = None
 
     def pair(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q * k).sum(-1) * self.scale
+        return (self.scaled(q) * k).sum(-1)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The scale times a tensor of width D."""
+        return x * ((x.shape[-1] or 1) ** -0.5 if self.scale is None else self.scale)
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
         # All queries that share a key/value head are rows of one product: k is not repeated.
-        out = (fold_heads(q * self.scale, k) @ k.mT).view(*q.shape[:-1], k.shape[2])
+        out = (fold_heads(self.scaled(q), k) @ k.mT).view(*q.shape[:-1], k.shape[2])
         if self.key_bias is not None:
             bias = self.key_bias[slice(*tile.b), slice(*tile.g), slice(*tile.k)]
             out = out + _for_queries(bias[..., None, :], q)
@@ -82,7 +87,7 @@ class Product(Score):
 
 
 def widen(x: Tensor) -> Tensor:
-    """The tensor in the precision that kernels accumulate in: float64 as it is, everything else as float32."""
+    """A tensor (...) in the precision that kernels accumulate in: float64 as it is, everything else as float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -128,7 +133,7 @@ class ScaledDot(Scaled):
         return (q * k).sum(-1) * self._scale(q)
 
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
-        return q, k, Product(self._scale(q))
+        return q, k, Product(self.scale)
 
 
 @dataclass(frozen=True)
@@ -273,7 +278,7 @@ def _centred(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def _squared_distance(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Score]:
     """-|q - k|^2 * scale as a product: 2 scale q.k - scale |k|^2 - scale |q|^2, three terms that nearly cancel where
     they are large."""
-    return q, k, Product(2 * scale, -scale * k.square().sum(-1), -scale * q.square().sum(-1))
+    return q * (2 * scale), k, Product(1.0, -scale * k.square().sum(-1), -scale * q.square().sum(-1))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,19 +50,19 @@ class Tile:
         repeats = self.sizes.H // self.sizes.G
         return self.h[0] // repeats, -(-self.h[1] // repeats)
 
-    @cached_property
+    @property
     def batch(self) -> Tensor:
         return torch.arange(*self.b, device=self.device).view(-1, 1, 1, 1)
 
-    @cached_property
+    @property
     def head(self) -> Tensor:
         return torch.arange(*self.h, device=self.device).view(1, -1, 1, 1)
 
-    @cached_property
+    @property
     def query(self) -> Tensor:
         return torch.arange(*self.q, device=self.device).view(1, 1, -1, 1)
 
-    @cached_property
+    @property
     def key(self) -> Tensor:
         return torch.arange(*self.k, device=self.device).view(1, 1, 1, -1)
 

@@ -52,11 +52,11 @@ def truth(problem: Problem, precision: torch.dtype | None = torch.float32) -> Tr
     if problem.dtype == torch.float64:
         # The inputs are numbers of float32: there the errors of the plain way can be seen, and scaled down.
         straight_dtype, grain = torch.float32, torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    exact, leaves = _solve(problem, torch.float64)
+    exact, leaves = solved(problem, torch.float64)
     weights = _cotangents(problem, exact)
     exact_gradients = _gradients(exact, weights, leaves)
     sizes = _sizes(exact, weights, leaves)
-    straight, leaves = _solve(problem, straight_dtype)
+    straight, leaves = solved(problem, straight_dtype)
     straight_gradients = _gradients(straight, weights, leaves)
     outputs = {name: Yardstick(exact[name], straight[name], grain) for name in weights}
     gradients = {n: Yardstick(x, straight_gradients[n], grain, sizes[n]) for n, x in exact_gradients.items()}
@@ -87,7 +87,8 @@ def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, flo
     return sizes
 
 
-def _solve(problem: Problem, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+def solved(problem: Problem, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    """What the oracle says in some precision, and the leaves that its graph starts from."""
     leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in problem.clean.items()}
     return problem.solve(leaves), leaves
 

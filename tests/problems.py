@@ -57,6 +57,9 @@ class Problem:
     def __repr__(self) -> str:
         return f"Problem({self.choices})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
     @property
     def dtype(self) -> torch.dtype:
         return self.tensors["q"].dtype

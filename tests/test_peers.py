@@ -174,7 +174,8 @@ def test_flex_attention(name: str, kernel: str) -> None:
     score_mod, mask_mod, ours = FLEX[name]
     q, k, v = randn(B, H, L, D, grad=False), randn(B, G, S, D, grad=False), randn(B, G, S, E, grad=False)
     blocks = mask_mod and create_block_mask(mask_mod, B, H, L, S, device="cpu")
-    with warnings.catch_warnings(action="ignore"):  # it warns that it is not compiled
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it is not compiled
         out, lse = flex_attention(q, k, v, score_mod, blocks, enable_gqa=True, return_lse=True)
     got, seen = regard.attention(q, k, v, kernel=kernel, summary=regard.Summary(lse=True), **ours)
     close(got, out)

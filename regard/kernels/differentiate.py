@@ -6,7 +6,8 @@ Eager calls go through `torch.autograd.Function`, which is cheap. Compiled and e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,7 @@ from regard import mask, normalizer, position, problem, score, summary, word
 from regard.kernels import reference, tiled
 from regard.problem import Plan
 
-_KERNELS: dict[str, ModuleType] = {"tiled": tiled}
+_KERNELS: dict[str, ModuleType] = {"tiled": tiled, "reference": reference}
 
 _VOCABULARY: dict[str, type[Any]] = {
     name: kind
@@ -30,7 +31,11 @@ _VOCABULARY: dict[str, type[Any]] = {
 def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """All outputs of a problem by a kernel, in the order of `Plan.outputs`, with gradients."""
     if torch.compiler.is_compiling():
-        return tuple(_forward(list(tensors), kernel, word.describe(plan)))
+        numbers = word.Numbers()
+        text = word.describe(plan, numbers)
+        return tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
+    if kernel == "reference":
+        return reference.run(plan, tensors)  # it is made of differentiable steps
     outputs: tuple[Tensor, ...] = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
     return outputs
 
@@ -138,46 +143,66 @@ def _merge(tensors: Sequence[Tensor], wanted: Sequence[bool], some: Sequence[Ten
 # The operators that compiled graphs hold.
 
 
+@contextmanager
+def _autograd_inside() -> Iterator[None]:
+    """Let an operator build graphs of its own: torch switches autograd off inside of operators."""
+    C = torch._C
+    excluded = C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(C.DispatchKey, key))
+    with C._ForceDispatchKeyGuard(C._dispatch_tls_local_include_set(), excluded):
+        yield
+
+
+def _plan(text: str, whole: list[int], real: list[float]) -> Plan:
+    plan: Plan = word.parse(text, word.Numbers(whole, real), _VOCABULARY)
+    return plan
+
+
 @torch.library.custom_op("regard::forward", mutates_args=())
-def _forward(tensors: list[Tensor], kernel: str, plan: str) -> list[Tensor]:
-    return list(_KERNELS[kernel].forward(word.parse(plan, _VOCABULARY), tensors))
+def _forward(tensors: list[Tensor], kernel: str, plan: str, whole: list[int], real: list[float]) -> list[Tensor]:
+    with _autograd_inside():
+        return list(_KERNELS[kernel].forward(_plan(plan, whole, real), tensors))
 
 
 @_forward.register_fake
-def _(tensors: list[Tensor], kernel: str, plan: str) -> list[Tensor]:
-    parsed = word.parse(plan, _VOCABULARY)
+def _(tensors: list[Tensor], kernel: str, plan: str, whole: list[int], real: list[float]) -> list[Tensor]:
+    parsed = _plan(plan, whole, real)
     q, k, v = tensors[:3]
-    wide = score.widen(q[:0])
-    filled = word.fill(parsed, tensors)
-    return tiled.empty_outputs(filled, parsed.outputs, problem.sizes(q, k), q.to(wide.dtype), v, v.dtype)
+    size = problem.sizes(q, k)
+    return tiled.empty_outputs(word.fill(parsed, tensors), parsed.outputs, size, score.widen(q), v, v.dtype)
 
 
 @torch.library.custom_op("regard::backward", mutates_args=())
 def _backward(
-    gradients: list[Tensor], tensors: list[Tensor], kernel: str, plan: str, given: list[bool], wanted: list[bool]
-) -> list[Tensor]:
-    results = _KERNELS[kernel].backward(word.parse(plan, _VOCABULARY), tensors, _spread(gradients, given), wanted)
+    gradients: list[Tensor], tensors: list[Tensor], kernel: str, plan: str, whole: list[int], real: list[float],
+    given: list[bool], wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    with _autograd_inside():
+        results = _KERNELS[kernel].backward(_plan(plan, whole, real), tensors, _spread(gradients, given), wanted)
     return [x for x in results if x is not None]
 
 
 @_backward.register_fake
 def _(
-    gradients: list[Tensor], tensors: list[Tensor], kernel: str, plan: str, given: list[bool], wanted: list[bool]
-) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, want in zip(tensors, wanted, strict=True) if want]
+    gradients: list[Tensor], tensors: list[Tensor], kernel: str, plan: str, whole: list[int], real: list[float],
+    given: list[bool], wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    some = [x for x, want in zip(tensors, wanted, strict=True) if want]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in some]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, ctx.kernel, ctx.plan = inputs
+    tensors, *ctx.rest = inputs
     ctx.save_for_backward(*tensors)
+    ctx.wanted = [x.is_floating_point() for x in tensors]
 
 
 def _compiled_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    tensors = list(ctx.saved_tensors)
-    wanted = [x.is_floating_point() for x in tensors]
     given = [g is not None for g in gradients]
-    results = _backward([g for g in gradients if g is not None], tensors, ctx.kernel, ctx.plan, given, wanted)
-    return list(_spread(results, wanted)), None, None
+    present = [g for g in gradients if g is not None]
+    results = _backward(present, list(ctx.saved_tensors), *ctx.rest, given, ctx.wanted)
+    return list(_spread(results, ctx.wanted)), None, None, None, None
 
 
 _forward.register_autograd(_compiled_backward, setup_context=_save)

@@ -18,6 +18,25 @@ from regard.tile import Tile
 from regard.word import fill
 
 
+def forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs without a graph, as the operator of compiled graphs wants them."""
+    with torch.no_grad():
+        return run(plan, tensors)
+
+
+def backward(
+    plan: Plan, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
+    leaves = [x.detach().requires_grad_(want) for x, want in zip(tensors, wanted, strict=True)]
+    with torch.enable_grad():
+        outputs = run(plan, leaves)
+    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
+    inputs = [x for x in leaves if x.requires_grad]
+    found = iter(torch.autograd.grad([x for x, _ in pairs], inputs, [g for _, g in pairs], materialize_grads=True))
+    return tuple([next(found) if want else None for want in wanted])
+
+
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """It serves everything."""
     return None

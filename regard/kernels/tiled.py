@@ -97,7 +97,7 @@ class _Totals:
     def __init__(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
         self.sums = [
             torch.zeros(
-                *x.shape[:-2], *(x.shape[:-3:-1] if i in (1, 2) else x.shape[-2:]),
+                (*x.shape[:-2], *(x.shape[:-3:-1] if i in (1, 2) else x.shape[-2:])),
                 dtype=widen(x[:0] if x.dim() else x.detach()).dtype, device=x.device,
             )
             if want else None
@@ -173,8 +173,8 @@ def _product(
 ) -> None:
     """The gradients of a score that is a product, from ds (b, h, l, s)."""
     folded = fold_heads(ds, k)
-    totals.add_queries(strip, (folded @ k).view(q.shape).mul_(score.scale))
-    totals.add_keys(1, strip, fold_heads(q * score.scale, k).mT @ folded, keys)
+    totals.add_queries(strip, score.scaled((folded @ k).view(q.shape)))
+    totals.add_keys(1, strip, fold_heads(score.scaled(q), k).mT @ folded, keys)
     for slot, parts, gradient in (
         (plan.key_bias, (strip.tile.b, strip.tile.g, keys), lambda: folded.sum(-2)),
         (plan.query_bias, (strip.tile.b, strip.tile.h, strip.tile.q), lambda: ds.sum(-1)),
