@@ -153,7 +153,8 @@ class Before(Mask):
 
     def check(self, sizes: Sizes, device: torch.device) -> None:
         if self.n.shape not in ((sizes.B,), (1,), ()):
-            raise ValueError(f"mask: n has shape {tuple(self.n.shape)}; expected one int per batch row, ({sizes.B},)")
+            shape = tuple(self.n.shape)
+            raise ValueError(f"mask: n has shape {shape}; expected one int per batch row, (B,) = ({sizes.B},)")
 
     def allowed(self, tile: Tile) -> Tensor:
         return tile.key < tile.cut(self.n.view(-1, 1, 1, 1))

@@ -151,22 +151,24 @@ class _Simplex(torch.autograd.Function):
     def _apply_jacobian(ctx: Any, direction: Tensor) -> Tensor:
         (p,) = ctx.saved_tensors
         if ctx.alpha == 1:
-            return torch._softmax_backward_data(direction, p, -1, p.dtype)
+            gradient: Tensor = torch._softmax_backward_data(direction, p, -1, p.dtype)
+            return gradient
         support = p > 0
         g = support.to(p.dtype) if ctx.alpha == 2 else torch.where(support, p, 1.0) ** (2 - ctx.alpha) * support
         mean = (g * direction).sum(-1, keepdim=True) / g.sum(-1, keepdim=True)
-        return g * (direction - mean)
+        product: Tensor = g * (direction - mean)
+        return product
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Simplex._apply_jacobian(ctx, grad), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return _Simplex._apply_jacobian(ctx, tangent)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], s: Tensor, alpha: float) -> tuple[Tensor, int]:  # type: ignore[override]
+    def vmap(info: Any, in_dims: tuple[int, None], s: Tensor, alpha: float) -> tuple[Tensor, int]:
         return _Simplex.apply(s.movedim(in_dims[0], 0), alpha), 0  # type: ignore[no-untyped-call]
 
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from regard import check
+from regard.function import Python
 from regard.mask import Mask
 from regard.normalizer import Normalizer, Softmax
 from regard.position import Added, Bias
-from regard.score import Python, ScaledDot, Score, expand_heads
+from regard.score import ScaledDot, Score, expand_heads
 from regard.summary import Summary
 from regard.tile import Align, Sizes
 from regard.word import slots, split
@@ -165,7 +166,7 @@ def _word(name: str, word: Any, kind: type[W], device: torch.device) -> W:
 
 def _hint(value: object, kind: type[Any]) -> str:
     """What may have been meant."""
-    if isinstance(value, type) and issubclass(value, kind):
+    if isinstance(value, type) and issubclass(value, kind) and value not in _ABSTRACT:
         return f" (an object of this class: {value.__name__}(...))"
     if kind is Mask and check.is_floats(value):
         return " (what is added to the scores goes into bias=)"

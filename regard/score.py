@@ -7,7 +7,6 @@ then runs on the fastest kernels. To add a score: write the class, and enter it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +32,7 @@ class Score:
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
         """The scores of a tile: q (b, h, l, D), k (b, g, s, D) -> (b, h, l, s)."""
-        return self.pair(q[..., :, None, :], _for_queries(k, q)[..., None, :, :])
+        return self.pair(q[..., :, None, :], for_queries(k, q)[..., None, :, :])
 
     def volume(self, width: int) -> int:
         """How many numbers are held per pair while a tile is scored; kernels size their tiles by it."""
@@ -77,7 +76,7 @@ class Product(Score):
         out = (fold_heads(self.scaled(q), k) @ k.mT).view(*q.shape[:-1], k.shape[2])
         if self.key_bias is not None:
             bias = self.key_bias[slice(*tile.b), slice(*tile.g), slice(*tile.k)]
-            out = out + _for_queries(bias[..., None, :], q)
+            out = out + for_queries(bias[..., None, :], q)
         if self.query_bias is not None:
             out = out + self.query_bias[slice(*tile.b), slice(*tile.h), slice(*tile.q)][..., None]
         return out
@@ -93,7 +92,8 @@ def widen(x: Tensor) -> Tensor:
 
 def fold_heads(x: Tensor, k: Tensor) -> Tensor:
     """Stack the heads of x that share a key/value head: (b, h, l, n) -> (b, g, h/g * l, n)."""
-    return x if x.shape[1] == k.shape[1] else x.reshape(x.shape[0], k.shape[1], -1, x.shape[3])
+    heads = k.shape[1]
+    return x if x.shape[1] == heads else x.reshape(x.shape[0], heads, x.shape[1] // heads * x.shape[2], x.shape[3])
 
 
 def expand_heads(x: Tensor, repeats: int) -> Tensor:
@@ -101,9 +101,9 @@ def expand_heads(x: Tensor, repeats: int) -> Tensor:
     return x if repeats == 1 else x[:, :, None].expand(-1, -1, repeats, *x.shape[2:]).flatten(1, 2)
 
 
-def _for_queries(k: Tensor, q: Tensor) -> Tensor:
-    """k with as many heads as q."""
-    return expand_heads(k, q.shape[1] // k.shape[1])
+def for_queries(k: Tensor, q: Tensor) -> Tensor:
+    """The keys (b, g, ...) with as many heads as q (b, h, ...)."""
+    return k if k.shape[1] == q.shape[1] else expand_heads(k, q.shape[1] // k.shape[1])
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class Gaussian(Score):
 
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
         if isinstance(self.sigma, Tensor) and self.sigma.dim() == 1 and k.shape[1] != q.shape[1]:
-            k = _for_queries(k, q)
+            k = for_queries(k, q)
         sigma = _per_head(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma
         q, k = _centred(q, k)
         return _squared_distance(q / sigma, k / sigma, 0.5)
@@ -272,7 +272,7 @@ def _centred(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     towards = mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
     nearest = (k.detach() @ towards.mT).amin(2, keepdim=True)
     centre = (towards * nearest.clamp(min=0.0)).nan_to_num(0.0, 0.0, 0.0)
-    return q - _for_queries(centre, q), k - centre
+    return q - for_queries(centre, q), k - centre
 
 
 def _squared_distance(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Score]:
@@ -313,7 +313,7 @@ class Additive(Score):
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
         v = self.v[None, :, None] if self.v.dim() == 1 else self.v[slice(*tile.h), None, :, None]
-        k = _for_queries(k, q)
+        k = for_queries(k, q)
         return (torch.tanh(q[..., :, None, :] + k[..., None, :, :]) @ v.to(q.dtype))[..., 0]
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
@@ -338,52 +338,8 @@ class Additive(Score):
 
     @classmethod
     def example(cls, heads: int, width: int) -> Score:
-        maps = [torch.randn(width + 2, width) / width**0.5 for _ in range(2)]
-        return cls(torch.randn(heads, width + 2), *maps, torch.randn(width + 2))
-
-
-@dataclass(frozen=True)
-class Python(Score):
-    """A score that a user wrote: `function(q, k)` takes q (b, H, l, D) and k (b, H, s, D), any part of the whole, and
-    gives scores (b, H, l, s). `captured` are the leaf tensors it closes over that want a gradient."""
-
-    function: Callable[[Tensor, Tensor], Tensor]
-    captured: tuple[Tensor, ...] = ()
-
-    def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
-        """Any widths that the function takes will do."""
-
-    def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-        return self._call(q, _for_queries(k, q))
-
-    def _call(self, q: Tensor, k: Tensor) -> Tensor:
-        out = self.function(q, k)
-        expected = (*q.shape[:-1], k.shape[-2])
-        name = f"score: what the function gives for parts of q {tuple(q.shape)} and k {tuple(k.shape)}"
-        check.floats(name, out, (expected,), f"{expected}")
-        return out
-
-    @staticmethod
-    def of(function: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Python:
-        """Wrap a function, and find what it closes over by scoring one pair and walking the graph that it leaves."""
-        if not q.numel() or not k.numel() or torch.compiler.is_compiling():
-            return Python(function)
-        one_q = widen(q[:1, :, :1].detach())
-        one_k = _for_queries(widen(k[:1, :, :1].detach()), q)
-        with torch.enable_grad():
-            trial = Python(function)._call(one_q, one_k)
-        leaves: dict[int, Tensor] = {}
-        seen, todo = set(), [trial.grad_fn]
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None:
-                leaves[id(leaf)] = leaf
-            todo.extend(parent for parent, _ in node.next_functions)
-        return Python(function, tuple(leaves.values()))
+        w_q, w_k = (torch.randn(width + 2, width) / width**0.5 for _ in range(2))
+        return Additive(torch.randn(heads, width + 2), w_q, w_k, torch.randn(width + 2))
 
 
 def _per_head(x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Tile:
     @property
     def g(self) -> Range:
         """The key/value heads that the heads of the tile use."""
-        repeats = self.sizes.H // self.sizes.G
+        repeats = max(self.sizes.H // max(self.sizes.G, 1), 1)
         return self.h[0] // repeats, -(-self.h[1] // repeats)
 
     @property

@@ -208,10 +208,11 @@ def test_without_a_mask_nan_is_not_hidden(kernel: str) -> None:
 @pytest.mark.parametrize("axis", "BHLSDE")
 @pytest.mark.parametrize("name", [n for n in score_names() if n not in unknown()])
 def test_axes_of_size_zero(kernel: str, axis: str, name: str) -> None:
-    for which, hidden, rate in itertools.product(normalizer_names(), (False, True), (0.0, 0.5)):
+    for which, hidden, rate, groups in itertools.product(normalizer_names(), (False, True), (0.0, 0.5), (0, 2)):
         size = dict(zip("BHLSDE", (2, 4, 5, 3, 7, 6), strict=True)) | {axis: 0}
         B, H, L, S, D, E = size.values()
-        q, k, v = _qkv((B, H, L, D), (B, H // 2, S, D), (B, H // 2, S, E))
+        G = groups if H == 0 else H // 2
+        q, k, v = _qkv((B, H, L, D), (B, G, S, D), (B, G, S, E))
         words: dict[str, Any] = {"normalizer": _example(which, H), "dropout": rate, "seed": 1 if rate else None}
         words["score"] = _score(name, H, D)
         words["mask"] = mask.causal("end") & mask.lengths(torch.full((B,), S)) if hidden else None
@@ -223,9 +224,9 @@ def test_axes_of_size_zero(kernel: str, axis: str, name: str) -> None:
         assert seen.top.weights.shape == seen.top.keys.shape == (B, H, L, 2)
         assert seen.received.shape == (B, H, S)
         assert seen.mass.shape == (B, H, L, 3)
-        assert seen.rows.shape == (B, H, 2 if L else 0, S)
+        assert seen.rows is None if L == 0 else seen.rows.shape == (B, H, 2, S)
         assert seen.full.shape == (B, H, L, S)
-        outputs = [x for x in (out, *seen[:3], seen.top.weights, *seen[4:]) if x.requires_grad]
+        outputs = [x for x in (out, *seen[:3], seen.top.weights, *seen[4:]) if x is not None and x.requires_grad]
         if outputs:
             weights = [torch.ones_like(x) for x in outputs]
             for x, gradient in zip((q, k, v), torch.autograd.grad(outputs, (q, k, v), weights, allow_unused=True), strict=True):

@@ -14,7 +14,7 @@ import pytest
 from torch import nn
 
 import regard
-from regard import mask, normalizer, position, rotary, score, summary
+from regard import function, mask, normalizer, position, rotary, score, summary
 
 PACKAGE = Path(regard.__file__).parent
 MODULES = {
@@ -29,6 +29,7 @@ LAYERS = [
     {"check"},
     {"rotary"},
     {"dropout", "score", "normalizer", "mask", "position", "summary"},
+    {"function"},
     {"problem", "merge"},
     {"kernels.equation"},
     {"kernels.strip"},
@@ -125,6 +126,7 @@ TESTED_BY = {
     "attention": "kernels",
     "check": "errors",
     "problem": "errors",
+    "function": "errors",
     "dropout": "kernels",
     "normalizer": "kernels",
     "summary": "kernels",
@@ -178,7 +180,7 @@ def public(module: ModuleType) -> list[tuple[str, object]]:
     ]
 
 
-WORDS = [pair for module in (score, normalizer, mask, position, rotary, summary) for pair in public(module)]
+WORDS = [pair for module in (score, function, normalizer, mask, position, rotary, summary) for pair in public(module)]
 # (B, S), (H,), (), (..., L, width), (B|1, L), (b, h, l, s)
 SHAPE = re.compile(r"\((?:(?:\.\.\.|[A-Za-z]\w*(?:\|1)?)(?:,[^()]*)?)?\)")
 

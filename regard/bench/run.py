@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def run(cases: Sequence[Case], *, rounds: int = 7, seconds: float = 0.1) -> Iter
             peer_error = _error(_outcome(case.peer, inputs, backward), truth)
             del truth
             ours_ms, peer_ms = _race(
-                [lambda f=f: _outcome(f, inputs, backward) for f in (case.ours, case.peer)], rounds, seconds
+                [partial(_outcome, f, inputs, backward) for f in (case.ours, case.peer)], rounds, seconds
             )
             direction = "forward + backward" if backward else "forward"
             yield Result(

@@ -56,7 +56,7 @@ class Forward(torch.autograd.Function):
         ctx.mark_non_differentiable(*[x for x in output if not x.is_floating_point()])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = tuple(ctx.needs_input_grad[2:])
         given = tuple(g is not None for g in gradients)
         present = [g for g in gradients if g is not None]
@@ -64,7 +64,7 @@ class Forward(torch.autograd.Function):
         return None, None, *_spread(results, wanted)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # type: ignore[override]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _one_by_one(Forward.apply, info.batch_size, in_dims, inputs)
 
 
@@ -85,7 +85,7 @@ class Backward(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
         count = sum(ctx.given)
         plan, wanted, given = ctx.plan, ctx.wanted, ctx.given
         moving = [i for i, x in enumerate(ctx.saved_tensors) if x.is_floating_point()]
@@ -101,17 +101,17 @@ class Backward(torch.autograd.Function):
                 outputs = reference.run(plan, _merge(tensors, wanted, some))
                 return tuple(x for x, there in zip(outputs, given, strict=True) if there)
 
-            _, pull = torch.func.vjp(equation, *[x for x, want in zip(tensors, wanted, strict=True) if want])
+            pull = torch.func.vjp(equation, *[x for x, want in zip(tensors, wanted, strict=True) if want])[1]
             return tuple(pull(tuple(gradients)))
 
-        _, pull = torch.func.vjp(first, *[ctx.saved_tensors[i] for i in moving])
+        pull = torch.func.vjp(first, *[ctx.saved_tensors[i] for i in moving])[1]
         results: list[Tensor | None] = [None] * len(ctx.saved_tensors)
         for i, x in zip(moving, pull(tuple(seconds)), strict=True):
             results[i] = x
         return None, None, None, None, *results
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # type: ignore[override]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _one_by_one(Backward.apply, info.batch_size, in_dims, inputs)
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from regard.dropout import keep
+from regard.function import Python
 from regard.normalizer import Softmax, log_sum_exp
 from regard.problem import Plan
-from regard.score import Python, fold_heads
+from regard.score import expand_heads, fold_heads
 from regard.tile import Range, Tile
 
 
@@ -43,7 +44,7 @@ def poison(plan: Plan, s: Tensor, tile: Tile) -> Tensor:
     if plan.bad_q is None:
         return s
     bad_k = plan.bad_k[slice(*tile.b), slice(*tile.g), slice(*tile.k)]
-    bad_k = bad_k.repeat_interleave((tile.h[1] - tile.h[0]) // bad_k.shape[1], 1)
+    bad_k = expand_heads(bad_k, (tile.h[1] - tile.h[0]) // max(bad_k.shape[1], 1))
     bad_q = plan.bad_q[slice(*tile.b), slice(*tile.h), slice(*tile.q)]
     return s.masked_fill(bad_q[..., :, None] | bad_k[..., None, :], math.nan)
 
@@ -105,7 +106,8 @@ def finish(
     if "received" in wanted:
         results["received"] = p.sum(-2)
     if "mass" in wanted:
-        member = summary.mass if summary.mass.dim() == 3 else summary.mass[None]  # type: ignore[union-attr]
+        assert summary.mass is not None
+        member = summary.mass if summary.mass.dim() == 3 else summary.mass[None]
         member = (member[slice(*tile.b)] if member.shape[0] > 1 else member)[:, None]
         results["mass"] = p @ over(columns, lambda k: member[..., slice(*k)]).to(p.dtype).mT
     if "rows" in wanted:

@@ -5,6 +5,7 @@ Memory is L x S; nothing chooses this kernel but you, by `kernel="reference"`, a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -53,6 +54,9 @@ def run(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if size.S == 0:
         # One key that nobody may attend to gives every row something to normalise over.
         s, v = torch.nn.functional.pad(s, (0, 1), value=-math.inf), torch.nn.functional.pad(v, (0, 0, 0, 1))
+        if plan.summary.mass is not None:
+            mass = torch.nn.functional.pad(plan.summary.mass, (0, 1))
+            plan = dataclasses.replace(plan, summary=dataclasses.replace(plan.summary, mass=mass))
     if size.S == 0 or can_be_empty(plan):
         empty = s.detach().amax(-1, keepdim=True) == -math.inf
     names = plan.outputs

@@ -145,14 +145,14 @@ def _rows(
                 yield b, rows, (columns, ())
         return
     tile = _TILE if max(size.L, size.S) <= _LONG else 2 * _TILE
-    some, full = plan.mask.coverage(Grid.of(size, tile, _TILE, device))
-    shared = some.shape[0] == 1 and full.shape[0] == 1
-    some, full = (x.expand(1 if shared else size.B, -1, -1).tolist() for x in (some, full))
+    coverage = plan.mask.coverage(Grid.of(size, tile, _TILE, device))
+    shared = all(x.shape[0] == 1 for x in coverage)
+    some, full = (x.expand(1 if shared else size.B, -1, -1).tolist() for x in coverage)
     for index in range(len(some)):
         batch = max(_STRIP // (size.H * min(tile, size.L) * size.S), 1) if shared else 1
         for b in _steps(size.B, batch) if shared else [(index, index + 1)]:
-            for rows, columns, partial in _merged(some[index], full[index], tile, size):
-                yield b, rows, (columns, partial)
+            for rows, some_keys, partial in _merged(some[index], full[index], tile, size):
+                yield b, rows, (some_keys, partial)
 
 
 def _merged(

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.function import Python
 from regard.kernels.equation import can_be_empty, finish, over, poison, scores
 from regard.kernels.strip import Strip, place, strips, taken
 from regard.position import Added
 from regard.problem import Plan, sizes
-from regard.score import Product, Python, fold_heads, widen
+from regard.score import Product, fold_heads, widen
 from regard.tile import Range, Sizes
 from regard.word import Slot, fill, slots
 
@@ -81,8 +82,8 @@ def backward(
             if not pairs:
                 continue
             ds, *dparameters = _gradients(pairs, [s, *(leaves[i] for i in from_weights)])
-            for i, gradient in zip(from_weights, dparameters, strict=True):
-                totals.add(i, gradient)
+            for i, parameter in zip(from_weights, dparameters, strict=True):
+                totals.add(i, parameter)
             if ds is not None and strip.columns:
                 # Pairs that may not attend have no gradient, whatever NaN stands in the row.
                 for keys in strip.partial:
@@ -175,13 +176,14 @@ def _product(
     folded = fold_heads(ds, k)
     totals.add_queries(strip, score.scaled((folded @ k).view(q.shape)))
     totals.add_keys(1, strip, fold_heads(score.scaled(q), k).mT @ folded, keys)
-    for slot, parts, gradient in (
-        (plan.key_bias, (strip.tile.b, strip.tile.g, keys), lambda: folded.sum(-2)),
-        (plan.query_bias, (strip.tile.b, strip.tile.h, strip.tile.q), lambda: ds.sum(-1)),
-    ):
-        total = None if slot is None else totals.sums[_index(slot)]
-        if total is not None:
-            total[tuple([slice(*part) for part in parts])].add_(gradient())
+    _add_bias(totals, plan.key_bias, (strip.tile.b, strip.tile.g, keys), folded, -2)
+    _add_bias(totals, plan.query_bias, (strip.tile.b, strip.tile.h, strip.tile.q), ds, -1)
+
+
+def _add_bias(totals: _Totals, slot: Any, parts: tuple[Range, Range, Range], ds: Tensor, axis: int) -> None:
+    total = None if slot is None else totals.sums[_index(slot)]
+    if total is not None:
+        total[tuple([slice(*part) for part in parts])].add_(ds.sum(axis))
 
 
 def _index(slot: Any) -> int:
@@ -206,7 +208,7 @@ def _leaves(plan: Plan, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> li
 
 def _is_added(plan: Plan, slot: int) -> bool:
     """Is it a tensor added to the scores? It may be as large as they are, so its gradient is summed up in place."""
-    return isinstance(plan.bias, Added) and plan.bias.tensor.index == slot  # type: ignore[attr-defined]
+    return isinstance(plan.bias, Added) and _index(plan.bias.tensor) == slot
 
 
 def empty_outputs(plan: Plan, names: Sequence[str], size: Sizes, q: Tensor, v: Tensor, dtype: torch.dtype) -> list[Tensor]:

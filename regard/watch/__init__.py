@@ -59,7 +59,10 @@ def watch(
     def wanted() -> Summary | None:
         if not place.path:
             return None  # some other model, run inside the block
-        return summary if layers is None or place.layer in layers else place.skip()
+        if layers is None or place.layer in layers:
+            return summary
+        place.layer += 1
+        return None
 
     def tell(seen: Seen, shape: tuple[int, int, int, int], causal: bool) -> None:
         _, heads, queries, keys = shape
@@ -94,10 +97,6 @@ class _Place:
         self.call = -1
         self.layer = 0
         self._owner = threading.get_ident()
-
-    def skip(self) -> None:
-        """Count a layer that is not recorded."""
-        self.layer += 1
 
     @contextmanager
     def follow(self, model: nn.Module) -> Iterator[None]:
@@ -135,7 +134,8 @@ def _is_cross(path: Sequence[str]) -> bool:
 @contextmanager
 def _implementation(model: nn.Module, name: str) -> Iterator[None]:
     """Have Hugging Face's modules call torch's attention, for the time of the block."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
     before = [(config, config._attn_implementation) for config in configs.values()]
     try:
         for config, _ in before:

@@ -88,7 +88,7 @@ class Intercept(TorchFunctionMode):
         arguments = call.arguments
         if not arguments["need_weights"]:
             with _patched(self._sdpa):
-                return _mha(**arguments)  # type: ignore[return-value]
+                return _mha(**arguments)
         averaged = arguments["average_attn_weights"]
         out, weights = _mha(**{**arguments, "average_attn_weights": False})
         assert weights is not None
