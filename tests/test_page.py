@@ -9,12 +9,13 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from records import random, seen
 from torch import Tensor
 
 from regard.view import pack
@@ -30,48 +31,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-
-
-@dataclass(frozen=True)
-class Top:
-    weights: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True)
-class Seen:
-    name: str
-    layer: int
-    kind: str
-    call: int
-    heads: int
-    queries: int
-    keys: int
-    causal: bool
-    top: Top
-    received: Tensor | None
-    entropy: Tensor | None
-    max: Tensor
-
-
-def seen(weights: Tensor, layer: int = 0, *, k: int | None = None, kind: str = "self", causal: bool = False) -> Seen:
-    """A record of dense weights (B,H,L,S), keeping the k largest."""
-    _, heads, queries, keys = weights.shape
-    top = weights.topk(min(k or keys, keys), -1)
-    entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)
-    at = top.indices.masked_fill(top.values == 0, -1) if causal else top.indices
-    name = f"decoder.{layer}.{kind}"
-    received, most = weights.sum(-2), weights.amax(-1)
-    return Seen(name, layer, kind, 0, heads, queries, keys, causal, Top(top.values, at), received, entropy, most)
-
-
-def random(
-    batch: int, heads: int, queries: int, keys: int, *, seed: int, causal: bool = False, sharp: float = 2.0
-) -> Tensor:
-    scores = sharp * torch.randn(batch, heads, queries, keys, generator=torch.Generator().manual_seed(seed))
-    if causal:
-        scores = scores.masked_fill(torch.ones(queries, keys).triu(keys - queries + 1).bool(), -torch.inf)
-    return scores.softmax(-1)
 
 
 TOKENS = ["[CLS]", "the", "cat", HOSTILE, "un", "##like", "'", '"', "&amp;", "{{data}}", "\u2028", "[SEP]"]

@@ -6,10 +6,12 @@ import io
 import math
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
+import records
 import torch
+from records import seen
 from rich.console import Console
 from torch import Tensor
 
@@ -17,48 +19,13 @@ from regard.view.brief import briefs
 from regard.view.record import check, rows
 from regard.view.terminal import terminal
 from regard.view.token import read
+from regard.watch import Record
 
 WORDS = ["[CLS]", "the", "cat", "sat", "on", "a", "mat", "and", "slept", ".", "[SEP]"]
 
 
-@dataclass(frozen=True)
-class Top:
-    weights: Tensor
-    keys: Tensor
-
-
-@dataclass(frozen=True)
-class Seen:
-    name: str
-    layer: int
-    kind: str
-    call: int
-    heads: int
-    queries: int
-    keys: int
-    causal: bool
-    top: Top
-    received: Tensor | None
-    entropy: Tensor | None
-    max: Tensor
-
-
-def seen(weights: Tensor, layer: int = 0, *, k: int | None = None, kind: str = "self", causal: bool = False) -> Seen:
-    """A record of dense weights (B,H,L,S), keeping the k largest."""
-    _, heads, queries, keys = weights.shape
-    top = weights.topk(min(k or keys, keys), -1)
-    entropy = -(weights * weights.clamp(min=1e-30).log()).sum(-1)
-    at = top.indices.masked_fill(top.values == 0, -1) if causal else top.indices
-    name = f"encoder.layer.{layer}.attention.{kind}"
-    received, most = weights.sum(-2), weights.amax(-1)
-    return Seen(name, layer, kind, 0, heads, queries, keys, causal, Top(top.values, at), received, entropy, most)
-
-
 def random(heads: int, queries: int, keys: int, seed: int = 0, causal: bool = False, sharp: float = 2.0) -> Tensor:
-    scores = sharp * torch.randn(1, heads, queries, keys, generator=torch.Generator().manual_seed(seed))
-    if causal:
-        scores = scores.masked_fill(torch.ones(queries, keys).triu(keys - queries + 1).bool(), -torch.inf)
-    return scores.softmax(-1)
+    return records.random(1, heads, queries, keys, seed=seed, causal=causal, sharp=sharp)
 
 
 def told(weights: Tensor, tokens: list[str], **options: int | str | bool | None) -> list[str]:
@@ -186,11 +153,11 @@ def test_tokens_read_as_a_person_reads(tokens: list[str], texts: list[str], join
     assert [r.raw for r in readings] == tokens
 
 
-def shown(records: list[Seen], tokens: list[str], width: int, colour: bool = False, **options: list[str]) -> str:
+def shown(made: list[Record], tokens: list[str], width: int, colour: bool = False, **options: list[str]) -> str:
     out = io.StringIO()
     system = "truecolor" if colour else None
     console = Console(file=out, width=width, force_terminal=colour, color_system=system)  # type: ignore[arg-type]
-    console.print(terminal(records, tokens, **options))  # type: ignore[arg-type]
+    console.print(terminal(made, tokens, **options))  # type: ignore[arg-type]
     return out.getvalue()
 
 

@@ -1,0 +1,58 @@
+"""The memory of `tiled` grows as the length does, forward and backward."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_CHILD = """
+import resource, sys
+import torch, regard
+from regard import Summary, mask, normalizer, score
+
+def run(L):
+    q, k, v = (torch.randn(1, 1, L, 16, requires_grad=True) for _ in range(3))
+    words = {
+        "causal": lambda: dict(mask=mask.causal()),
+        "summaries": lambda: dict(summary=Summary(lse=True, entropy=True, top=4, received=True, rows=(0,))),
+        "entmax": lambda: dict(normalizer=normalizer.Entmax(1.5)),
+        "additive": lambda: dict(score=score.Additive(torch.randn(16))),
+        "python": lambda: dict(score=lambda q, k: q @ k.mT),
+    }[sys.argv[1]]()
+    out = regard.attention(q, k, v, kernel="tiled", **words)
+    out = out[0].sum() + out[1].entropy.sum() + out[1].received.square().sum() if isinstance(out, tuple) else out.sum()
+    out.backward()
+
+torch.set_num_threads(1)
+run(256)  # what the first call sets up is not the problem's
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(int(sys.argv[2]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def _peak(what: str, L: int) -> int:
+    """Bytes by which one forward and backward raises the peak of a fresh process. What is freed goes back at once, so that
+    the peak is of what is held and not of what the allocator keeps."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, what, str(L)],
+        capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    return int(done.stdout)
+
+
+# Additive attention takes 16 tanh a pair: it is measured at a shorter length.
+@pytest.mark.parametrize("what", ["causal", "summaries", "entmax", "additive", "python"])
+def test_peak_grows_with_the_length(what: str) -> None:
+    lengths = (512, 1024, 2048) if what == "additive" else (2048, 4096, 8192)
+    peaks = [_peak(what, L) for L in lengths]
+    # All that is held is little beside one matrix of the last length, of 16 numbers a pair where the score is additive.
+    matrix = 4 * lengths[-1] ** 2 * (16 if what == "additive" else 1)
+    assert peaks[-1] < matrix / 3, peaks
+    # Twice the length is at most twice the memory, and a little for the allocator; a matrix would take four times.
+    assert peaks[2] - peaks[1] < 2.6 * max(peaks[1] - peaks[0], 8 << 20), peaks
