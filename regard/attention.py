@@ -83,14 +83,14 @@ def attention(
         v: values (B, G, S, E).
         score: one of `regard.score`, or a function (q, k) -> scores; `ScaledDot()` by default.
         normalizer: one of `regard.normalizer`; `Softmax()` by default.
-        mask: one of `regard.mask`, joined by `&`, `|` and `~`. True = may attend. A row that may attend to nothing gives
-            0, and what is masked out never leaks, not even NaN.
+        mask: one of `regard.mask`, joined by `&`, `|` and `~`. True = may attend. A row that may attend to nothing
+            gives 0, and what is masked out never leaks, not even NaN.
         bias: added to the scores after the softcap: a tensor that broadcasts to (B, H, L, S), `position.ALiBi` or
             `position.T5`.
         softcap: scores become softcap * tanh(score / softcap).
         dropout: the chance that a weight is dropped; the others are divided by 1 - dropout. It is dropped whenever this
             is not 0: pass 0 in evaluation.
-        seed: a whole number, or int64 of shape (), that fixes which weights are dropped; drawn from torch's generator by
+        seed: an int, or int64 of shape (), that fixes which weights are dropped; drawn from torch's generator by
             default. The same seed drops the same weights on every kernel.
         summary: what else to tell about the weights, without the weights. It never changes the output.
         kernel: force "torch", "tiled" or "reference"; raises if that one cannot serve.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from regard import check
 from regard.score import Score, for_queries, widen
@@ -16,11 +17,14 @@ from regard.tile import Sizes, Tile
 @dataclass(frozen=True)
 class Python(Score):
     """A score that a user wrote: `function(q, k)` takes q (b, H, l, D) and k (b, H, s, D), any part of the whole, and
-    gives scores (b, H, l, s). `captured` are the leaf tensors it closes over that want a gradient.
+    gives scores (b, H, l, s). q and k come in float32, or in float64 for float64 inputs.
+
+    `captured` are the leaf tensors it closes over that want a gradient; None where it closes over tensors that
+    torch.func is transforming: only a kernel that is made of differentiable steps sees through to those.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
-    captured: tuple[Tensor, ...] = ()
+    captured: tuple[Tensor, ...] | None = ()
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
         """Any widths that the function takes will do."""
@@ -40,10 +44,17 @@ class Python(Score):
         """Wrap a function, and find what it closes over by scoring one pair and walking the graph that it leaves."""
         if not q.numel() or not k.numel() or torch.compiler.is_compiling():
             return Python(function)
-        one_q = widen(q[:1, :, :1].detach())
-        one_k = for_queries(widen(k[:1, :, :1].detach()), q)
+        # A pair of its own making: what the answer is wrapped in, or hangs on, comes from the function alone.
+        one_q, one_k = (torch.ones(1, q.shape[1], 1, x.shape[3], dtype=widen(x[:0]).dtype, device=x.device) for x in (q, k))
         with torch.enable_grad():
             trial = Python(function)._call(one_q, one_k)
+        # Every transform of torch.func that is under way wraps it once.
+        while torch._C._functorch.is_functorch_wrapped_tensor(trial):
+            if torch._C._functorch.is_batchedtensor(trial) or trial.requires_grad or _has_tangent(trial):
+                return Python(function, None)
+            trial = torch._C._functorch.get_unwrapped(trial)
+        if _has_tangent(trial):
+            return Python(function, None)
         leaves: dict[int, Tensor] = {}
         seen, todo = set(), [trial.grad_fn]
         while todo:
@@ -56,3 +67,8 @@ class Python(Score):
                 leaves[id(leaf)] = leaf
             todo.extend(parent for parent, _ in node.next_functions)
         return Python(function, tuple(leaves.values()))
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Does it carry a derivative in forward mode?"""
+    return unpack_dual(x).tangent is not None

@@ -153,8 +153,7 @@ class Before(Mask):
 
     def check(self, sizes: Sizes, device: torch.device) -> None:
         if self.n.shape not in ((sizes.B,), (1,), ()):
-            shape = tuple(self.n.shape)
-            raise ValueError(f"mask: n has shape {shape}; expected one int per batch row, (B,) = ({sizes.B},)")
+            raise ValueError(f"mask: n has shape {tuple(self.n.shape)}; expected one int per row, (B,) = ({sizes.B},)")
 
     def allowed(self, tile: Tile) -> Tensor:
         return tile.key < tile.cut(self.n.view(-1, 1, 1, 1))
@@ -327,8 +326,7 @@ def window(left: int | None = None, right: int | None = None, align: Align = Non
 
 
 def lengths(n: Tensor) -> Mask:
-    """The first n[b] keys of batch row b are real, the rest is padding. n: integers of shape (B,), where more than S
-    means all of them, and less than 0 none."""
+    """The first n[b] of all S keys of batch row b are real (more than S: all; less than 0: none). n: integers (B,)."""
     if isinstance(n, list | tuple) and all(check.is_int(part) for part in n):
         n = torch.tensor(n, dtype=torch.int64)
     if not check.is_ints(n) or n.dim() != 1:
@@ -337,8 +335,9 @@ def lengths(n: Tensor) -> Mask:
 
 
 def prefix(n: int | Tensor) -> Mask:
-    """Everybody attends to the first n keys; n is an int, or integers of shape (B,). `causal() | prefix(n)` is the
-    prefix language model of Raffel et al., "T5" (2020), figure 4."""
+    """Everybody attends to the first n keys, an int or integers of shape (B,). With `causal() |` before it, this is the
+    prefix language model of Raffel et al., "T5" (2020), figure 4.
+    """
     if check.is_int(n) and n >= 0:
         n = torch.tensor(n)
     if not check.is_ints(n) or n.dim() > 1:
@@ -393,7 +392,8 @@ def dense(table: Tensor) -> Mask:
 
 def where(predicate: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Mask:
     """A mask in Python: `predicate(batch, head, query, key)` takes four index tensors that broadcast together, and
-    answers with bool. The `mask_mod` functions of FlexAttention work as they are."""
+    answers with bool. The `mask_mod` functions of FlexAttention work as they are.
+    """
     if not callable(predicate):
         raise check.wrong("where: predicate", predicate, "a function (batch, head, query, key) -> bool tensor", False)
     return Where(predicate)

@@ -36,14 +36,16 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
             )
         if out.dtype != outs[0].dtype or out.device != outs[0].device or lse.device != out.device:
             raise ValueError(
-                f"merge: an out is {out.dtype} on {out.device} and its lse on {lse.device}; expected {outs[0].dtype} on "
-                f"{outs[0].device}, as the first out"
+                f"merge: an out is {out.dtype} on {out.device} and its lse on {lse.device}; expected {outs[0].dtype} "
+                f"on {outs[0].device}, as the first out"
             )
     stacked = torch.stack(lses)
     nothing = (stacked == -torch.inf).all(0)
     total = torch.logsumexp(stacked.masked_fill(nothing, 0.0), 0)
     share = torch.exp(stacked - total).masked_fill(nothing, 0.0)
-    joined = torch.stack([weight[..., None] * out.to(weight.dtype) for weight, out in zip(share, outs, strict=True)]).sum(0)
+    joined = torch.zeros_like(outs[0], dtype=share.dtype)
+    for weight, out in zip(share, outs, strict=True):
+        joined = joined + weight[..., None] * out.to(share.dtype)
     return joined.to(outs[0].dtype), total.masked_fill(nothing, -torch.inf)
 
 

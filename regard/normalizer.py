@@ -119,7 +119,8 @@ class Entmax(Normalizer):
 
     def check(self, sizes: Sizes) -> None:
         if not check.is_number(self.alpha) or not 1.0 < self.alpha <= 2.0:
-            raise check.wrong("normalizer: alpha", self.alpha, "a number with 1 < alpha <= 2", check.is_number(self.alpha))
+            expected = "a number with 1 < alpha <= 2"
+            raise check.wrong("normalizer: alpha", self.alpha, expected, check.is_number(self.alpha))
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class Sparsemax(Normalizer):
 
 class _Simplex(torch.autograd.Function):
     """Softmax (alpha = 1) and its kin (alpha up to 2), whose Jacobian is diag(g) - g g^T / sum(g), g = p^(2 - alpha) on
-    the support. The gradient is written in terms of the result p, so derivatives of every order follow from it."""
+    the support. The gradient is written in terms of the result p, so derivatives of every order follow from it.
+    """
 
     @staticmethod
     def forward(s: Tensor, alpha: float) -> Tensor:
@@ -180,9 +182,9 @@ def _softmax(s: Tensor) -> Tensor:
 
 
 def _entmax(s: Tensor, alpha: float) -> Tensor:
-    # Newton's method on f(tau) = |p(tau)^(alpha - 1)| - 1, the norm of order 1 / (alpha - 1). It is convex and falling, so
-    # that from the left, where f >= 0, a step never passes the root; and nearly straight, so that 5 to 8 steps do where
-    # the sum of p takes 10 to 14. At tau = max - 1 the largest entry alone gives f >= 0.
+    # Newton's method on f(tau) = |p(tau)^(alpha - 1)| - 1, the norm of order 1 / (alpha - 1). It is convex and falling,
+    # so that from the left, where f >= 0, a step never passes the root; and nearly straight, so that 5 to 8 steps do
+    # where the sum of p takes 10 to 14. At tau = max - 1 the largest entry alone gives f >= 0.
     z = (alpha - 1) * (s - s.amax(-1, keepdim=True))
     power = 1 / (alpha - 1)
     tau = torch.full_like(z[..., :1], -1.0)
@@ -210,5 +212,5 @@ _NORMALIZERS: dict[str, type[Normalizer]] = {
 
 
 def log_sum_exp(s: Tensor) -> Tensor:
-    """log sum_j exp(s_j) over the last axis; -inf where there is nothing to sum."""
+    """The logarithm of sum_j exp(s_j) for s (..., S); -inf where there is nothing to sum."""
     return torch.logsumexp(s, -1) if s.shape[-1] else s.new_full(s.shape[:-1], -math.inf)

@@ -178,8 +178,9 @@ class Cosine(Score):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x|, and 0 (with gradient 0) for 0. The largest entry is taken out first, so that no square over- or
-    underflows."""
+    """The vectors x (..., D) made unit vectors, but 0 (with gradient 0) for 0. The largest entry is taken out first, so
+    that no square over- or underflows.
+    """
     x = widen(x)
     peak = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(*x.shape[:-1], 1)
     zero = peak == 0
@@ -232,7 +233,8 @@ class Gaussian(Score):
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
         if isinstance(self.sigma, Tensor) and self.sigma.dim() == 1 and k.shape[1] != q.shape[1]:
             k = for_queries(k, q)
-        sigma = _per_head(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma
+        # Widened once for both: the two halves of its gradient nearly cancel.
+        sigma = _per_head(widen(self.sigma)) if isinstance(self.sigma, Tensor) else self.sigma
         q, k = _centred(q, k)
         return _squared_distance(q / sigma, k / sigma, 0.5)
 
@@ -260,10 +262,11 @@ class Distance(Scaled):
 
 
 def _centred(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k, moved so that the keys of each head lie about the origin. Distances stay as they are.
+    """Move q and k so that the keys of each head lie about the origin. Distances stay as they are.
 
-    The way goes towards the mean key, but only as far as the nearest key along it, so that every key comes closer to the
-    origin. A key that is masked out may hold any number: the mean itself would carry off the precision of all the others.
+    The way goes towards the mean key, but only as far as the nearest key along it, so that every key comes closer to
+    the origin. A key that is masked out may hold any number: the mean itself would carry off the precision of all the
+    others.
     """
     q, k = widen(q), widen(k)
     if not k.shape[2]:
@@ -277,7 +280,8 @@ def _centred(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 def _squared_distance(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Score]:
     """-|q - k|^2 * scale as a product: 2 scale q.k - scale |k|^2 - scale |q|^2, three terms that nearly cancel where
-    they are large."""
+    they are large.
+    """
     return q * (2 * scale), k, Product(1.0, -scale * k.square().sum(-1), -scale * q.square().sum(-1))
 
 
@@ -291,7 +295,7 @@ class Additive(Score):
         bias: (A,) or (H, A).
 
     Source: Bahdanau, Cho, Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate" (2015),
-    appendix A.1.2. The "concat" score of Luong, Pham, Manning (2015) is the same, w_q and w_k being the halves of its W.
+    appendix A.1.2. The "concat" score of Luong, Pham, Manning (2015) is the same; w_q and w_k are the halves of its W.
     """
 
     v: Tensor
@@ -312,9 +316,10 @@ class Additive(Score):
         return q, k, Additive(self.v)
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-        v = self.v[None, :, None] if self.v.dim() == 1 else self.v[slice(*tile.h), None, :, None]
-        k = for_queries(k, q)
-        return (torch.tanh(q[..., :, None, :] + k[..., None, :, :]) @ v.to(q.dtype))[..., 0]
+        hidden = torch.tanh(q[..., :, None, :] + for_queries(k, q)[..., None, :, :])
+        v = self.v.to(q.dtype)
+        # One vector for all heads goes the way of matrix times vector, whose sums round half as much.
+        return hidden @ v if v.dim() == 1 else (hidden @ v[slice(*tile.h), None, :, None])[..., 0]
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
         fits = check.is_floats(self.v)
@@ -353,8 +358,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _check_map(name: str, W: Tensor, heads: int, letter: str, rows: tuple[str, int], columns: tuple[str, int]) -> None:
     """Raise unless W is a map (rows, columns), or one per head."""
-    shape = (rows[1], columns[1])
-    expected = f"({rows[0]}, {columns[0]}) = {shape}, or per head ({letter}, {rows[0]}, {columns[0]}) = {(heads, *shape)}"
+    shape, axes = (rows[1], columns[1]), f"{rows[0]}, {columns[0]}"
+    expected = f"({axes}) = {shape}, or per head ({letter}, {axes}) = {(heads, *shape)}"
     check.floats(f"score: {name}", W, (shape, (heads, *shape)), expected)
 
 

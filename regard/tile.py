@@ -83,7 +83,8 @@ class Tile:
 @dataclass(frozen=True)
 class Grid:
     """The edges of all tiles of a problem: the first and last query of each row of tiles, shape (R, 1), the first and
-    last key of each column of tiles, shape (1, C), and the sizes of the problem."""
+    last key of each column of tiles, shape (1, C), and the sizes of the problem.
+    """
 
     first_query: Tensor
     last_query: Tensor

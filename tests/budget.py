@@ -76,9 +76,9 @@ class OverBudgetError(AssertionError):
         self.share = share
 
 
-def related(yardsticks: dict[str, Yardstick]) -> dict[str, Yardstick]:
-    """Yardsticks by name that know of one another."""
-    largest = max([y.scale for y in yardsticks.values()], default=0.0)
+def related(yardsticks: dict[str, Yardstick], least: float = 0.0) -> dict[str, Yardstick]:
+    """Yardsticks by name that know of one another; they come of numbers of the size `least`, even where all are 0."""
+    largest = max([least, *(y.scale for y in yardsticks.values())])
     relative = max([y.error / y.scale for y in yardsticks.values() if y.scale > 0], default=0.0)
     return {name: replace(y, largest=largest, relative=relative) for name, y in yardsticks.items()}
 

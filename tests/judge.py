@@ -20,7 +20,7 @@ KERNELS: dict[str, torch.dtype | None] = {"reference": torch.float32, "tiled": t
 
 
 # How far beyond its budget a kernel may be by luck.
-_LUCK = 1.5
+_LUCK = 2.0
 # How often the signs of the rows are drawn to find out how large the terms of a gradient are.
 _SIGNS = 3
 
@@ -60,7 +60,7 @@ def truth(problem: Problem, precision: torch.dtype | None = torch.float32) -> Tr
     straight_gradients = _gradients(straight, weights, leaves)
     outputs = {name: Yardstick(exact[name], straight[name], grain) for name in weights}
     gradients = {n: Yardstick(x, straight_gradients[n], grain, sizes[n]) for n, x in exact_gradients.items()}
-    return Truth(exact, straight, related(outputs), related(gradients), weights, grain, problem.reached.any(-1))
+    return Truth(exact, straight, related(outputs), related(gradients, 1.0), weights, grain, problem.reached.any(-1))
 
 
 def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, float]:

@@ -18,7 +18,7 @@ from regard import Summary, mask, normalizer
 _CHOICES: dict[str, Any] = {
     "L": 31, "S": 79, "B": 2, "heads": (2, 2), "D": 7, "E": 5, "score": "scaled_dot", "normalizer": "softmax", "mask": None,
     "bias": None, "softcap": None, "dropout": 0.0, "with a sink": False, "size": 1.0, "summary": "lse", "wild": None,
-    "dtype": torch.float32,
+    "dtype": torch.float32, "scale": None,
 }  # fmt: skip
 
 
@@ -112,6 +112,20 @@ def test_merged_parts_merge_again() -> None:
     out, lse = regard.merge(*zip(first, pairs[2], strict=True))
     check("out", out, Yardstick(found["out"], found["out"] * (1 + 1e-14)))
     check("lse", lse, Yardstick(found["lse"], found["lse"] * (1 + 1e-14)))
+
+
+def test_half_precision_keeps_its_dtype() -> None:
+    out, lse = regard.merge([torch.ones(1, 1, 2, 3, dtype=torch.bfloat16)] * 2, [torch.zeros(1, 1, 2)] * 2)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, torch.ones_like(out))
+    assert torch.allclose(lse, torch.full_like(lse, 2.0).log())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4, -1e4])
+def test_large_scores_do_not_overflow(scale: float) -> None:
+    outs = [torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)]
+    out, _ = regard.merge(outs, [torch.zeros(1, 1, 1), torch.full((1, 1, 1), scale)])
+    assert float(out) == pytest.approx({0.0: 0.5, 1e4: 1.0, -1e4: 0.0}[scale])
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,9 @@ def draw_score(name: str, on: Draw) -> Part:
     if name in _PYTHON:
         return _python(name, on)
     if name not in oracle.SCORES:
-        word = _SCORES[name].example(on.H, on.D)
+        with torch.random.fork_rng():
+            torch.manual_seed(on.number(1000))
+            word = _SCORES[name].example(on.H, on.D)
         fields = {f.name: _as_parameter(getattr(word, f.name), on) for f in dataclasses.fields(word)}
         return _part("score", _SCORES[name], lambda now: oracle.one_by_one(_SCORES[name](**now).pair), fields)
     fields = {"bilinear": _bilinear, "additive": _additive}[name](on) if name in ("bilinear", "additive") else {}

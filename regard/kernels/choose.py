@@ -59,7 +59,7 @@ def _choose(problem: Problem) -> str:
     for name, candidate in _CANDIDATES.items():
         if candidate.automatic and candidate.refuse(problem.plan, problem.tensors) is None:
             return name
-    raise AssertionError("the kernel `tiled` serves everything")
+    return "reference"  # it serves everything
 
 
 def _force(problem: Problem, kernel: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regard import mask, normalizer, position, problem, score, summary, word
+from regard.function import Python
 from regard.kernels import reference, tiled
 from regard.problem import Plan
 
@@ -86,33 +87,59 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
-        count = sum(ctx.given)
-        plan, wanted, given = ctx.plan, ctx.wanted, ctx.given
-        moving = [i for i, x in enumerate(ctx.saved_tensors) if x.is_floating_point()]
-
-        def first(*floats: Tensor) -> tuple[Tensor, ...]:
-            """The first derivative, as a differentiable function of gradients and tensors."""
-            everything = list(ctx.saved_tensors)
-            for i, x in zip(moving, floats, strict=True):
-                everything[i] = x
-            gradients, tensors = everything[:count], everything[count:]
-
-            def equation(*some: Tensor) -> tuple[Tensor, ...]:
-                outputs = reference.run(plan, _merge(tensors, wanted, some))
-                return tuple(x for x, there in zip(outputs, given, strict=True) if there)
-
-            pull = torch.func.vjp(equation, *[x for x, want in zip(tensors, wanted, strict=True) if want])[1]
-            return tuple(pull(tuple(gradients)))
-
-        pull = torch.func.vjp(first, *[ctx.saved_tensors[i] for i in moving])[1]
-        results: list[Tensor | None] = [None] * len(ctx.saved_tensors)
-        for i, x in zip(moving, pull(tuple(seconds)), strict=True):
-            results[i] = x
-        return None, None, None, None, *results
+        first, needed = sum(ctx.given), ctx.needs_input_grad[4:]
+        captured = word.slots(ctx.plan.score.captured) if isinstance(ctx.plan.score, Python) else []
+        own = [first + i for i in captured if ctx.wanted[i] or needed[first + i]]
+        results = _second(ctx, seconds) if not own else _second_of_function(ctx, seconds, own)
+        return None, None, None, None, *[results.get(i) for i in range(len(ctx.saved_tensors))]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _one_by_one(Backward.apply, info.batch_size, in_dims, inputs)
+
+
+def _second(ctx: Any, seconds: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The derivative of `Backward`, by the index of its tensors."""
+    count, wanted = sum(ctx.given), ctx.wanted
+    moving = [i for i, x in enumerate(ctx.saved_tensors) if x.is_floating_point()]
+
+    def first(*floats: Tensor) -> tuple[Tensor, ...]:
+        """The first derivative, as a differentiable function of gradients and tensors."""
+        everything = list(ctx.saved_tensors)
+        for i, x in zip(moving, floats, strict=True):
+            everything[i] = x
+        gradients, tensors = everything[:count], everything[count:]
+
+        def equation(*some: Tensor) -> tuple[Tensor, ...]:
+            outputs = reference.run(ctx.plan, _merge(tensors, wanted, some))
+            return tuple(x for x, there in zip(outputs, ctx.given, strict=True) if there)
+
+        pull = torch.func.vjp(equation, *[x for x, want in zip(tensors, wanted, strict=True) if want])[1]
+        return tuple(pull(tuple(gradients)))
+
+    pull = torch.func.vjp(first, *[ctx.saved_tensors[i] for i in moving])[1]
+    return dict(zip(moving, pull(tuple(seconds)), strict=True))
+
+
+def _second_of_function(ctx: Any, seconds: Sequence[Tensor], own: Sequence[int]) -> dict[int, Tensor]:
+    """The same for a Python score whose `own` tensors want a gradient. It computes with them whatever it is given, so that
+    no function of other tensors can be differentiated in its place: only the graph that they are leaves of.
+    """
+    count, saved = sum(ctx.given), ctx.saved_tensors
+    moving = [i for i, x in enumerate(saved) if x.is_floating_point()]
+    leaves = [x if i in own else x.detach().requires_grad_(i in moving) for i, x in enumerate(saved)]
+    with torch.enable_grad():
+        outputs = reference.run(ctx.plan, leaves[count:])
+        firsts = torch.autograd.grad(
+            [x for x, there in zip(outputs, ctx.given, strict=True) if there],
+            [x for x, want in zip(leaves[count:], ctx.wanted, strict=True) if want],
+            leaves[:count], create_graph=True, materialize_grads=True,
+        )  # fmt: skip
+    pairs = [(x, y) for x, y in zip(firsts, seconds, strict=True) if x.requires_grad]
+    found = torch.autograd.grad(
+        [x for x, _ in pairs], [leaves[i] for i in moving], [y for _, y in pairs], retain_graph=True, allow_unused=True
+    )
+    return dict(zip(moving, found, strict=True))
 
 
 def _one_by_one(

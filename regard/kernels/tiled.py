@@ -27,7 +27,9 @@ from regard.word import Slot, fill, slots
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
-    """It serves everything."""
+    """It serves everything but what the graph of autograd does not show it."""
+    if isinstance(plan.score, Python) and plan.score.captured is None:
+        return "the score closes over a tensor that torch.func transforms, which is hidden from a backward of its own"
     return None
 
 

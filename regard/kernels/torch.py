@@ -22,7 +22,9 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     if not isinstance(plan.score, Product):
         return f"it has no score but the dot product, and {type(plan.score).__name__} is none"
     if plan.score.key_bias is not None or plan.score.query_bias is not None:
-        return "the score is a dot product and a bias per query and key, which it has only as a matrix of queries by keys"
+        return (
+            "the score is a dot product and a bias per query and key, which it has only as a matrix of queries by keys"
+        )
     if not (isinstance(plan.normalizer, Softmax) and plan.normalizer.sink is None):
         return "it has no normalizer but softmax without a sink"
     if plan.summary.outputs:
