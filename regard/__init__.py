@@ -1,7 +1,7 @@
 """regard: every attention mechanism in one call, at flash speed, with weights you can read.
 
-    out = regard.attention(q, k, v)
-    out, seen = regard.attention(q, k, v, mask=regard.mask.causal(), summary=regard.Summary(entropy=True, top=8))
+out = regard.attention(q, k, v)
+out, seen = regard.attention(q, k, v, mask=regard.mask.causal(), summary=regard.Summary(entropy=True, top=8))
 """
 
 from regard import mask, normalizer, position, score, summary

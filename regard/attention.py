@@ -105,8 +105,14 @@ def attention(
 
     >>> out, seen = regard.attention(q, k, v, mask=regard.mask.causal(), summary=regard.Summary(entropy=True, top=8))
     """
-    if torch.is_autocast_enabled(q.device.type) if isinstance(q, Tensor) else False:
+    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        # It has chosen the precision of q, k and v; all that follows keeps its sums in float32.
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
+        with torch.autocast(q.device.type, enabled=False):
+            return attention(
+                q, k, v, score=score, normalizer=normalizer, mask=mask, bias=bias, softcap=softcap, dropout=dropout,
+                seed=seed, summary=summary, kernel=kernel,
+            )  # type: ignore[call-overload, no-any-return]
     with_summary = summary is not None
     problem = pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary)
     outputs = choose.run(problem, kernel)

@@ -80,6 +80,11 @@ def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
     return missing >= 0 and all(got in (1, size) for got, size in zip(shape, full[missing:], strict=True))
 
 
+def is_one_of(shape: Sequence[int], shapes: Collection[tuple[int, ...]]) -> bool:
+    """Is this one of the shapes? Not by `in`, which misses sizes that a compiled graph leaves open."""
+    return any(len(shape) == len(one) and all(x == y for x, y in zip(shape, one, strict=True)) for one in shapes)
+
+
 def whole(name: str, value: object, least: int, note: str = "") -> None:
     """Raise unless `value` is an int of at least `least`."""
     if not is_int(value) or value < least:
@@ -114,14 +119,14 @@ def align(value: object) -> Align:
 
 def floats(name: str, value: object, shapes: Collection[tuple[int, ...]], expected: str) -> None:
     """Raise unless `value` is an ordinary tensor of floats of one of the shapes, which `expected` tells."""
-    if not is_floats(value) or value.shape not in shapes:
+    if not is_floats(value) or not is_one_of(value.shape, shapes):
         raise wrong(name, value, f"floats of shape {expected}", is_floats(value))
 
 
 def per_head(name: str, value: object, heads: int, positive: bool = False) -> None:
     """Raise unless `value` is a number (> 0, if it has to be positive), or a tensor of floats of shape () or (H,)."""
     if isinstance(value, Tensor):
-        type_fits, good = is_floats(value), value.shape in ((), (heads,))
+        type_fits, good = is_floats(value), is_one_of(value.shape, ((), (heads,)))
     else:
         type_fits = is_number(value)
         good = is_number(value) and not math.isnan(value) and (value > 0 or not positive)

@@ -57,7 +57,9 @@ def _look(text: str, model: str | None, out: Path, top: int | None = None) -> No
         document = page(looked.watched, looked.tokens, title=looked.model, subtitle=looked.text)
     console.print(terminal(looked.watched, looked.tokens))
     if looked.truncated:
-        console.print(f"[yellow]The last {looked.truncated} tokens are beyond what the model can take, and left out.[/]")
+        console.print(
+            f"[yellow]The last {looked.truncated} tokens are beyond what the model can take, and left out.[/]"
+        )
     out.write_text(document, encoding="utf-8")
     size = out.stat().st_size / 1e6
     console.print(Text.assemble("\nThe page: ", (str(out), "bold"), f" ({size:.1f} MB, works offline)"))
@@ -95,19 +97,26 @@ def _bench(only: str | None, quick: bool, as_json: bool, plot: Path | None) -> N
         print(json.dumps([{**asdict(r), "ratio": r.ratio} for r in results], indent=1))
     else:
         table = Table(box=rich.box.SIMPLE_HEAD, title=f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")
-        for name in ("case", "shape", "", "kernel", "regard", "peer"):
-            table.add_column(name, justify="right" if name in ("regard", "peer") else "left")
-        table.add_column("times as fast", min_width=24)
-        table.add_column("error, peer's", justify="right")
+        for name, side in (
+            ("case", "left"),
+            ("", "left"),
+            ("kernel", "left"),
+            ("regard ms", "right"),
+            ("peer ms", "right"),
+        ):
+            table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("times as fast", no_wrap=True)
         for r in results:
-            direction = "fwd" if r.direction == "forward" else "fwd+bwd"
+            forward = r.direction == "forward"
             table.add_row(
-                r.case if direction == "fwd" else "", r.shape if direction == "fwd" else "", direction, r.kernel,
-                f"{r.ours_ms:.1f} ms", f"{r.peer_ms:.1f} ms", _bar(r.ratio), f"{r.ours_error:.0e}, {r.peer_error:.0e}",
+                r.case if forward else "", "fwd" if forward else "+ bwd", r.kernel,
+                f"{r.ours_ms:.1f}", f"{r.peer_ms:.1f}", _bar(r.ratio),
             )  # fmt: skip
         console.print(table)
-        for case, peer in {r.case: r.peer for r in results}.items():
-            console.print(f"  [dim]{case}: against {peer}[/]")
+        for case in {r.case: None for r in results}:
+            rows = [r for r in results if r.case == case]
+            errors = f"error {max(r.ours_error for r in rows):.0e}, theirs {max(r.peer_error for r in rows):.0e}"
+            console.print(f"  [dim]{case}: {rows[0].shape}, against {rows[0].peer}; {errors}[/]")
     if plot is not None:
         draw(results, plot)
         if not as_json:
@@ -117,9 +126,9 @@ def _bench(only: str | None, quick: bool, as_json: bool, plot: Path | None) -> N
 def _bar(ratio: float | None) -> Text:
     """A ratio as a bar that is one cell long where both are as fast."""
     if ratio is None:
-        return Text("error over budget: no ratio", style="red")
+        return Text("none: wrong", style="red")
     colour = "green" if ratio >= 1.05 else "yellow" if ratio >= 0.95 else "red"
-    return Text.assemble((f"{ratio:5.2f}x ", "bold"), ("█" * max(1, min(round(ratio * 2), 16)), colour))
+    return Text.assemble((f"{ratio:5.2f}x ", "bold"), ("█" * max(1, min(round(ratio * 2), 8)), colour))
 
 
 def _progress(hidden: bool) -> Progress:
@@ -184,4 +193,3 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,7 +33,8 @@ def stages() -> Iterator[RenderableType]:
     assert seen.full is not None and seen.entropy is not None
 
     yield Text.assemble(
-        "\nSix words, each a vector of two numbers: ", ("is it a thing", "bold"), ", ", ("does it do something", "bold"),
+        "\nSix words, each a vector of two numbers: ", ("is it a thing", "bold"), ", ",
+        ("does it do something", "bold"),
         ".\nHere each is its own query, key and value.\n",
     )  # fmt: skip
     yield _stage(1, "score", "s = q . k / sqrt(2)", "How well does the query of a row match the key of a column?")
@@ -41,11 +43,12 @@ def stages() -> Iterator[RenderableType]:
     yield _matrix(weights)
     yield _stage(3, "aggregate", "o = sum of p v", "Each word becomes a mixture of what it looks at.")
     yield Columns([_vectors("values", v), _vectors("outputs", out)], padding=(0, 4))
+    entropy, widest = float(seen.entropy[4]), math.log(len(_WORDS))
     yield Text.assemble(
         "\nOne call does all three, and tells about the weights too:\n\n",
         ("    out, seen = regard.attention(q, k, v, summary=regard.Summary(entropy=True))\n\n", "bold"),
         f"It agrees with the steps above to {float((seen.full - weights).abs().max()):.0e}. ",
-        f"Row 'it' has entropy {float(seen.entropy[4]):.2f} nats; all six words alike would be {torch.log(torch.tensor(6.0)):.2f}.\n",
+        f"Row 'it' has entropy {entropy:.2f} nats; all six words alike would be {widest:.2f}.\n",
     )  # fmt: skip
     yield Text("Another normalizer is one word. With normalizer.Sparsemax() most weights are exactly 0:\n")
     _, sparse = attention(q, k, v, normalizer=normalizer.Sparsemax(), summary=Summary(full=True))
@@ -54,7 +57,9 @@ def stages() -> Iterator[RenderableType]:
 
 
 def _stage(number: int, name: str, formula: str, meaning: str) -> RenderableType:
-    return Text.assemble((f"\n Stage {number} ", "bold reverse"), (f"  {name}   ", "bold"), (formula, "cyan"), f"\n {meaning}\n")
+    return Text.assemble(
+        (f"\n Stage {number} ", "bold reverse"), (f"  {name}   ", "bold"), (formula, "cyan"), f"\n {meaning}\n"
+    )
 
 
 def _matrix(x: Tensor) -> RenderableType:

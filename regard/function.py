@@ -19,8 +19,8 @@ class Python(Score):
     """A score that a user wrote: `function(q, k)` takes q (b, H, l, D) and k (b, H, s, D), any part of the whole, and
     gives scores (b, H, l, s). q and k come in float32, or in float64 for float64 inputs.
 
-    `captured` are the leaf tensors it closes over that want a gradient; None where it closes over tensors that
-    torch.func is transforming: only a kernel that is made of differentiable steps sees through to those.
+    `captured` are the leaf tensors it closes over that want a gradient; None where they cannot be told, since torch.func
+    is transforming them or a graph is being compiled: only a kernel of differentiable steps gives them their gradients.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -42,12 +42,16 @@ class Python(Score):
     @staticmethod
     def of(function: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Python:
         """Wrap a function, and find what it closes over by scoring one pair and walking the graph that it leaves."""
-        if not q.numel() or not k.numel() or torch.compiler.is_compiling():
+        if not q.numel() or not k.numel():
             return Python(function)
         # A pair of its own making: what the answer is wrapped in, or hangs on, comes from the function alone.
-        one_q, one_k = (torch.ones(1, q.shape[1], 1, x.shape[3], dtype=widen(x[:0]).dtype, device=x.device) for x in (q, k))
+        one_q, one_k = (
+            torch.ones(1, q.shape[1], 1, x.shape[3], dtype=widen(x[:0]).dtype, device=x.device) for x in (q, k)
+        )
         with torch.enable_grad():
             trial = Python(function)._call(one_q, one_k)
+        if torch.compiler.is_compiling():
+            return Python(function, None if trial.requires_grad else ())
         # Every transform of torch.func that is under way wraps it once.
         while torch._C._functorch.is_functorch_wrapped_tensor(trial):
             if torch._C._functorch.is_batchedtensor(trial) or trial.requires_grad or _has_tangent(trial):
@@ -71,4 +75,4 @@ class Python(Score):
 
 def _has_tangent(x: Tensor) -> bool:
     """Does it carry a derivative in forward mode?"""
-    return unpack_dual(x).tangent is not None
+    return unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]

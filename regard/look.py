@@ -12,7 +12,7 @@ import torch
 
 from regard.watch import Watched, watch
 
-# The largest weights kept are as many as fit a page of a few megabytes: all of them for a sentence, fewer for a long text.
+# The weights kept are as many as fit a page of a few megabytes: all of them for a sentence, fewer for a long text.
 _WEIGHTS_ON_A_PAGE = 1_500_000
 _LEAST_TOP = 8
 

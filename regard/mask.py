@@ -152,7 +152,7 @@ class Before(Mask):
     n: Tensor
 
     def check(self, sizes: Sizes, device: torch.device) -> None:
-        if self.n.shape not in ((sizes.B,), (1,), ()):
+        if not check.is_one_of(self.n.shape, ((sizes.B,), (1,), ())):
             raise ValueError(f"mask: n has shape {tuple(self.n.shape)}; expected one int per row, (B,) = ({sizes.B},)")
 
     def allowed(self, tile: Tile) -> Tensor:
@@ -235,9 +235,7 @@ class Blocks(Mask):
         rows, columns = self._size(grid.sizes)
         top, bottom = grid.first_query // rows, grid.last_query // rows + 1
         left, right = grid.first_key // columns, grid.last_key // columns + 1
-        count = (
-            total[..., bottom, right] - total[..., top, right] - total[..., bottom, left] + total[..., top, left]
-        )
+        count = total[..., bottom, right] - total[..., top, right] - total[..., bottom, left] + total[..., top, left]
         return (count > 0).any(1), (count == (bottom - top) * (right - left)).all(1)
 
 

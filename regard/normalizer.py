@@ -48,7 +48,7 @@ class Softmax(Normalizer):
     sink: float | Tensor | None = None
 
     def weights(self, s: Tensor, tile: Tile) -> Tensor:
-        p: Tensor = _Simplex.apply(s, 1.0)  # type: ignore[no-untyped-call]
+        p = _simplex(s, 1.0)
         if self.sink is None:
             return p
         # What the keys get of the whole: e^lse / (e^lse + e^sink). By its logarithm, whose gradient is the share of the
@@ -114,8 +114,7 @@ class Entmax(Normalizer):
     alpha: float = 1.5
 
     def weights(self, s: Tensor, tile: Tile) -> Tensor:
-        p: Tensor = _Simplex.apply(s, self.alpha)  # type: ignore[no-untyped-call]
-        return p
+        return _simplex(s, self.alpha)
 
     def check(self, sizes: Sizes) -> None:
         if not check.is_number(self.alpha) or not 1.0 < self.alpha <= 2.0:
@@ -165,13 +164,23 @@ class _Simplex(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Simplex._apply_jacobian(ctx, grad), None
 
+
+class _Transformed(_Simplex):
+    """The same with what torch.func asks for, which torch.compile does not trace."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return _Simplex._apply_jacobian(ctx, tangent)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], s: Tensor, alpha: float) -> tuple[Tensor, int]:
-        return _Simplex.apply(s.movedim(in_dims[0], 0), alpha), 0  # type: ignore[no-untyped-call]
+        return _Transformed.apply(s.movedim(in_dims[0], 0), alpha), 0  # type: ignore[no-untyped-call]
+
+
+def _simplex(s: Tensor, alpha: float) -> Tensor:
+    function = _Simplex if torch.compiler.is_compiling() else _Transformed
+    p: Tensor = function.apply(s, alpha)  # type: ignore[no-untyped-call]
+    return p
 
 
 def _softmax(s: Tensor) -> Tensor:
@@ -188,7 +197,8 @@ def _entmax(s: Tensor, alpha: float) -> Tensor:
     z = (alpha - 1) * (s - s.amax(-1, keepdim=True))
     power = 1 / (alpha - 1)
     tau = torch.full_like(z[..., :1], -1.0)
-    for _ in range(100):
+    # A graph that is compiled cannot stop early; no row was ever seen to take more than 10 steps.
+    for _ in range(16 if torch.compiler.is_compiling() else 100):
         gap = (z - tau).clamp_(min=0)
         p = gap if power == 1 else gap**power
         slope = (gap > 0).to(z.dtype) if power == 1 else gap if power == 2 else gap ** (power - 1)

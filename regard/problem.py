@@ -330,9 +330,7 @@ def _with_align(word: Any, align: Align) -> Any:
     return type(word)(**parts)
 
 
-def _without_nonfinite(
-    q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+def _without_nonfinite(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Set queries, keys and values that hold NaN or inf to 0, and tell which they were.
 
     What is masked out must not leak, and 0 * NaN is NaN, in the output and in every gradient. So no kernel sees them;

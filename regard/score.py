@@ -324,7 +324,7 @@ class Additive(Score):
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
         fits = check.is_floats(self.v)
         A = self.v.shape[-1] if fits and self.v.dim() else 0
-        if not fits or self.v.shape not in ((A,), (sizes.H, A)):
+        if not fits or not check.is_one_of(self.v.shape, ((A,), (sizes.H, A))):
             raise check.wrong("score: v", self.v, f"floats of shape (A,) or (H, A) with H = {sizes.H}", fits)
         for name, W, heads, letter, axis, width in (
             ("w_q", self.w_q, sizes.H, "H", "Dq", q_width),

@@ -81,16 +81,14 @@ def rebuild(word: W, change: Callable[[Any], Any]) -> W:
     return tuple(items) if isinstance(word, tuple) else type(word)(*items)  # type: ignore[return-value]
 
 
-_fields_of: dict[type, tuple[str, ...] | None] = {Slot: None, tuple: ()}
-
-
 def _fields(kind: type) -> tuple[str, ...] | None:
     """The names of a word's fields; None for what is no word."""
-    if kind not in _fields_of:
-        # Not `dataclasses.fields`: torch.compile cannot trace it for a class.
-        fields = getattr(kind, "__dataclass_fields__", None)
-        _fields_of[kind] = None if fields is None else tuple(fields)
-    return _fields_of[kind]
+    if kind is tuple:
+        return ()
+    # Not `dataclasses.fields`, which torch.compile cannot trace for a class, nor any cache: a graph that was traced through
+    # one is traced again once it has grown.
+    fields = None if kind is Slot else getattr(kind, "__dataclass_fields__", None)
+    return None if fields is None else tuple(fields)
 
 
 # A compiled graph holds a plan as text, so that an exported program can be read, saved and loaded without pickle.
@@ -123,7 +121,8 @@ class Numbers:
 
 def describe(word: Any, numbers: Numbers) -> str:
     """A split word as text, in the form of the Python expression that makes it, with W0, W1, ... and R0, R1, ... in the
-    places of its whole and real numbers, which are appended to `numbers`."""
+    places of its whole and real numbers, which are appended to `numbers`.
+    """
     if dataclasses.is_dataclass(word) and not isinstance(word, type):
         if isinstance(word, Slot):
             return f"Slot(index={word.index})"

@@ -93,7 +93,9 @@ def check(name: str, got: Tensor, yardstick: Yardstick, where: Tensor | None = N
     assert got.shape == exact.shape, f"{name}: has shape {tuple(got.shape)}; the oracle has {tuple(exact.shape)}"
     look = torch.ones(exact.shape, dtype=torch.bool) if where is None else where.expand(exact.shape)
     wild, wild_exact = ~got.isfinite() & look, ~exact.isfinite() & look
-    assert torch.equal(wild, wild_exact), f"{name}: {int(wild.sum())} not finite; the oracle has {int(wild_exact.sum())}"
+    assert torch.equal(wild, wild_exact), (
+        f"{name}: {int(wild.sum())} not finite; the oracle has {int(wild_exact.sum())}"
+    )
     same = got.detach().double()[wild] == exact[wild]
     assert bool(same.all()), f"{name}: NaN, or inf of the wrong sign"
     error = torch.where(look & ~wild, got.detach().double() - exact, 0.0).abs()

@@ -228,4 +228,9 @@ def judge_top(problem: Problem, weights: Tensor, keys: Tensor, told: Truth) -> N
     if full.shape[-1]:
         named = torch.where(keys >= 0, full.gather(-1, keys.clamp(min=0)), 0.0)
         straight = torch.where(keys >= 0, told.straight["full"].detach().gather(-1, keys.clamp(min=0)), 0.0)
-        check("top weights at their keys", weights, replace(told.outputs["top_weights"], exact=named, straight=straight), clear)
+        check(
+            "top weights at their keys",
+            weights,
+            replace(told.outputs["top_weights"], exact=named, straight=straight),
+            clear,
+        )

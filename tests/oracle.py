@@ -61,7 +61,13 @@ def distance(q: Tensor, k: Tensor, h: int, g: int, scale: float | None = None) -
 
 
 def additive(
-    q: Tensor, k: Tensor, h: int, g: int, v: Tensor, w_q: Tensor | None = None, w_k: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    h: int,
+    g: int,
+    v: Tensor,
+    w_q: Tensor | None = None,
+    w_k: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     q = q if w_q is None else torch.einsum("id,ad->ia", q, of_head(w_q, h, 2))
@@ -264,9 +270,21 @@ def keep(B: int, H: int, L: int, S: int, seed: int, rate: float) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, score: Score, normalizer: Normalizer = softmax, allowed: Tensor | None = None,
-    bias: Tensor | None = None, softcap: float | None = None, kept: Tensor | None = None, rate: float = 0.0,
-    sink: Any = None, top: int = 0, member: Tensor | None = None, rows: Sequence[int] = (),
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    score: Score,
+    normalizer: Normalizer = softmax,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    kept: Tensor | None = None,
+    rate: float = 0.0,
+    sink: Any = None,
+    top: int = 0,
+    member: Tensor | None = None,
+    rows: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """The output and every summary, by name; besides, (B, H, L, S): `scores`, masked, and `bias`.
 

@@ -15,7 +15,17 @@ import hypothesis.strategies as st
 import oracle
 import torch
 from torch import Tensor
-from words import Draw, bias_names, draw_bias, draw_mask, draw_normalizer, draw_score, normalizer_names, score_names, unknown
+from words import (
+    Draw,
+    bias_names,
+    draw_bias,
+    draw_mask,
+    draw_normalizer,
+    draw_score,
+    normalizer_names,
+    score_names,
+    unknown,
+)
 
 import regard
 
@@ -114,7 +124,9 @@ def make(pick: Pick) -> Problem:
     size, shift = choose("size", (1.0, 2.0)), choose("shift", (0.0, 2.0)) if score in oracle.AS_PRODUCT else 0.0
     size = size * D**-0.25 if score == "dot" else size
     shapes = {"q": (B, H, L, on.D), "k": (B, G, S, on.K), "v": (B, G, S, E)}
-    clean = {n: _lay(on, n, (on.randn(*shape) * size + (shift if n != "v" else 0)).to(dtype)) for n, shape in shapes.items()}
+    clean = {
+        n: _lay(on, n, (on.randn(*shape) * size + (shift if n != "v" else 0)).to(dtype)) for n, shape in shapes.items()
+    }
     parts = (score_part, normalizer, bias)
     clean |= {name: x for part in parts for name, x in part.tensors.items()}
     tensors, reached = _plant(on, choose, clean, allowed, masked=mask is not None)
@@ -126,9 +138,20 @@ def make(pick: Pick) -> Problem:
 
     def solve(own: Tensors) -> dict[str, Tensor]:
         return oracle.attend(
-            own["q"], own["k"], own["v"], score=score_part.plain(own), normalizer=normalizer.plain(own), allowed=allowed,
-            bias=_tensor(bias.plain(own), own["q"]), softcap=softcap, kept=kept, rate=rate, sink=normalizer.sink(own), member=member,
-            top=summary.top if summary else 0, rows=summary.row_numbers if summary else (),
+            own["q"],
+            own["k"],
+            own["v"],
+            score=score_part.plain(own),
+            normalizer=normalizer.plain(own),
+            allowed=allowed,
+            bias=_tensor(bias.plain(own), own["q"]),
+            softcap=softcap,
+            kept=kept,
+            rate=rate,
+            sink=normalizer.sink(own),
+            member=member,
+            top=summary.top if summary else 0,
+            rows=summary.row_numbers if summary else (),
         )
 
     return Problem(tensors, clean, ask, solve, reached, allowed, normalizer.alpha, summary, choices)
@@ -150,7 +173,9 @@ def _summary(on: Draw) -> tuple[regard.Summary | None, Tensor | None]:
     if wanted in ("all", "rows") and on.L:
         rows = on.pick("rows", (0, (-1, 0), (on.L // 2, on.L - 1, -on.L, on.L // 2)))
     asked = regard.Summary(
-        mass=member, rows=rows, top=on.pick("top", (1, 3, on.S + 2)) if wanted in ("all", "top") else 0,
+        mass=member,
+        rows=rows,
+        top=on.pick("top", (1, 3, on.S + 2)) if wanted in ("all", "top") else 0,
         **{name: wanted in ("all", name) for name in ("lse", "max", "entropy", "received", "full")},
     )
     return asked, None if member is None else (member if member.dim() == 3 else member[None]).expand(on.B, -1, -1)
@@ -206,4 +231,3 @@ def _written(x: Tensor, spots: Tensor, values: Tensor) -> Tensor:
     copy = torch.as_strided(copy, x.shape, x.stride(), x.storage_offset())
     copy[spots] = values[spots]
     return copy
-

@@ -19,7 +19,12 @@ ROOT = Path(__file__).parent.parent
 
 def run(*arguments: str, expect: int = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "regard.cli", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240, input=stdin
+        [sys.executable, "-m", "regard.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+        input=stdin,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done

@@ -65,7 +65,9 @@ def test_a_summary_leaves_the_output_as_it_is(kernel: str, name: str, which: str
     plain = ask(problem, kernel, leaves)["out"]
     asked = regard.attention(**{**problem.ask(leaves), "summary": _SUMMARIES[name]}, kernel=kernel)[0]
     assert torch.equal(plain, asked)
-    for x, y in zip(*(torch.autograd.grad(out.sum(), [leaves[n] for n in "qkv"]) for out in (plain, asked)), strict=True):
+    for x, y in zip(
+        *(torch.autograd.grad(out.sum(), [leaves[n] for n in "qkv"]) for out in (plain, asked)), strict=True
+    ):
         assert torch.equal(x, y)
 
 
@@ -80,7 +82,9 @@ def test_recording_gradients_leaves_the_output_as_it_is(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", [*score_names(), "dropout"])
 def test_the_same_bits_every_time(kernel: str, name: str) -> None:
-    choices = {"score": name, "dropout": 0.0} if name != "dropout" else {"score": "scaled_dot", "dropout": 0.3, "seed": 7}
+    choices = (
+        {"score": name, "dropout": 0.0} if name != "dropout" else {"score": "scaled_dot", "dropout": 0.3, "seed": 7}
+    )
     small = {"L": 13, "S": 31, "heads": (1, 1)} if name in (*unknown(), "dropout") else {}
     problem = _problem(**choices, **small, summary="all", mask="a & b")
     answers = []
@@ -229,7 +233,9 @@ def test_axes_of_size_zero(kernel: str, axis: str, name: str) -> None:
         outputs = [x for x in (out, *seen[:3], seen.top.weights, *seen[4:]) if x is not None and x.requires_grad]
         if outputs:
             weights = [torch.ones_like(x) for x in outputs]
-            for x, gradient in zip((q, k, v), torch.autograd.grad(outputs, (q, k, v), weights, allow_unused=True), strict=True):
+            for x, gradient in zip(
+                (q, k, v), torch.autograd.grad(outputs, (q, k, v), weights, allow_unused=True), strict=True
+            ):
                 assert gradient is None or (gradient.shape == x.shape and not gradient.isnan().any())
 
 
@@ -259,7 +265,9 @@ def test_leading_axes(kernel: str, lead: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("shapes", [((3, 2), (1, 1)), ((3, 2), (1, 2)), ((3, 2), (3, 1)), ((3,), (1,)), ((2, 3, 2), (1, 3, 1))])
+@pytest.mark.parametrize(
+    "shapes", [((3, 2), (1, 1)), ((3, 2), (1, 2)), ((3, 2), (3, 1)), ((3,), (1,)), ((2, 3, 2), (1, 3, 1))]
+)
 def test_keys_and_values_broadcast_over_the_batch(kernel: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     full, one = shapes
     q, k, v = _qkv((*full, 5, 3), (*one, 7, 3), (*one, 7, 6))
@@ -273,7 +281,9 @@ def test_keys_and_values_broadcast_over_the_batch(kernel: str, shapes: tuple[tup
 
 @functools.cache
 def _grouped(heads: tuple[int, int]) -> tuple[Problem, Any]:
-    problem = _problem(heads=heads, score="additive", maps="both", w_k="per head", w_q="per head", summary="all", mask="a")
+    problem = _problem(
+        heads=heads, score="additive", maps="both", w_k="per head", w_q="per head", summary="all", mask="a"
+    )
     return problem, truth(problem)
 
 
@@ -289,7 +299,9 @@ def test_dtypes(kernel: str, dtype: torch.dtype) -> None:
     q, k, v = _qkv((1, 2, 5, 3), (1, 2, 7, 3), (1, 2, 7, 4), dtype=dtype)
     out, seen = _run(kernel, q, k, v, summary=Summary(lse=True, top=1, full=True))
     assert out.dtype == dtype
-    assert {seen.lse.dtype, seen.full.dtype, seen.top.weights.dtype} == {dtype if dtype == torch.float64 else torch.float32}
+    assert {seen.lse.dtype, seen.full.dtype, seen.top.weights.dtype} == {
+        dtype if dtype == torch.float64 else torch.float32
+    }
     assert all(g.dtype == dtype for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 

@@ -45,7 +45,13 @@ def _scored(name: str, kernel: str) -> tuple[list[Tensor], Function]:
 
     def function(q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         out, seen = regard.attention(
-            q, k, v, score=make(list(parameters)), mask=mask.causal("end"), summary=Summary(lse=True, entropy=True), kernel=kernel
+            q,
+            k,
+            v,
+            score=make(list(parameters)),
+            mask=mask.causal("end"),
+            summary=Summary(lse=True, entropy=True),
+            kernel=kernel,
         )
         return out, seen.lse, seen.entropy
 
@@ -190,7 +196,11 @@ def test_vmap_of_vmap_with_summaries(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", _KERNELS)
 def test_vmap_over_parameters(kernel: str) -> None:
     q, k, v = (x.detach() for x in _inputs())
-    W, sink, n = torch.randn(4, _D, _D).double(), torch.randn(4, _H).double(), torch.tensor([[1, 4], [2, 3], [0, 1], [4, 4]])
+    W, sink, n = (
+        torch.randn(4, _D, _D).double(),
+        torch.randn(4, _H).double(),
+        torch.tensor([[1, 4], [2, 3], [0, 1], [4, 4]]),
+    )
 
     def function(W: Tensor, sink: Tensor, n: Tensor) -> Tensor:
         words = {"score": score.Bilinear(W), "normalizer": normalizer.Softmax(sink), "mask": mask.lengths(n)}

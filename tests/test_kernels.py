@@ -48,7 +48,13 @@ def _cases() -> dict[str, dict[str, Any]]:
         add("bilinear", score="bilinear", **{"width of k": width, "W": () if width == 7 else (4,)})
     for maps in ("none", "q", "k", "both"):
         for form in ("one", "per head"):
-            forms = {"maps": maps, "v": () if form == "one" else (4,), "w_q": form, "w_k": form, "bias of the score": form}
+            forms = {
+                "maps": maps,
+                "v": () if form == "one" else (4,),
+                "w_q": form,
+                "w_k": form,
+                "bias of the score": form,
+            }
             add("additive", score="additive", **forms)
     for name in normalizer_names():
         add("normalizer", normalizer=name)

@@ -269,9 +269,12 @@ def full(built: Mask | None = None, q: Tensor = q, **more: Any) -> Tensor:
 def test_align_says_where_query_0_stands(align: Any, first: int) -> None:
     expected = torch.tensor([[j <= i + first for j in range(8)] for i in range(5)])
     assert torch.equal(full(mask.causal(align)) > 0, expected.expand(1, 2, 5, 8))
-    assert torch.equal(full(mask.window(1, 0, align) | ~mask.window(None, 0, align)) > 0,
-                       torch.tensor([[j - i - first in (-1, 0) or j > i + first for j in range(8)] for i in range(5)])
-                       .expand(1, 2, 5, 8))
+    assert torch.equal(
+        full(mask.window(1, 0, align) | ~mask.window(None, 0, align)) > 0,
+        torch.tensor([[j - i - first in (-1, 0) or j > i + first for j in range(8)] for i in range(5)]).expand(
+            1, 2, 5, 8
+        ),
+    )
 
 
 @pytest.mark.parametrize("align", ["start", "end", 2])

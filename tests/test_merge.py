@@ -47,7 +47,9 @@ def test_parts_make_the_whole(kernel: str, cuts: tuple[int, ...], dtype: torch.d
     for name, got in found.items():
         _within(name, got, told.outputs[name], parts=len(cuts) + 1)
     given = [told.cotangents[name].to(x.dtype) for name, x in found.items()]
-    for name, gradient in zip("qkv", torch.autograd.grad(list(found.values()), [leaves[n] for n in "qkv"], given), strict=True):
+    for name, gradient in zip(
+        "qkv", torch.autograd.grad(list(found.values()), [leaves[n] for n in "qkv"], given), strict=True
+    ):
         _within(f"gradient of {name}", gradient, told.gradients[name], parts=len(cuts) + 1)
 
 

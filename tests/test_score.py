@@ -194,12 +194,19 @@ def test_a_function_with_everything_else(kernel: str) -> None:
     q, k, v = _qkv(4)
     w = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     slopes = torch.rand(4, dtype=torch.float64, requires_grad=True)
-    words = {"mask": mask.causal("start"), "bias": position.ALiBi(slopes), "softcap": 3.0, "summary": Summary(entropy=True)}
+    words = {
+        "mask": mask.causal("start"),
+        "bias": position.ALiBi(slopes),
+        "softcap": 3.0,
+        "summary": Summary(entropy=True),
+    }
     out, seen = regard.attention(q, k, v, score=lambda q, k: q @ w @ k.mT, kernel=kernel, **words)  # type: ignore[arg-type]
     told, said = regard.attention(q, k, v, score=regard.score.Bilinear(w), kernel="reference", **words)  # type: ignore[arg-type]
     leaves = [w, slopes, q, k, v]
     _agree([out, seen.entropy], [told, said.entropy])
-    _agree(*([*torch.autograd.grad((x.sum(), y.sum()), leaves)] for x, y in ((out, seen.entropy), (told, said.entropy))))
+    _agree(
+        *([*torch.autograd.grad((x.sum(), y.sum()), leaves)] for x, y in ((out, seen.entropy), (told, said.entropy)))
+    )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -24,7 +24,13 @@ def bert(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def gpt2(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:
     config = transformers.GPT2Config(
-        vocab_size=90, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, attn_implementation=implementation
+        vocab_size=90,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation=implementation,
     )
     return transformers.GPT2Model(config), PADDED
 
@@ -72,7 +78,7 @@ def test_hugging_face(family: str, implementation: str) -> None:
     truth = _in_order_of_calls(eager)
     assert len(seen) == len(truth)
     for record, weights in zip(seen, truth, strict=True):
-        B, H, L, S = weights.shape
+        _, H, L, S = weights.shape
         assert (record.heads, record.queries, record.keys) == (H, L, S)
         bound = 32 * torch.finfo(torch.float32).eps
         assert (dense(record) - weights).abs().max() <= bound
@@ -179,9 +185,14 @@ def test_transformer_encoder_in_all_modes() -> None:
 def test_nothing_stays_behind() -> None:
     model, inputs = bert("eager")
     hooks = [len(module._forward_hooks) for module in model.modules()]
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("stop")
+
+    handle = model.encoder.layer[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="stop"), regard.watch(model):
         model(**inputs)
-        raise RuntimeError("stop")
+    handle.remove()
     assert model.config._attn_implementation == "eager"
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention

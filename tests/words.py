@@ -165,7 +165,9 @@ def _additive(on: Draw) -> dict[str, Any]:
 def _python(name: str, on: Draw) -> Part:
     """Scores that a user writes; in `outside`, the weight is the result of a computation."""
     if name == "lambda":
-        return Part({}, lambda own: lambda q, k: torch.cos(q @ k.mT) * 2, lambda own: lambda q, k, h, g: (q @ k.T).cos() * 2)
+        return Part(
+            {}, lambda own: lambda q, k: torch.cos(q @ k.mT) * 2, lambda own: lambda q, k, h, g: (q @ k.T).cos() * 2
+        )
     w = on.parameter(on.D, on.D, size=on.D**-0.5)
 
     def word(own: Tensors) -> Any:
@@ -229,7 +231,9 @@ def draw_bias(name: str | None, on: Draw) -> Part:
     if name == "tensor":
         keep = on.pick("axes of the bias", ("BHLS", "HLS", "LS", "S", "L", "BS", "HL", ""))
         shape = [n if axis in keep else 1 for axis, n in zip("BHLS", (on.B, on.H, on.L, on.S), strict=True)]
-        bias = on.parameter(*shape[on.pick("leading axes left out", (0, 4 - len(keep) if "BHLS".endswith(keep) else 0)) :])
+        bias = on.parameter(
+            *shape[on.pick("leading axes left out", (0, 4 - len(keep) if "BHLS".endswith(keep) else 0)) :]
+        )
         if on.pick("bias of -inf", (False, True)):
             bias = bias.masked_fill(on.flags(*bias.shape, chance=0.3), -torch.inf)
         return Part({"bias": bias}, lambda own: own["bias"], lambda own: own["bias"])
@@ -238,7 +242,9 @@ def draw_bias(name: str | None, on: Draw) -> Part:
     if name == "alibi":
         if on.pick("slopes", ("of the paper", "learned")) == "learned":
             fields["slopes"] = on.positive(on.H)
-        return _part("bias", _BIASES[name], lambda now: lambda like: oracle.alibi(on.H, steps, now.get("slopes"), like), fields)
+        return _part(
+            "bias", _BIASES[name], lambda now: lambda like: oracle.alibi(on.H, steps, now.get("slopes"), like), fields
+        )
     assert name == "t5", f"the oracle does not know the bias {name!r} yet"
     fields["bidirectional"] = on.pick("bidirectional", (True, False))
     fields["table"] = on.parameter(on.pick("buckets", (8, 32, 6)), on.H)
@@ -280,8 +286,12 @@ def _mask(name: str, on: Draw) -> tuple[Any, Callable[..., Tensor]]:
     if name == "window":
         left, right = on.pick("left", (None, 0, 5, 70)), on.pick("right", (None, 0, 3, 66))
         far = 10**6
-        return mask.window(left, right, on.align), lambda b, h, i, j: (
-            (j >= i + first - (far if left is None else left)) & (j <= i + first + (far if right is None else right))
+        return (
+            mask.window(left, right, on.align),
+            lambda b, h, i, j: (
+                (j >= i + first - (far if left is None else left))
+                & (j <= i + first + (far if right is None else right))
+            ),
         )
     if name == "lengths":
         n = on.whole(on.S + 1, on.B)

@@ -1,4 +1,4 @@
-"""What is measured: each case does one thing by `regard` and by the best that PyTorch or a peer offers on this device."""
+"""What is measured: each case does one thing by `regard`, and by the best that PyTorch or a peer offers here."""
 
 from __future__ import annotations
 

@@ -49,21 +49,30 @@ def run(cases: Sequence[Case], *, rounds: int = 7, seconds: float = 0.1) -> Iter
         seconds: how long one timing takes at least, calls being repeated.
     """
     for case in cases:
-        torch.manual_seed(0)
-        inputs = case.inputs()
         for backward in (False, True) if case.backward else (False,):
-            truth = _outcome(case.peer, [x.double() for x in inputs], backward)
-            with chosen() as kernels:
-                ours_error = _error(_outcome(case.ours, inputs, backward), truth)
-            peer_error = _error(_outcome(case.peer, inputs, backward), truth)
-            del truth
+            ours_error, peer_error, kernel = _errors(case, backward)
+            inputs = case.inputs()
             ours_ms, peer_ms = _race(
                 [partial(_outcome, f, inputs, backward) for f in (case.ours, case.peer)], rounds, seconds
             )
             direction = "forward + backward" if backward else "forward"
             yield Result(
-                case.name, case.shape, case.peer_name, kernels[0], direction, ours_ms, peer_ms, ours_error, peer_error
+                case.name, case.shape, case.peer_name, kernel, direction, ours_ms, peer_ms, ours_error, peer_error
             )
+
+
+def _errors(case: Case, backward: bool) -> tuple[float, float, str]:
+    """The errors of ours and of the peer, and the kernel that ran. The worst of two draws of the inputs: the error of a
+    sum in which much cancels is a matter of luck, and one draw may flatter either side."""
+    ours, peers = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        inputs = case.inputs()
+        truth = _outcome(case.peer, [x.double() for x in inputs], backward)
+        with chosen() as kernels:
+            ours.append(_error(_outcome(case.ours, inputs, backward), truth))
+        peers.append(_error(_outcome(case.peer, inputs, backward), truth))
+    return max(ours), max(peers), kernels[0]
 
 
 def _outcome(function: Callable[..., Sequence[Tensor]], inputs: Inputs, backward: bool) -> list[Tensor]:
@@ -118,7 +127,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
         rows = [(names.index(r.case) + shift, ratio) for r, ratio in shown if r.direction == direction]
         # Bars start at "as fast": to the right is faster, to the left slower.
         bars = axes.barh(
-            [y for y, _ in rows], [ratio - 1 for _, ratio in rows], 0.34, left=1, color=colours[direction], label=direction
+            [y for y, _ in rows],
+            [ratio - 1 for _, ratio in rows],
+            0.34,
+            left=1,
+            color=colours[direction],
+            label=direction,
         )
         for bar, (_, ratio) in zip(bars, rows, strict=True):
             end = (bar.get_x() + bar.get_width()) if ratio >= 1 else 1.0

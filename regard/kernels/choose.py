@@ -38,7 +38,10 @@ _CANDIDATES: dict[str, Candidate] = {
         tiled.refuse, partial(differentiate.run, "tiled"), "plain PyTorch in strips: everything, in linear memory"
     ),
     "reference": Candidate(
-        reference.refuse, partial(differentiate.run, "reference"), "the equation, materialised: everything, in quadratic memory", automatic=False
+        reference.refuse,
+        partial(differentiate.run, "reference"),
+        "the equation, materialised: everything, in quadratic memory",
+        automatic=False,
     ),
 }
 

@@ -31,12 +31,13 @@ _VOCABULARY: dict[str, type[Any]] = {
 
 def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """All outputs of a problem by a kernel, in the order of `Plan.outputs`, with gradients."""
+    hidden = isinstance(plan.score, Python) and plan.score.captured is None
+    if kernel == "reference" and (hidden or not torch.compiler.is_compiling()):
+        return reference.run(plan, tensors)  # it is made of differentiable steps
     if torch.compiler.is_compiling():
         numbers = word.Numbers()
         text = word.describe(plan, numbers)
         return tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
-    if kernel == "reference":
-        return reference.run(plan, tensors)  # it is made of differentiable steps
     outputs: tuple[Tensor, ...] = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
     return outputs
 
@@ -147,7 +148,12 @@ def _one_by_one(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """What a Function gives for each element of a batch axis of torch.func.vmap, stacked."""
     runs = [
-        apply(*[x if dim is None or not isinstance(x, Tensor) else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)])
+        apply(
+            *[
+                x if dim is None or not isinstance(x, Tensor) else x.select(dim, i)
+                for x, dim in zip(inputs, in_dims, strict=True)
+            ]
+        )
         for i in range(count)
     ]
     outputs = tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
@@ -189,7 +195,7 @@ def _plan(text: str, whole: list[int], real: list[float]) -> Plan:
 @torch.library.custom_op("regard::forward", mutates_args=())
 def _forward(tensors: list[Tensor], kernel: str, plan: str, whole: list[int], real: list[float]) -> list[Tensor]:
     with _autograd_inside():
-        return list(_KERNELS[kernel].forward(_plan(plan, whole, real), tensors))
+        return [x.contiguous() for x in _KERNELS[kernel].forward(_plan(plan, whole, real), tensors)]
 
 
 @_forward.register_fake
@@ -207,7 +213,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     with _autograd_inside():
         results = _KERNELS[kernel].backward(_plan(plan, whole, real), tensors, _spread(gradients, given), wanted)
-    return [x for x in results if x is not None]
+    return [x.contiguous() for x in results if x is not None]
 
 
 @_backward.register_fake

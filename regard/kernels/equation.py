@@ -117,9 +117,7 @@ def finish(
     return [results[name] for name in wanted]
 
 
-def _top(
-    k: int, p: Tensor, s: Tensor, empty: Tensor | None, columns: Sequence[Range]
-) -> tuple[Tensor, Tensor]:
+def _top(k: int, p: Tensor, s: Tensor, empty: Tensor | None, columns: Sequence[Range]) -> tuple[Tensor, Tensor]:
     # Weights grow with scores, so the largest scores are the largest weights; unlike weights, they also tell a pair
     # that may not attend (-inf) from one whose weight is 0.
     best, index = s.detach().topk(min(k, s.shape[-1]), -1)

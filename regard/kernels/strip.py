@@ -1,7 +1,7 @@
 """Strips: the pieces in which `tiled` computes a problem.
 
-A strip is a few rows of queries and the keys that they may attend to. Which keys these are is arithmetic on the tiles of
-the mask: empty tiles are left out, full ones need no mask, the rest is asked pair by pair.
+A strip is a few rows of queries and the keys that they may attend to. Which keys these are is arithmetic on the tiles
+of the mask: empty tiles are left out, full ones need no mask, the rest is asked pair by pair.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _rows(
 def _merged(
     some: Sequence[Sequence[bool]], full: Sequence[Sequence[bool]], tile: int, size: Sizes
 ) -> Iterator[tuple[Range, tuple[Range, ...], tuple[Range, ...]]]:
-    """Rows of tiles with their columns and the partial ones; neighbours with the same are taken together while they fit."""
+    """Rows of tiles with their columns and the partial ones; alike neighbours are taken together while they fit."""
     row = 0
     while row < len(some):
         columns = _runs(some[row], size.S)
@@ -197,5 +197,3 @@ def _heads(size: Sizes, per_head: int) -> Iterator[Range]:
     while repeats % fit:
         fit -= 1
     return _steps(size.H, fit)
-
-

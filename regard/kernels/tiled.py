@@ -29,7 +29,7 @@ from regard.word import Slot, fill, slots
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """It serves everything but what the graph of autograd does not show it."""
     if isinstance(plan.score, Python) and plan.score.captured is None:
-        return "the score closes over a tensor that torch.func transforms, which is hidden from a backward of its own"
+        return "the score closes over a tensor that torch.func or a compiled graph differentiates, and hides it from us"
     return None
 
 
@@ -95,7 +95,7 @@ def backward(
 
 
 class _Totals:
-    """The gradients, while they are summed up; those of k and v lie with the keys innermost, as their products give them."""
+    """The gradients, while they are summed up; of k and v with the keys innermost, as their products give them."""
 
     def __init__(self, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> None:
         self.sums = [
@@ -135,7 +135,14 @@ class _Totals:
 
 
 def _from_scores(
-    plan: Plan, with_leaves: Plan, q: Tensor, k: Tensor, strip: Strip, ds: Tensor, leaves: Sequence[Tensor], totals: _Totals
+    plan: Plan,
+    with_leaves: Plan,
+    q: Tensor,
+    k: Tensor,
+    strip: Strip,
+    ds: Tensor,
+    leaves: Sequence[Tensor],
+    totals: _Totals,
 ) -> None:
     """From the gradient of a strip's scores to those of q, k and what the score and the bias hold."""
     score, bias = with_leaves.score, with_leaves.bias
@@ -153,7 +160,10 @@ def _from_scores(
                 part.cut(total).add_(gradient.sum_to_size(part.cut(total).shape))
         if closed:
             _product(plan.score, score, strip, keys, some_q, some_k, gradient, totals)  # type: ignore[arg-type]
-        inputs = [*([] if closed else [some_q.requires_grad_(), some_k.requires_grad_()]), *(leaves[i] for i in parameters)]
+        inputs = [
+            *([] if closed else [some_q.requires_grad_(), some_k.requires_grad_()]),
+            *(leaves[i] for i in parameters),
+        ]
         if not inputs:
             continue
         with torch.enable_grad():
@@ -195,7 +205,9 @@ def _index(slot: Any) -> int:
 
 def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
     # What a user's score computes once, outside, from its parameters belongs to every segment's graph: it must stay.
-    return torch.autograd.grad([p[0] for p in pairs], inputs, [p[1] for p in pairs], allow_unused=True, retain_graph=True)
+    return torch.autograd.grad(
+        [p[0] for p in pairs], inputs, [p[1] for p in pairs], allow_unused=True, retain_graph=True
+    )
 
 
 def _leaves(plan: Plan, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
@@ -213,7 +225,9 @@ def _is_added(plan: Plan, slot: int) -> bool:
     return isinstance(plan.bias, Added) and _index(plan.bias.tensor) == slot
 
 
-def empty_outputs(plan: Plan, names: Sequence[str], size: Sizes, q: Tensor, v: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def empty_outputs(
+    plan: Plan, names: Sequence[str], size: Sizes, q: Tensor, v: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     """The outputs of a problem in which nobody may attend to anything: what strips do not reach."""
     B, H, L, S = size.B, size.H, size.L, size.S
     summary = plan.summary

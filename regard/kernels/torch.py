@@ -55,8 +55,10 @@ def _is_causal(plan: Plan) -> bool:
 def run(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The output of a problem that it does not refuse."""
     q, k, v = tensors[:3]
+    assert isinstance(plan.score, Product)
+    grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=_is_causal(plan), scale=plan.score.scale, enable_gqa=q.shape[1] != k.shape[1]  # type: ignore[attr-defined]
+        q, k, v, is_causal=_is_causal(plan), scale=plan.score.scale, enable_gqa=grouped
     )
     if plan.bad_q is not None:
         plan = fill(plan, tensors)

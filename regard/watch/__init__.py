@@ -1,8 +1,8 @@
 """Watch what any PyTorch model attends to, in memory linear in length.
 
-    with regard.watch(model) as seen:
-        model(**inputs)
-    seen[0].top.keys
+with regard.watch(model) as seen:
+    model(**inputs)
+seen[0].top.keys
 """
 
 from __future__ import annotations
@@ -67,12 +67,22 @@ def watch(
     def tell(seen: Seen, shape: tuple[int, int, int, int], causal: bool) -> None:
         _, heads, queries, keys = shape
         assert seen.top is not None and seen.max is not None
-        kind = "cross" if _is_cross(place.path) else "self"
         watched.records.append(
             Record(
-                place.path[-1], place.layer, place.call, kind, causal, heads, queries, keys,
-                seen.top, seen.max, seen.received, seen.entropy, seen.rows,
-            )  # fmt: skip
+                name=place.path[-1],
+                layer=place.layer,
+                call=place.call,
+                kind="cross" if _is_cross(place.path) else "self",
+                causal=causal,
+                heads=heads,
+                queries=queries,
+                keys=keys,
+                top=seen.top,
+                max=seen.max,
+                received=seen.received,
+                entropy=seen.entropy,
+                rows=seen.rows,
+            )
         )
         place.layer += 1
 

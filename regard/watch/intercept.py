@@ -62,9 +62,7 @@ class Intercept(TorchFunctionMode):
     ) -> Tensor:
         summary = self.wanted()
         if summary is None:
-            return _sdpa(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
+            return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         q, k, v = (x[None, None] if x.dim() == 2 else x[:, None] if x.dim() == 3 else x for x in (query, key, value))
         q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
         mask, bias = _restrictions(attn_mask, is_causal, query.dim())
@@ -83,7 +81,8 @@ class Intercept(TorchFunctionMode):
 
     def _mha(self, call: inspect.BoundArguments) -> tuple[Tensor, Tensor | None]:
         """`nn.MultiheadAttention` calls torch's attention out of reach of a mode, or, asked for weights, a path of its
-        own: the first is patched while it runs, the second hands its weights over."""
+        own: the first is patched while it runs, the second hands its weights over.
+        """
         call.apply_defaults()
         arguments = call.arguments
         if not arguments["need_weights"]:
@@ -132,7 +131,8 @@ def _restrictions(attn_mask: Tensor | None, is_causal: bool, axes: int) -> tuple
 
 def _looks_causal(attn_mask: Tensor | None) -> bool:
     """Does a mask forbid every later key, and allow more than one key somewhere? The last query stands beside the last
-    key. Large negative numbers forbid, as Hugging Face has it."""
+    key. Large negative numbers forbid, as Hugging Face has it.
+    """
     if attn_mask is None or attn_mask.dim() < 2 or 1 in attn_mask.shape[-2:]:
         return False
     allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1e4
@@ -153,6 +153,4 @@ def _from_weights(p: Tensor, summary: Summary) -> Seen:
 
 def _detached(seen: Seen) -> Seen:
     top = seen.top and Top(seen.top.weights.detach(), seen.top.keys)
-    return seen._replace(
-        top=top, **{name: x.detach() for name, x in seen._asdict().items() if isinstance(x, Tensor)}
-    )
+    return seen._replace(top=top, **{name: x.detach() for name, x in seen._asdict().items() if isinstance(x, Tensor)})

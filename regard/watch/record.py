@@ -62,4 +62,5 @@ class Watched(Sequence[Record]):
             return "Watched(no attention seen)"
         layers = {record.layer for record in self.records}
         last = self.records[-1]
-        return f"Watched({len(self.records)} calls in {len(layers)} layers; {last.heads} heads, {last.queries} queries x {last.keys} keys at last)"
+        shape = f"{last.heads} heads, {last.queries} queries x {last.keys} keys at last"
+        return f"Watched({len(self.records)} calls in {len(layers)} layers; {shape})"
