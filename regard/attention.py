@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -16,6 +17,8 @@ from regard.position import Bias
 from regard.problem import pose
 from regard.score import Score
 from regard.summary import Seen, Summary, Top
+
+_AS_IT_IS = nullcontext()
 
 AnyScore = Score | Callable[[Tensor, Tensor], Tensor]
 
@@ -105,17 +108,15 @@ def attention(
 
     >>> out, seen = regard.attention(q, k, v, mask=regard.mask.causal(), summary=regard.Summary(entropy=True, top=8))
     """
+    precision: AbstractContextManager[Any] = _AS_IT_IS
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
-        # It has chosen the precision of q, k and v; all that follows keeps its sums in float32.
+        # It chooses the precision of q, k and v; all that follows keeps its sums in float32.
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
-        with torch.autocast(q.device.type, enabled=False):
-            return attention(
-                q, k, v, score=score, normalizer=normalizer, mask=mask, bias=bias, softcap=softcap, dropout=dropout,
-                seed=seed, summary=summary, kernel=kernel,
-            )  # type: ignore[call-overload, no-any-return]
+        precision = torch.autocast(q.device.type, enabled=False)
     with_summary = summary is not None
-    problem = pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary)
-    outputs = choose.run(problem, kernel)
+    with precision:
+        problem = pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary)
+        outputs = choose.run(problem, kernel)
     out = problem.restore(outputs[0])
     if not with_summary:
         return out

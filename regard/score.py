@@ -164,9 +164,10 @@ class Cosine(Score):
         return (_unit(q) * _unit(k)).sum(-1) / self.temperature
 
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
+        q, k = _unit(q), _unit(k)
         if isinstance(self.temperature, Tensor):
-            return _unit(q) / _per_head(self.temperature), _unit(k), Product()
-        return _unit(q), _unit(k), Product(1.0 / self.temperature)
+            return q / _per_head(self.temperature).to(q.dtype), k, Product()
+        return q, k, Product(1.0 / self.temperature)
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
         super().check(sizes, q_width, k_width)
@@ -233,9 +234,9 @@ class Gaussian(Score):
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
         if isinstance(self.sigma, Tensor) and self.sigma.dim() == 1 and k.shape[1] != q.shape[1]:
             k = for_queries(k, q)
-        # Widened once for both: the two halves of its gradient nearly cancel.
-        sigma = _per_head(widen(self.sigma)) if isinstance(self.sigma, Tensor) else self.sigma
         q, k = _centred(q, k)
+        # Widened once for both: the two halves of its gradient nearly cancel.
+        sigma = _per_head(self.sigma).to(q.dtype) if isinstance(self.sigma, Tensor) else self.sigma
         return _squared_distance(q / sigma, k / sigma, 0.5)
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -303,6 +304,36 @@ def test_dtypes(kernel: str, dtype: torch.dtype) -> None:
         dtype if dtype == torch.float64 else torch.float32
     }
     assert all(g.dtype == dtype for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("of", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.float64, torch.bfloat16])
+def test_parameters_of_another_dtype(kernel: str, of: torch.dtype, inputs: torch.dtype) -> None:
+    """They are taken in the precision that the kernel works in, and get a gradient in their own dtype."""
+    q, k, v = _qkv((2, 4, 67, 7), (2, 2, 79, 7), (2, 2, 79, 5), dtype=inputs)
+    wide = torch.float64 if inputs == torch.float64 else torch.float32
+    tables = ((regard.score._SCORES, "score"), (regard.normalizer._NORMALIZERS, "normalizer"))
+    cases = [
+        (role, _score(name, 4, 7) if role == "score" else _example(name, 4)) for table, role in tables for name in table
+    ]
+    cases += [("bias", dataclasses.replace(kind.example(4), align="end")) for kind in regard.position._BIASES.values()]
+    cases += [("score", score.Gaussian(torch.tensor(1.3))), ("normalizer", normalizer.Softmax(torch.tensor(0.3)))]
+    for role, word in cases:
+        answers = []
+        for dtype in (of, wide):
+            fields = {
+                n: x.to(of).to(dtype).requires_grad_() if isinstance(x, Tensor) else x for n, x in vars(word).items()
+            }
+            parameters = [x for x in fields.values() if isinstance(x, Tensor)]
+            out, seen = _run(kernel, q, k, v, summary=Summary(lse=True), **{role: type(word)(**fields)})
+            assert out.dtype == inputs
+            assert seen.lse.dtype == wide
+            gradients = torch.autograd.grad(out.float().square().sum() + seen.lse.sum(), [q, k, v, *parameters])
+            assert all(g.dtype == x.dtype for g, x in zip(gradients, (q, k, v, *parameters), strict=True))
+            answers.append([out, seen.lse, *(g.to(min(of, wide, key=lambda t: t.itemsize)) for g in gradients)])
+        for x, y in zip(*answers, strict=True):
+            torch.testing.assert_close(x, y)
 
 
 def test_scores_far_from_the_origin() -> None:
