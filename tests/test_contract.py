@@ -80,6 +80,7 @@ def test_recording_gradients_leaves_the_output_as_it_is(kernel: str) -> None:
     assert torch.equal(plain, _run(kernel, q, k, v))
 
 
+@pytest.mark.usefixtures("several_threads")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", [*score_names(), "dropout"])
 def test_the_same_bits_every_time(kernel: str, name: str) -> None:

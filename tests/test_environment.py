@@ -107,6 +107,7 @@ def _calls() -> list[Callable[[], list[Tensor]]]:
     return [call(word, "reference" if i == 2 else "tiled", i) for i, word in enumerate(words)]
 
 
+@pytest.mark.usefixtures("several_threads")
 def test_eight_threads_at_once() -> None:
     calls = _calls()
     expected = [call() for call in calls]
@@ -137,6 +138,7 @@ def _in_child(queue: Any) -> None:
     queue.put([[x.numpy() for x in call()] for call in _calls()])
 
 
+@pytest.mark.usefixtures("several_threads")
 def test_a_process_that_was_forked_after_use() -> None:
     """Calls come back, and with the same numbers, in a child of a process that has used every thread already."""
     expected = [call() for call in _calls()]
