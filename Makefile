@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# The native kernels are built against the torch that is installed, not one of their own.
+INSTALL := $(PIP) --no-build-isolation
 
 .PHONY: demo test test-all check docs bench clean
 
@@ -29,16 +31,21 @@ docs: $(VENV)/dev
 bench: $(VENV)/demo
 	$(BIN)/regard bench --plot docs/bench.png
 
-$(VENV)/bin/python:
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools torch
+	touch $@
 
-$(VENV)/demo: $(VENV)/bin/python pyproject.toml constraints.txt
+# Compiled anew where the sources changed; `-e` builds them beside the package.
+NATIVE := setup.py $(wildcard csrc/*)
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml $(NATIVE)
 	$(INSTALL) -e '.[look,bench]'
 	touch $@
 
-$(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/dev: $(VENV)/torch pyproject.toml $(NATIVE)
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build regard/_native.*

@@ -11,6 +11,7 @@ import torch
 
 from regard import mask, normalizer, position, score
 from regard.attention import explain
+from regard.kernels import native
 from regard.kernels.choose import Explanation
 from regard.summary import Summary
 
@@ -43,8 +44,16 @@ def machine() -> list[Finding]:
         Finding("PyTorch", torch.__version__, True),
         Finding("CPU", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"),
         Finding("cores", f"{os.cpu_count()}, of which PyTorch uses {torch.get_num_threads()}"),
+        Finding("native kernels", _native(), native.missing is None),
         Finding("GPU", torch.cuda.get_device_name() if cuda else "none that PyTorch sees", True if cuda else None),
     ]
+
+
+def _native() -> str:
+    if native.missing:
+        return native.missing
+    first, *others = native.instructions()
+    return f"{first}; also {', '.join(others)} (REGARD_INSTRUCTIONS names another)"
 
 
 def extras() -> list[Finding]:

@@ -207,13 +207,13 @@ class Blocks(Mask):
     rows: int | None
     columns: int | None
 
-    def _size(self, sizes: Sizes) -> tuple[int, int]:
+    def size(self, sizes: Sizes) -> tuple[int, int]:
         """How many queries and keys a block holds: by default, the axes are divided evenly, rounded up."""
         rows = self.rows or -(-sizes.L // self.table.shape[2]) or 1
         return rows, self.columns or -(-sizes.S // self.table.shape[3]) or 1
 
     def check(self, sizes: Sizes, device: torch.device) -> None:
-        rows, columns = self._size(sizes)
+        rows, columns = self.size(sizes)
         shape, blocks = self.table.shape, (-(-sizes.L // rows), -(-sizes.S // columns))
         if shape[2:] != blocks or not check.broadcasts(shape[:2], (sizes.B, sizes.H)):
             given = "" if self.rows else "; give size= where they do not divide the axes evenly"
@@ -226,13 +226,13 @@ class Blocks(Mask):
     def allowed(self, tile: Tile) -> Tensor:
         table = self.table[slice(*tile.b)] if self.table.shape[0] > 1 else self.table
         table = table[:, slice(*tile.h)] if table.shape[1] > 1 else table
-        rows, columns = self._size(tile.sizes)
+        rows, columns = self.size(tile.sizes)
         return table[:, :, tile.query.view(-1, 1) // rows, tile.key.view(-1) // columns]
 
     def coverage(self, grid: Grid) -> Coverage:
         # A summed-area table tells how many of the blocks that a tile touches are True.
         total = torch.nn.functional.pad(self.table.to(torch.int64).cumsum(-1).cumsum(-2), (1, 0, 1, 0))
-        rows, columns = self._size(grid.sizes)
+        rows, columns = self.size(grid.sizes)
         top, bottom = grid.first_query // rows, grid.last_query // rows + 1
         left, right = grid.first_key // columns, grid.last_key // columns + 1
         count = total[..., bottom, right] - total[..., top, right] - total[..., bottom, left] + total[..., top, left]

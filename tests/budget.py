@@ -28,6 +28,7 @@ class Yardstick:
         straight: the oracle's equation, done in another precision on the same inputs.
         grain: the precision of the kernel, relative to that of `straight`: 1 where they are the same.
         size: how large the terms are that the result is a sum of, where they may cancel; that of `exact` by default.
+        cancelled: how large the terms are that cancel one another on the way, in the precision that the kernel works in.
         largest: the size of the largest sibling: what the oracle may round at, where its own result is all but 0.
         relative: the errors of the plain way in sibling results, relative to their sizes: it stands in for the own
             error where that is the error of a few numbers, which luck can make 0 (or half of what it might have been).
@@ -37,6 +38,7 @@ class Yardstick:
     straight: Tensor
     grain: float = 1.0
     size: float = 0.0
+    cancelled: float = 0.0
     largest: float = 0.0
     relative: float = 0.0
 
@@ -64,6 +66,8 @@ class Yardstick:
         # The oracle rounds as well: that counts where the kernel is as precise.
         error *= 2 if self.grain == 1 else 3 * self.grain
         error += _ROUNDINGS * torch.finfo(torch.float64).eps * self.largest
+        working = torch.float64 if dtype == torch.float64 else torch.float32
+        error += _ROUNDINGS * torch.finfo(working).eps * self.cancelled
         # Below the smallest normal number, the last place no longer shrinks with the number.
         return error + _ROUNDINGS * torch.finfo(dtype).eps * max(self.scale, torch.finfo(dtype).tiny)
 

@@ -19,8 +19,9 @@ Tensors = dict[str, Tensor]
 KERNELS: dict[str, torch.dtype | None] = {"reference": torch.float32, "tiled": torch.float32}
 
 
-# How far beyond its budget a kernel may be by luck.
-_LUCK = 2.0
+# How far beyond its budget a kernel may be by luck: one that rounds in another order than the plain way was seen at 2.4
+# times the budget once in 3,000 problems, where its error over 60 draws of the same problem was 1.4 times the plain way's.
+_LUCK = 4.0
 # How often the signs of the rows are drawn to find out how large the terms of a gradient are.
 _SIGNS = 3
 
@@ -56,10 +57,13 @@ def truth(problem: Problem, precision: torch.dtype | None = torch.float32) -> Tr
     weights = _cotangents(problem, exact)
     exact_gradients = _gradients(exact, weights, leaves)
     sizes = _sizes(exact, weights, leaves)
+    cancelled = _cancelled(exact, weights, leaves, problem.choices.get("dropout") or 0.0)
     straight, leaves = solved(problem, straight_dtype)
     straight_gradients = _gradients(straight, weights, leaves)
     outputs = {name: Yardstick(exact[name], straight[name], grain) for name in weights}
-    gradients = {n: Yardstick(x, straight_gradients[n], grain, sizes[n]) for n, x in exact_gradients.items()}
+    gradients = {
+        n: Yardstick(x, straight_gradients[n], grain, sizes[n], cancelled[n]) for n, x in exact_gradients.items()
+    }
     return Truth(exact, straight, related(outputs), related(gradients, 1.0), weights, grain, problem.reached.any(-1))
 
 
@@ -85,6 +89,16 @@ def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, flo
             for name, gradient in _gradients({"": outputs["bias"]}, {"": pairs * signs}, biases).items():
                 sizes[name] = max(sizes[name], gradient.abs().max().item() if gradient.numel() else 0.0)
     return sizes
+
+
+def _cancelled(outputs: Tensors, weights: Tensors, leaves: Tensors, rate: float) -> dict[str, float]:
+    """How large the gradients are before the mean over the row is subtracted: dS = P dP - P (sum of P dP). Where a row has
+    one key these are equal, and what is left of them is what the two were rounded by.
+    """
+    values = leaves["v"].detach().repeat_interleave(outputs["full"].shape[1] // max(leaves["v"].shape[1], 1), 1)
+    pairs = weights["out"] @ values.mT / (1 - rate if rate < 1 else 1.0)
+    terms = _gradients({"": outputs["scores"]}, {"": outputs["full"].detach() * pairs}, leaves)
+    return {name: x.abs().max().item() if x.numel() else 0.0 for name, x in terms.items()}
 
 
 def solved(problem: Problem, dtype: torch.dtype) -> tuple[Tensors, Tensors]:

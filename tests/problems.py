@@ -82,9 +82,12 @@ def decided(choices: dict[str, Any], seed: int = 0) -> Pick:
 
 
 @st.composite
-def problems(draw: st.DrawFn, **choices: Any) -> Problem:
-    """Random problems in which some decisions were made beforehand."""
-    return make(lambda label, options: choices[label] if label in choices else draw(st.sampled_from(options)))
+def problems(draw: st.DrawFn, among: dict[str, Sequence[Any]] | None = None, **choices: Any) -> Problem:
+    """Random problems in which some decisions were made beforehand, and some are taken `among` other options."""
+    among = among or {}
+    return make(
+        lambda label, options: choices[label] if label in choices else draw(st.sampled_from(among.get(label, options)))
+    )
 
 
 def make(pick: Pick) -> Problem:

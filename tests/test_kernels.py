@@ -13,7 +13,7 @@ from problems import DTYPES, Problem, decided, make, problems
 from words import bias_names, normalizer_names, score_names, unknown
 
 # A problem that is as plain as can be, at distinct primes; two tiles of 64 each way.
-_PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "dtype": torch.float32, "parameters": torch.float32, "L": 67, "S": 79, "B": 2, "heads": (2, 2), "D": 7, "E": 5,
     "score": "scaled_dot", "scale": None, "normalizer": "softmax", "with a sink": False, "mask": None, "bias": None,
     "softcap": None, "dropout": 0.0, "summary": "all", "top": 3, "rows": (-1, 0), "groups": (4,), "wild": None, "align": 2,
@@ -88,16 +88,16 @@ def _cases() -> dict[str, dict[str, Any]]:
     return cases
 
 
-_CASES = _cases()
+CASES = _cases()
 
 
 @functools.cache
 def _case(name: str) -> tuple[Problem, Truth]:
-    problem = make(decided({**_PLAIN, **_CASES[name]}))
+    problem = make(decided({**PLAIN, **CASES[name]}))
     return problem, truth(problem)
 
 
-@pytest.mark.parametrize("name", _CASES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_word(kernel: str, name: str) -> None:
     problem, told = _case(name)

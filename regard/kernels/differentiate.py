@@ -16,10 +16,11 @@ from torch import Tensor
 
 from regard import mask, normalizer, position, problem, score, summary, word
 from regard.function import Python
-from regard.kernels import reference, tiled
+from regard.kernels import cpu, reference, tiled
 from regard.problem import Plan
 
-_KERNELS: dict[str, ModuleType] = {"tiled": tiled, "reference": reference}
+# Each gives, after its outputs, EXTRAS tensors that its backward pass takes together with the first of them.
+_KERNELS: dict[str, ModuleType] = {"cpu": cpu, "tiled": tiled, "reference": reference}
 
 _VOCABULARY: dict[str, type[Any]] = {
     name: kind
@@ -37,9 +38,16 @@ def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
     if torch.compiler.is_compiling():
         numbers = word.Numbers()
         text = word.describe(plan, numbers)
-        return tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
-    outputs: tuple[Tensor, ...] = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
-    return outputs
+        outputs = tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
+    else:
+        outputs = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
+    return outputs[: len(outputs) - _KERNELS[kernel].EXTRAS]
+
+
+def _kept(kernel: str, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a kernel's backward pass takes of all that its forward pass gave."""
+    extras = _KERNELS[kernel].EXTRAS
+    return (outputs[0], *outputs[-extras:]) if extras else ()
 
 
 class Forward(torch.autograd.Function):
@@ -53,13 +61,15 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.kernel, ctx.plan, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        kept = _kept(ctx.kernel, output)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[x for x in output if not x.is_floating_point()])
+        ctx.mark_non_differentiable(*[x for x in output if not x.is_floating_point()], *kept[1:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = tuple(ctx.needs_input_grad[2:])
+        gradients = gradients[: len(gradients) - _KERNELS[ctx.kernel].EXTRAS]
         given = tuple(g is not None for g in gradients)
         present = [g for g in gradients if g is not None]
         results = Backward.apply(ctx.kernel, ctx.plan, wanted, given, *present, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
@@ -77,14 +87,17 @@ class Backward(torch.autograd.Function):
     def forward(
         kernel: str, plan: Plan, wanted: tuple[bool, ...], given: tuple[bool, ...], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        gradients, tensors = tensors[: sum(given)], tensors[sum(given) :]
-        results = _KERNELS[kernel].backward(plan, tensors, _spread(gradients, given), wanted)
+        gradients, rest = tensors[: sum(given)], tensors[sum(given) :]
+        tensors, outputs = rest[: len(wanted)], rest[len(wanted) :]
+        results = _KERNELS[kernel].backward(plan, tensors, outputs, _spread(gradients, given), wanted)
         return tuple(x for x in results if x is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.plan, ctx.wanted, ctx.given, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        # What the forward pass kept follows from the tensors: the second derivative is taken of them alone.
+        ctx.save_for_backward(*tensors[: sum(ctx.given) + len(ctx.wanted)])
+        ctx.count = len(tensors)
 
     @staticmethod
     def backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,7 +105,7 @@ class Backward(torch.autograd.Function):
         captured = word.slots(ctx.plan.score.captured) if isinstance(ctx.plan.score, Python) else []
         own = [first + i for i in captured if ctx.wanted[i] or needed[first + i]]
         results = _second(ctx, seconds) if not own else _second_of_function(ctx, seconds, own)
-        return None, None, None, None, *[results.get(i) for i in range(len(ctx.saved_tensors))]
+        return None, None, None, None, *[results.get(i) for i in range(ctx.count)]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -203,23 +216,27 @@ def _(tensors: list[Tensor], kernel: str, plan: str, whole: list[int], real: lis
     parsed = _plan(plan, whole, real)
     q, k, v = tensors[:3]
     size = problem.sizes(q, k)
-    return tiled.empty_outputs(word.fill(parsed, tensors), parsed.outputs, size, score.widen(q), v, v.dtype)
+    like = score.widen(q)
+    outputs = tiled.empty_outputs(word.fill(parsed, tensors), parsed.outputs, size, like, v, v.dtype)
+    extras = _KERNELS[kernel].empty_extras(size, like, v) if _KERNELS[kernel].EXTRAS else []
+    return [*outputs, *extras]
 
 
 @torch.library.custom_op("regard::backward", mutates_args=())
 def _backward(
-    gradients: list[Tensor], tensors: list[Tensor], kernel: str, plan: str, whole: list[int], real: list[float],
-    given: list[bool], wanted: list[bool],
+    gradients: list[Tensor], tensors: list[Tensor], outputs: list[Tensor], kernel: str, plan: str, whole: list[int],
+    real: list[float], given: list[bool], wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     with _autograd_inside():
-        results = _KERNELS[kernel].backward(_plan(plan, whole, real), tensors, _spread(gradients, given), wanted)
+        spread = _spread(gradients, given)
+        results = _KERNELS[kernel].backward(_plan(plan, whole, real), tensors, outputs, spread, wanted)
     return [x.contiguous() for x in results if x is not None]
 
 
 @_backward.register_fake
 def _(
-    gradients: list[Tensor], tensors: list[Tensor], kernel: str, plan: str, whole: list[int], real: list[float],
-    given: list[bool], wanted: list[bool],
+    gradients: list[Tensor], tensors: list[Tensor], outputs: list[Tensor], kernel: str, plan: str, whole: list[int],
+    real: list[float], given: list[bool], wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     some = [x for x, want in zip(tensors, wanted, strict=True) if want]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in some]
@@ -227,14 +244,16 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, *ctx.rest = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *_kept(ctx.rest[0], output))
     ctx.wanted = [x.is_floating_point() for x in tensors]
 
 
 def _compiled_backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    gradients = gradients[: len(gradients) - _KERNELS[ctx.rest[0]].EXTRAS]
     given = [g is not None for g in gradients]
     present = [g for g in gradients if g is not None]
-    results = _backward(present, list(ctx.saved_tensors), *ctx.rest, given, ctx.wanted)
+    tensors, outputs = list(ctx.saved_tensors[: len(ctx.wanted)]), list(ctx.saved_tensors[len(ctx.wanted) :])
+    results = _backward(present, tensors, outputs, *ctx.rest, given, ctx.wanted)
     return list(_spread(results, ctx.wanted)), None, None, None, None
 
 

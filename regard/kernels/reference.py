@@ -18,6 +18,9 @@ from regard.score import widen
 from regard.tile import Tile
 from regard.word import fill
 
+# It keeps nothing for its backward pass, which computes all again.
+EXTRAS = 0
+
 
 def forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The outputs without a graph, as the operator of compiled graphs wants them."""
@@ -26,7 +29,11 @@ def forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def backward(
-    plan: Plan, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], wanted: Sequence[bool]
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
     leaves = [x.detach().requires_grad_(want) for x, want in zip(tensors, wanted, strict=True)]

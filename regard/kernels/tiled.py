@@ -25,6 +25,9 @@ from regard.score import Product, fold_heads, widen
 from regard.tile import Range, Sizes
 from regard.word import Slot, fill, slots
 
+# It keeps nothing for its backward pass, which computes all again.
+EXTRAS = 0
+
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """It serves everything but what the graph of autograd does not show it."""
@@ -51,7 +54,11 @@ def forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def backward(
-    plan: Plan, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], wanted: Sequence[bool]
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
     given = {name: g for name, g in zip(plan.outputs, gradients, strict=True) if g is not None and name != "top_keys"}

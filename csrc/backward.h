@@ -1,0 +1,254 @@
+// The gradients, by recomputing the weights P from the largest score and the sum of each row:
+//
+//   dV = P^T dO      dP = dO V^T      dS = P (dP - delta)      dQ = dS K      dK = dS^T Q      delta = rowsum(dO O)
+//
+//   for each task: a key/value head, and a share of the tiles of the queries that use it
+//     for each super-tile of up to 8 tiles of 64 queries  (their q, dO and dQ stay in the second cache)
+//       for each block of 128 keys                        (k, v, dK and dV come by once a super-tile, not once a tile)
+//         for each tile: the five products
+//
+// The sum of a row goes into dO beforehand, so that P is 2^(S - peak) alone.
+#pragma once
+
+#include "dropout.h"
+#include "score.h"
+#include "scratch.h"
+
+namespace regard::REGARD_SET {
+
+constexpr int64_t kKeys = 128;
+constexpr int kMostTiles = 8;
+constexpr int64_t kSuperBytes = 640 << 10;
+
+class Backward {
+ public:
+  Backward(const Problem& p, const Gradients& g, Scratch& scratch)
+      : p_(p),
+        g_(g),
+        D_(padded(p.D)),
+        E_(padded(p.E)),
+        count_(tiles(p)),
+        scores_(p, scratch.take(Scores::scratch(p, kKeys))),
+        weights_(scratch.take(kKeys * kTile)),
+        slopes_(scratch.take(kKeys * kTile)),
+        caps_(p.softcap > 0.0f ? scratch.take(kKeys * kTile) : nullptr),
+        keys_(scratch.take(kKeys * D_)),
+        values_(scratch.take(kKeys * E_)) {
+    float* memory = scratch.take(count_ * tile_numbers(p));
+    for (int n = 0; n < count_; n++, memory += tile_numbers(p)) tiles_[n].lay(p, memory);
+  }
+
+  static int64_t scratch(const Problem& p) {
+    return Scores::scratch(p, kKeys) + (p.softcap > 0.0f ? 3 : 2) * kKeys * kTile + kKeys * (padded(p.D) + padded(p.E)) + tiles(p) * tile_numbers(p);
+  }
+
+  // The sums of dK and dV of a task: S rows of whole vectors each.
+  static int64_t sums(const Problem& p) { return p.S * (padded(p.D) + padded(p.E)); }
+
+  // The gradients of key/value head g that come from every `shares`-th tile of queries. `dk`, `dv` and `drelative` (one
+  // row a head of the group) belong to this task alone; `dbias` does not, unless the caller sees to it.
+  void run(int64_t b, int64_t g, int64_t share, int64_t shares, float* dk, float* drelative, float* dbias) {
+    dk_ = dk, dv_ = dk + p_.S * D_, drelative_ = drelative, dbias_ = dbias;
+    zero(dk, sums(p_));
+    const int64_t step = shares * kTile;
+    for (int64_t h = g * p_.repeats(); h < (g + 1) * p_.repeats(); h++) {
+      for (int64_t first = share * kTile; first < p_.L;) {
+        int count = 0;
+        for (; count < count_ && first < p_.L; first += step) start(tiles_[count++], b, h, first);
+        for (int64_t j = 0; j < p_.S; j += kKeys)
+          for (int n = 0; n < count; n++)
+            visit_keys(scores_.mask(), tiles_[n].q, j, least(j + kKeys, p_.S), kKeys, [&](const Keys& keys) { add(tiles_[n], keys); });
+        for (int n = 0; n < count; n++) finish(tiles_[n]);
+      }
+    }
+  }
+
+  // dK and dV of a head, from the sums of its shares, which lie `apart` numbers from one another.
+  static void give(const Problem& p, const Gradients& g, int64_t b, int64_t head, const float* sums, int64_t shares, int64_t apart) {
+    const int64_t D = padded(p.D), E = padded(p.E);
+    for (int64_t j = 0; j < p.S; j++) {
+      if (g.dk.data) give_row(g.dk, b, head, j, p.D, sums + j * D, shares, apart);
+      if (g.dv.data) give_row(g.dv, b, head, j, p.E, sums + p.S * D + j * E, shares, apart);
+    }
+  }
+
+ private:
+  static int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
+  static int64_t tile_numbers(const Problem& p) { return kTile * (2 * p.D + p.E + padded(p.D) + padded(p.E) + 4); }
+  static int tiles(const Problem& p) { return static_cast<int>(most(1, least(kMostTiles, kSuperBytes / (tile_numbers(p) * 4)))); }
+
+  static void zero(float* at, int64_t numbers) {
+    for (int64_t n = 0; n < numbers; n += kWidth) store(at + n, Vec{});
+  }
+
+  // Some queries, what is needed of them, and what is gathered for them. Turned: (width, lanes); rows: (queries, width).
+  struct Tile {
+    Queries q;
+    float *turned, *dout_turned, *dq_turned, *rows, *dout;
+    float *peak, *delta, *row_sum, *bias_sum;  // (lanes)
+    Dropout dropout;
+
+    void lay(const Problem& p, float* at) {
+      auto take = [&](int64_t numbers) { return (at += numbers) - numbers; };
+      turned = take(kTile * p.D), dq_turned = take(kTile * p.D), dout_turned = take(kTile * p.E);
+      rows = take(kTile * padded(p.D)), dout = take(kTile * padded(p.E));
+      peak = take(kTile), delta = take(kTile), row_sum = take(kTile), bias_sum = take(kTile);
+    }
+  };
+
+  void start(Tile& t, int64_t b, int64_t h, int64_t first) {
+    t.q = Queries(p_, b, h, first);
+    const Queries& q = t.q;
+    const int64_t row = (b * p_.H + h) * p_.L + first, lanes = q.lanes();
+    scores_.turn_queries(q, t.turned);
+    alignas(64) float scale[kTile], share[kTile];
+    for (int i = 0; i < q.count; i++) {
+      const float total = g_.total ? g_.total[row + i] : 1.0f;
+      scale[i] = p_.scale;
+      share[i] = total * p_.kept;
+      t.peak[i] = g_.peak ? g_.peak[row + i] : 0.0f;
+      t.delta[i] = 0.0f;
+      if (p_.normalizer == Normalizer::Softmax) t.delta[i] = total * (inner(q, i) - (g_.dlse ? g_.dlse[row + i] : 0.0f));
+    }
+    if (g_.head_sums && p_.normalizer == Normalizer::Softmax)
+      // The gradient of a sink: it is a key whose value is 0.
+      for (int i = 0; i < q.count; i++)
+        g_.head_sums[row + i] = -t.delta[i] * exp2(fill(scores_.sink(h) - t.peak[i]), fill(scores_.unit()))[0];
+    // Lanes without a query have no weights.
+    for (int64_t i = q.count; i < lanes; i++) t.peak[i] = kInfinity, t.delta[i] = 0.0f;
+    copy_rows(p_.q, b, h, first, q.count, p_.D, scale, t.rows, D_);
+    copy_rows(g_.dout, b, h, first, q.count, p_.E, share, t.dout, E_);
+    turn({reinterpret_cast<char*>(t.dout), 0, 0, E_, Type::Float}, 0, 0, 0, q.count, p_.E, t.dout_turned, lanes);
+    zero(t.dq_turned, p_.D * lanes);
+    zero(t.row_sum, lanes), zero(t.bias_sum, lanes);
+    if (p_.drops) t.dropout.set(p_, b, h, first, q.count);
+  }
+
+  // The inner product of the output and its gradient.
+  float inner(const Queries& q, int i) const {
+    Vec total{};
+    const char *out = g_.out.at(q.b, q.h, q.first + i), *dout = g_.dout.at(q.b, q.h, q.first + i);
+    for (int64_t e = 0; e < p_.E; e += kWidth) {
+      const int columns = static_cast<int>(least(kWidth, p_.E - e));
+      total = fma(read(out + e * size_of(g_.out.type), g_.out.type, columns), read(dout + e * size_of(g_.dout.type), g_.dout.type, columns), total);
+    }
+    return sum(total);
+  }
+
+  void add(Tile& t, const Keys& keys) {
+    const Queries& q = t.q;
+    const int64_t lanes = q.lanes();
+    weigh(t, keys);
+    const FloatRows v = as_floats(p_.v, q.b, q.g, keys.first, keys.count, p_.E, values_);
+    // dP, and dS in its place.
+    product<false>(keys.count, q.vectors, p_.E, {v.data, v.row, 1}, t.dout_turned, lanes, slopes_, lanes);
+    slope(t, keys);
+    product<true>(keys.count, static_cast<int>(E_ / kWidth), q.count, {weights_, lanes, 1}, t.dout, E_, dv_ + keys.first * E_, E_);
+    product<true>(keys.count, static_cast<int>(D_ / kWidth), q.count, {slopes_, lanes, 1}, t.rows, D_, dk_ + keys.first * D_, D_);
+    const FloatRows k = as_floats(p_.k, q.b, q.g, keys.first, keys.count, p_.D, keys_);
+    product<true>(p_.D, q.vectors, keys.count, {k.data, 1, k.row}, slopes_, lanes, t.dq_turned, lanes);
+  }
+
+  // The weights of a block; not yet divided by the sum of the row.
+  void weigh(Tile& t, const Keys& keys) {
+    const Queries& q = t.q;
+    Vec unused[kMostVectors] = {};
+    scores_.fill(q, t.turned, keys, weights_, unused, caps_);
+    const bool softmax = p_.normalizer == Normalizer::Softmax;
+    const Vec bias = fill(!softmax && p_.sink ? p_.sink[q.h] * kLog2e : 0.0f), unit = fill(scores_.unit());
+    for (int i = 0; i < q.vectors; i++) {
+      const Vec peak = load(t.peak + i * kWidth);
+      float* at = weights_ + i * kWidth;
+      for (int64_t n = 0; n < keys.count; n++, at += q.lanes()) store(at, softmax ? exp2(load(at) - peak, unit) : sigmoid(fma(load(at), unit, bias - peak)));
+    }
+  }
+
+  // dS from dP, and the gradients of all that is added to the scores.
+  void slope(Tile& t, const Keys& keys) {
+    const Queries& q = t.q;
+    const int64_t lanes = q.lanes();
+    const bool softmax = p_.normalizer == Normalizer::Softmax;
+    for (int i = 0; i < q.vectors; i++) {
+      const Vec delta = load(t.delta + i * kWidth);
+      for (int64_t n = 0; n < keys.count; n++) {
+        float *weight = weights_ + n * lanes + i * kWidth, *at = slopes_ + n * lanes + i * kWidth;
+        const Vec p = load(weight);
+        Vec dp = load(at);
+        if (p_.drops) {
+          const Bits kept = t.dropout.kept(keys.first + n, i);
+          dp = where(kept, dp, Vec{});
+          store(weight, where(kept, p, Vec{}));
+        }
+        store(at, softmax ? p * (dp - delta) : p * (fill(1.0f) - p) * dp);
+      }
+    }
+    if (g_.head_sums && p_.normalizer == Normalizer::Sigmoid) add_up(t.bias_sum, q, keys.count);
+    if (drelative_) add_relative(q, keys);
+    if (dbias_) add_table(q, keys);
+    if (caps_)
+      for (int64_t at = 0; at < keys.count * lanes; at += kWidth) store(slopes_ + at, load(slopes_ + at) * load(caps_ + at));
+    if (g_.dquery_bias) add_up(t.row_sum, q, keys.count);
+    if (g_.dkey_bias) {
+      float* to = g_.dkey_bias + (q.b * p_.G + q.g) * p_.S + keys.first;
+      for (int64_t n = 0; n < keys.count; n++) {
+        Vec total{};
+        for (int i = 0; i < q.vectors; i++) total += load(slopes_ + n * lanes + i * kWidth);
+        to[n] += sum(total);
+      }
+    }
+  }
+
+  void add_up(float* to, const Queries& q, int64_t count) const {
+    for (int64_t n = 0; n < count; n++)
+      for (int i = 0; i < q.vectors; i++) store(to + i * kWidth, load(to + i * kWidth) + load(slopes_ + n * q.lanes() + i * kWidth));
+  }
+
+  void add_relative(const Queries& q, const Keys& keys) const {
+    float* table = drelative_ + (q.h % p_.repeats()) * relative_numbers(p_) + q.first + p_.S - 1;
+    for (int64_t n = 0; n < keys.count; n++)
+      for (int i = 0; i < q.vectors; i++) {
+        float* at = table - (keys.first + n) + i * kWidth;
+        store(at, load(at) + load(slopes_ + n * q.lanes() + i * kWidth));
+      }
+  }
+
+  void add_table(const Queries& q, const Keys& keys) const {
+    float* at = dbias_ + q.b * g_.dbias_batch + q.h * g_.dbias_head + q.first * g_.dbias_query + keys.first * g_.dbias_key;
+    for (int64_t n = 0; n < keys.count; n++)
+      for (int i = 0; i < q.count; i++) at[i * g_.dbias_query + n * g_.dbias_key] += slopes_[n * q.lanes() + i];
+  }
+
+  void finish(Tile& t) {
+    const Queries& q = t.q;
+    const int64_t row = (q.b * p_.H + q.h) * p_.L + q.first;
+    if (g_.dq.data) {
+      alignas(64) float scale[kTile];
+      for (int64_t i = 0; i < q.lanes(); i++) scale[i] = p_.scale;
+      turn_back(t.dq_turned, q.lanes(), scale, p_.D, g_.dq, q.b, q.h, q.first, q.count);
+    }
+    for (int i = 0; i < q.count; i++) {
+      if (g_.dquery_bias) g_.dquery_bias[row + i] = t.row_sum[i];
+      if (g_.head_sums && p_.normalizer == Normalizer::Sigmoid) g_.head_sums[row + i] = t.bias_sum[i];
+    }
+  }
+
+  static void give_row(const Rows& to, int64_t b, int64_t h, int64_t j, int64_t width, const float* sums, int64_t shares, int64_t apart) {
+    for (int64_t c = 0; c < width; c += kWidth) {
+      Vec total = load(sums + c);
+      for (int64_t n = 1; n < shares; n++) total += load(sums + n * apart + c);
+      write(to.at(b, h, j) + c * size_of(to.type), to.type, total, static_cast<int>(least(kWidth, width - c)));
+    }
+  }
+
+  const Problem& p_;
+  const Gradients& g_;
+  const int64_t D_, E_;  // widths in whole vectors
+  const int count_;
+  Scores scores_;
+  float *weights_, *slopes_, *caps_;  // (keys, lanes)
+  float *keys_, *values_;             // as floats, where they are of another type
+  float *dk_ = nullptr, *dv_ = nullptr, *drelative_ = nullptr, *dbias_ = nullptr;
+  Tile tiles_[kMostTiles];
+};
+
+}  // namespace regard::REGARD_SET

@@ -1,0 +1,349 @@
+// The operators of torch.ops.regard_native, by LibTorch's stable ABI: one binary for every torch from 2.10 on.
+//
+// They check shapes, types and strides once more, since anyone may call an operator; the errors that users see are those of
+// regard/problem.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace regard {
+
+const Kernels* kernels_baseline();
+#ifdef REGARD_HAS_AVX2
+const Kernels* kernels_avx2();
+#endif
+#ifdef REGARD_HAS_AVX512
+const Kernels* kernels_avx512();
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// The sets that this machine runs, the fastest first.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> sets;
+#ifdef REGARD_HAS_AVX512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    sets.push_back(kernels_avx512());
+#endif
+#ifdef REGARD_HAS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) sets.push_back(kernels_avx2());
+#endif
+  sets.push_back(kernels_baseline());
+  return sets;
+}
+
+// The set of a name; the fastest for an empty one.
+const Kernels* named(const std::string& name) {
+  for (const Kernels* set : available())
+    if (name.empty() || name == set->name) return set;
+  STD_TORCH_CHECK(false, "there are no native kernels for the instruction set '", name, "' on this machine, or in this build");
+  return nullptr;
+}
+
+std::atomic<const Kernels*> in_use{nullptr};
+
+// The set in use: at first the one that REGARD_INSTRUCTIONS names.
+const Kernels& kernels() {
+  const Kernels* set = in_use.load(std::memory_order_acquire);
+  if (!set) {
+    const char* name = std::getenv("REGARD_INSTRUCTIONS");
+    set = named(name ? name : "");
+    in_use.store(set, std::memory_order_release);
+  }
+  return *set;
+}
+
+Pool pool() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()), [](int64_t count, Task task, void* context) {
+            if (count == 1) return task(context, 0);
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; i++) task(context, i);
+            });
+          }};
+}
+
+Type type_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::Float;
+    case ScalarType::BFloat16: return Type::BFloat16;
+    case ScalarType::Half: return Type::Half;
+    default: STD_TORCH_CHECK(false, name, " is of a type that the native kernels do not have"); return Type::Float;
+  }
+}
+
+// A tensor (B, H, rows, width) whose last axis is contiguous.
+Rows rows(const Tensor& x, const char* name, int64_t B, int64_t H, int64_t R, int64_t W) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == B && x.size(1) == H && x.size(2) == R && x.size(3) == W, name, " has another shape than expected");
+  STD_TORCH_CHECK(W <= 1 || x.stride(3) == 1, name, " has gaps in its last axis");
+  return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), type_of(x, name)};
+}
+
+// Contiguous floats of so many numbers; null where there is no tensor.
+const float* floats(const MaybeTensor& x, const char* name, int64_t numbers) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->is_contiguous() && x->numel() == numbers, name, " must be ", numbers, " contiguous floats");
+  return static_cast<const float*>(x->data_ptr());
+}
+
+// Strides of a tensor that broadcasts to (B, H, L, S).
+Table table(const Tensor& x, const char* name, int64_t B, int64_t H, int64_t L, int64_t S, Type type) {
+  const int64_t full[4] = {B, H, L, S};
+  int64_t stride[4];
+  STD_TORCH_CHECK(x.dim() == 4, name, " must have four axes");
+  for (int axis = 0; axis < 4; axis++) {
+    STD_TORCH_CHECK(x.size(axis) == full[axis] || x.size(axis) == 1, name, " does not broadcast to (B, H, L, S)");
+    stride[axis] = x.size(axis) == 1 ? 0 : x.stride(axis);
+  }
+  return {static_cast<const char*>(x.data_ptr()), stride[0], stride[1], stride[2], stride[3], type};
+}
+
+// A node is eight numbers: its kind, three parameters, the nodes inside (two), and its tensors (two; -1 for none).
+constexpr size_t kNodeNumbers = 8;
+
+std::vector<MaskNode> mask_nodes(const std::vector<int64_t>& numbers, const std::vector<Tensor>& tensors, const Problem& p) {
+  STD_TORCH_CHECK(numbers.size() % kNodeNumbers == 0, "a mask must be nodes of ", kNodeNumbers, " numbers");
+  std::vector<MaskNode> nodes;
+  const auto tensor = [&](int64_t index) -> const Tensor& {
+    STD_TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(tensors.size()), "a node of the mask names a tensor that is not there");
+    return tensors[index];
+  };
+  const auto integers = [&](const Tensor& x, int64_t length) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 2 && (x.size(0) == 1 || x.size(0) == p.B) && x.size(1) == length && (length <= 1 || x.stride(1) == 1),
+                    "a tensor of the mask must be int64 of shape (B, ", length, ")");
+    return static_cast<const int64_t*>(x.data_ptr());
+  };
+  const auto batch = [](const Tensor& x) { return x.size(0) == 1 ? int64_t{0} : x.stride(0); };
+  for (size_t at = 0; at < numbers.size(); at += kNodeNumbers) {
+    const int64_t* n = numbers.data() + at;
+    MaskNode node;
+    STD_TORCH_CHECK(n[0] >= MaskNode::Band && n[0] <= MaskNode::Not, "a node of the mask is of no known kind");
+    node.kind = static_cast<MaskNode::Kind>(n[0]);
+    node.offset = n[1], node.behind = n[2], node.ahead = n[3], node.left = n[4], node.right = n[5];
+    const int64_t index = static_cast<int64_t>(nodes.size());
+    const bool inner = node.kind == MaskNode::And || node.kind == MaskNode::Or || node.kind == MaskNode::Not;
+    STD_TORCH_CHECK(!inner || (node.left >= 0 && node.left < index && node.right >= 0 && node.right < index), "a node of the mask joins nodes that do not come before it");
+    if (node.kind == MaskNode::Before || node.kind == MaskNode::Documents) {
+      const Tensor& keys = tensor(n[7]);
+      node.keys = integers(keys, node.kind == MaskNode::Before ? 1 : p.S);
+      node.key_batch = batch(keys);
+    }
+    if (node.kind == MaskNode::Documents) {
+      const Tensor& queries = tensor(n[6]);
+      node.queries = integers(queries, p.L);
+      node.query_batch = batch(queries);
+    }
+    if (node.kind == MaskNode::Blocks || node.kind == MaskNode::Dense) {
+      const Tensor& x = tensor(n[6]);
+      const bool blocks = node.kind == MaskNode::Blocks;
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Bool, "a table of the mask must be bool");
+      STD_TORCH_CHECK(!blocks || (node.behind > 0 && node.ahead > 0), "the blocks of a mask must not be empty");
+      const int64_t R = blocks ? (p.L + node.behind - 1) / node.behind : p.L, C = blocks ? (p.S + node.ahead - 1) / node.ahead : p.S;
+      node.table = table(x, "a table of the mask", p.B, p.H, R, C, Type::Float);
+    }
+    nodes.push_back(node);
+  }
+  return nodes;
+}
+
+// All that forward and backward pass are told alike.
+struct Call {
+  Problem problem;
+  std::vector<MaskNode> nodes;
+
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& key_bias, const MaybeTensor& query_bias, const MaybeTensor& bias,
+       const MaybeTensor& relative, const MaybeTensor& sink, const std::vector<Tensor>& mask_tensors, const std::vector<int64_t>& mask, double scale,
+       double softcap, int64_t normalizer, double dropout, int64_t seed) {
+    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have four axes");
+    Problem& p = problem;
+    p.B = q.size(0), p.H = q.size(1), p.L = q.size(2), p.D = q.size(3), p.G = k.size(1), p.S = k.size(2), p.E = v.size(3);
+    STD_TORCH_CHECK(p.G > 0 && p.H % p.G == 0, "the heads of q must be a multiple of those of k");
+    p.q = rows(q, "q", p.B, p.H, p.L, p.D);
+    p.k = rows(k, "k", p.B, p.G, p.S, p.D);
+    p.v = rows(v, "v", p.B, p.G, p.S, p.E);
+    p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
+    p.key_bias = floats(key_bias, "key_bias", p.B * p.G * p.S);
+    p.query_bias = floats(query_bias, "query_bias", p.B * p.H * p.L);
+    if (bias) p.bias = table(*bias, "bias", p.B, p.H, p.L, p.S, type_of(*bias, "bias"));
+    if (relative) {
+      STD_TORCH_CHECK(relative->dim() == 2 && (relative->size(0) == 1 || relative->size(0) == p.H), "relative must be of shape (H, ...)");
+      p.relative = floats(relative, "relative", relative->size(0) * relative_numbers(p));
+      p.relative_head = relative->size(0) == 1 ? 0 : relative_numbers(p);
+    }
+    p.sink = floats(sink, "sink", p.H);
+    STD_TORCH_CHECK(normalizer == 0 || normalizer == 1, "normalizer must be 0 (softmax) or 1 (sigmoid)");
+    p.normalizer = static_cast<Normalizer>(normalizer);
+    STD_TORCH_CHECK(dropout >= 0.0 && dropout <= 1.0, "dropout must be from 0 to 1");
+    p.drops = dropout > 0.0;
+    p.kept = dropout < 1.0 ? static_cast<float>(1.0 / (1.0 - dropout)) : 0.0f;
+    p.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout * 4294967296.0), 4294967295.0));
+    p.seed = seed;
+    nodes = mask_nodes(mask, mask_tensors, p);
+    p.mask = nodes.data(), p.mask_nodes = static_cast<int64_t>(nodes.size());
+  }
+  Call(const Call&) = delete;
+};
+
+Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) { return torch::stable::new_empty(like, shape, type); }
+float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+// -> out (B, H, L, E); for the backward pass, out as floats (empty where it is of floats) and peak and total (B, H, L); then
+// what is wanted of lse, max, entropy (bits 1, 2, 4), and with top > 0 the largest weights and their keys (B, H, L, top).
+std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
+                            MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer,
+                            double dropout, int64_t seed, int64_t top, int64_t wanted) {
+  const Call call(q, k, v, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
+  const Problem& p = call.problem;
+  STD_TORCH_CHECK(top >= 0, "top must not be negative");
+  std::vector<Tensor> results;
+  const auto next = [&](std::vector<int64_t> shape, ScalarType type = ScalarType::Float) -> Tensor& {
+    results.push_back(empty(q, std::move(shape), type));
+    return results.back();
+  };
+  Outputs o;
+  o.out = rows(next({p.B, p.H, p.L, p.E}, v.scalar_type()), "out", p.B, p.H, p.L, p.E);
+  const bool rounded = v.scalar_type() != ScalarType::Float;
+  Tensor& exact = next(rounded ? std::vector<int64_t>{p.B, p.H, p.L, p.E} : std::vector<int64_t>{0});
+  if (rounded) o.exact = rows(exact, "out", p.B, p.H, p.L, p.E);
+  const std::vector<int64_t> per_query{p.B, p.H, p.L};
+  o.peak = data(next(per_query));
+  o.total = data(next(per_query));
+  if (wanted & 1) o.lse = data(next(per_query));
+  if (wanted & 2) o.largest = data(next(per_query));
+  if (wanted & 4) o.entropy = data(next(per_query));
+  if ((o.top = top)) {
+    o.top_weights = data(next({p.B, p.H, p.L, top}));
+    o.top_keys = static_cast<int64_t*>(next({p.B, p.H, p.L, top}, ScalarType::Long).data_ptr());
+  }
+  STD_TORCH_CHECK(kernels().forward(p, o, pool()), "out of memory");
+  return results;
+}
+
+// -> what is wanted of received (B, H, S), full (B, H, L, S) (bits 1, 2), the rows `numbers` (B, H, R, S), and the mass of
+// the groups that `member` (B|1, N, S) tells (B, H, L, N).
+std::vector<Tensor> survey(Tensor peak, Tensor total, Tensor q, Tensor k, Tensor v, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias,
+                           MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap,
+                           int64_t normalizer, double dropout, int64_t seed, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
+  const Call call(q, k, v, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
+  const Problem& p = call.problem;
+  std::vector<Tensor> results;
+  const auto zeros = [&](std::vector<int64_t> shape) {
+    results.push_back(torch::stable::new_zeros(q, shape, ScalarType::Float));
+    return data(results.back());
+  };
+  Views views;
+  views.peak = floats(peak, "peak", p.B * p.H * p.L);
+  views.total = floats(total, "total", p.B * p.H * p.L);
+  if (wanted & 1) views.received = zeros({p.B, p.H, p.S});
+  if (wanted & 2) views.full = zeros({p.B, p.H, p.L, p.S});
+  if (!numbers.empty()) {
+    for (int64_t number : numbers) STD_TORCH_CHECK(number >= 0 && number < p.L, "a number of a row is out of range");
+    views.row_numbers = numbers.data(), views.row_count = static_cast<int64_t>(numbers.size());
+    views.rows = zeros({p.B, p.H, views.row_count, p.S});
+  }
+  if (member) {
+    STD_TORCH_CHECK(member->scalar_type() == ScalarType::Bool && member->dim() == 3 && (member->size(0) == 1 || member->size(0) == p.B) && member->size(2) == p.S,
+                    "member must be bool of shape (B, N, S)");
+    views.member = static_cast<const char*>(member->data_ptr());
+    views.member_batch = member->size(0) == 1 ? 0 : member->stride(0), views.member_group = member->stride(1), views.member_key = member->stride(2);
+    views.groups = member->size(1);
+    views.mass = zeros({p.B, p.H, p.L, views.groups});
+  }
+  STD_TORCH_CHECK(kernels().survey(p, views, pool()), "out of memory");
+  return results;
+}
+
+// -> those of the gradients that are wanted: of q, k, v (bits 1, 2, 4), of key_bias and query_bias (8, 16), of bias (32),
+// of relative (64), and of the sink, or the bias of a sigmoid, by query (B, H, L) (128). Where bit 1, 2 or 4 is not
+// set, an empty tensor stands in its place; the others are left out.
+std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor peak, Tensor total, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, MaybeTensor key_bias,
+                             MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors,
+                             std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer, double dropout, int64_t seed, int64_t wanted) {
+  const Call call(q, k, v, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
+  const Problem& p = call.problem;
+  const int64_t per_query = p.B * p.H * p.L;
+  Gradients g;
+  g.out = rows(out, "out", p.B, p.H, p.L, p.E);
+  g.dout = rows(dout, "dout", p.B, p.H, p.L, p.E);
+  if (p.normalizer == Normalizer::Softmax) g.peak = floats(peak, "peak", per_query), g.total = floats(total, "total", per_query);
+  g.dlse = floats(dlse, "dlse", per_query);
+  std::vector<Tensor> results;
+  const auto zeros = [&](std::vector<int64_t> shape) {
+    results.push_back(torch::stable::new_zeros(q, shape, ScalarType::Float));
+    return data(results.back());
+  };
+  const auto like = [&](const Tensor& x, bool want, Rows& to, int64_t H, int64_t R, int64_t W) {
+    results.push_back(want ? empty(x, {p.B, H, R, W}, x.scalar_type()) : empty(x, {0}, x.scalar_type()));
+    if (want) to = rows(results.back(), "a gradient", p.B, H, R, W);
+  };
+  like(q, wanted & 1, g.dq, p.H, p.L, p.D);
+  like(k, wanted & 2, g.dk, p.G, p.S, p.D);
+  like(v, wanted & 4, g.dv, p.G, p.S, p.E);
+  if (wanted & 8) g.dkey_bias = zeros({p.B, p.G, p.S});
+  if (wanted & 16) g.dquery_bias = zeros({p.B, p.H, p.L});
+  if (wanted & 32) {
+    STD_TORCH_CHECK(bias, "there is no bias to have a gradient");
+    int64_t size[4], stride[4], numbers = 1;
+    for (int axis = 3; axis >= 0; axis--) {
+      size[axis] = bias->size(axis), stride[axis] = size[axis] == 1 ? 0 : numbers;
+      numbers *= size[axis];
+    }
+    g.dbias = zeros({size[0], size[1], size[2], size[3]});
+    g.dbias_batch = stride[0], g.dbias_head = stride[1], g.dbias_query = stride[2], g.dbias_key = stride[3], g.dbias_numbers = numbers;
+  }
+  if (wanted & 64) g.drelative = zeros({p.H, relative_numbers(p)});
+  if (wanted & 128) g.head_sums = zeros({p.B, p.H, p.L});
+  STD_TORCH_CHECK(kernels().backward(p, g, pool()), "out of memory");
+  return results;
+}
+
+// From now on, another set (the fastest, for an empty name): for tests.
+void use(std::string name) { in_use.store(named(name), std::memory_order_release); }
+
+// Names of the sets that this machine runs, the one in use first.
+std::string instructions() {
+  std::string names = kernels().name;
+  for (const Kernels* set : available())
+    if (set != &kernels()) names += std::string(" ") + set->name;
+  return names;
+}
+
+#define REGARD_WORDS                                                                                                                     \
+  "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? query_bias, Tensor? bias, Tensor? relative, Tensor? sink, Tensor[] mask_tensors, " \
+  "int[] mask, float scale, float softcap, int normalizer, float dropout, int seed, "
+
+STABLE_TORCH_LIBRARY(regard_native, m) {
+  m.def("forward(" REGARD_WORDS "int top, int wanted) -> Tensor[]");
+  m.def("survey(Tensor peak, Tensor total, " REGARD_WORDS "Tensor? member, int[] numbers, int wanted) -> Tensor[]");
+  m.def("backward(Tensor out, Tensor dout, Tensor peak, Tensor total, Tensor? dlse, " REGARD_WORDS "int wanted) -> Tensor[]");
+  m.def("instructions() -> str");
+  m.def("use(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("survey", TORCH_BOX(&survey));
+  m.impl("backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(regard_native, CompositeExplicitAutograd, m) {
+  m.impl("instructions", TORCH_BOX(&instructions));
+  m.impl("use", TORCH_BOX(&use));
+}
+
+}  // namespace
+}  // namespace regard

@@ -1,0 +1,135 @@
+// The kernels of one instruction set: this file is compiled once per set, with REGARD_SET its name.
+#include "backward.h"
+#include "forward.h"
+#include "survey.h"
+
+#define REGARD_TEXT(x) #x
+#define REGARD_NAME(x) REGARD_TEXT(x)
+#define REGARD_JOIN(a, b) a##b
+#define REGARD_GETTER(set) REGARD_JOIN(kernels_, set)
+
+namespace regard {
+namespace REGARD_SET {
+namespace {
+
+// Tasks that workers take one by one.
+struct Queue {
+  int64_t next = 0;
+  bool failed = false;
+
+  int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+  void fail() { __atomic_store_n(&failed, true, __ATOMIC_RELAXED); }
+};
+
+// How much work is worth a thread: below, waking it costs more.
+constexpr double kWorthAThread = 1e5;
+
+int64_t workers(const Problem& p, int64_t tasks, const Pool& pool) {
+  const double work = static_cast<double>(p.B) * p.H * p.L * p.S * (p.D + p.E);
+  return most(1, least(least(tasks, pool.threads), static_cast<int64_t>(work / kWorthAThread)));
+}
+
+bool forward(const Problem& p, const Outputs& o, const Pool& pool) {
+  struct Work {
+    const Problem& p;
+    const Outputs& o;
+    int64_t tiles, tasks;
+    Queue queue;
+  } work{p, o, (p.L + kTile - 1) / kTile, 0, {}};
+  work.tasks = p.B * p.H * work.tiles;
+  const auto task = [](void* context, int64_t) {
+    Work& w = *static_cast<Work*>(context);
+    Scratch scratch(Forward::scratch(w.p, w.o));
+    if (!scratch) return w.queue.fail();
+    Forward forward(w.p, w.o, scratch);
+    // Later tiles first: under a causal mask they have the most keys, and the last ones to be taken are the shortest.
+    for (int64_t n; (n = w.queue.take()) < w.tasks;) {
+      const int64_t head = n / w.tiles;
+      forward.tile(head / w.p.H, head % w.p.H, (w.tiles - 1 - n % w.tiles) * kTile);
+    }
+  };
+  pool.run(workers(p, work.tasks, pool), task, &work);
+  return !work.queue.failed;
+}
+
+bool survey(const Problem& p, const Views& views, const Pool& pool) {
+  struct Work {
+    const Problem& p;
+    const Views& views;
+    Queue queue;
+  } work{p, views, {}};
+  const auto task = [](void* context, int64_t) {
+    Work& w = *static_cast<Work*>(context);
+    Scratch scratch(Survey::scratch(w.p, w.views));
+    if (!scratch) return w.queue.fail();
+    Survey survey(w.p, w.views, scratch);
+    for (int64_t n; (n = w.queue.take()) < w.p.B * w.p.H;) survey.head(n / w.p.H, n % w.p.H);
+  };
+  pool.run(workers(p, p.B * p.H, pool), task, &work);
+  return !work.queue.failed;
+}
+
+bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
+  struct Work {
+    const Problem& p;
+    const Gradients& g;
+    int64_t shares, tasks, workers, relative;
+    bool in_order;
+    float *sums, *drelative, *dbias;
+    Queue queue;
+  } work{p, g, 1, p.B * p.G, 1, 0, false, nullptr, nullptr, nullptr, {}};
+  const int64_t heads = p.B * p.G, tiles = (p.L + kTile - 1) / kTile, threads = workers(p, heads * tiles, pool);
+  // Heads that do not go evenly into the threads are dealt out by shares of their queries.
+  while (heads * work.shares % threads && heads * work.shares < 4 * threads && work.shares < tiles) work.shares++;
+  work.tasks = heads * work.shares;
+  work.workers = least(threads, work.tasks);
+  work.relative = g.drelative ? p.repeats() * relative_numbers(p) : 0;
+  // Tasks that would add to the same numbers of a bias each have a copy per worker, and a fixed worker.
+  const bool shared = (p.B > 1 && !g.dbias_batch) || (p.G > 1 && !g.dbias_head) || (work.shares > 1 && !g.dbias_query);
+  work.in_order = g.dbias && shared;
+  const int64_t copies = work.in_order ? (work.workers - 1) * g.dbias_numbers : 0;
+  Scratch scratch(work.tasks * (Backward::sums(p) + work.relative) + copies);
+  if (!scratch) return false;
+  work.sums = scratch.take(work.tasks * Backward::sums(p));
+  work.drelative = scratch.take(work.tasks * work.relative);
+  work.dbias = scratch.take(copies);
+  for (int64_t n = 0; n < work.tasks * work.relative; n++) work.drelative[n] = 0.0f;
+  for (int64_t n = 0; n < copies; n++) work.dbias[n] = 0.0f;
+
+  const auto task = [](void* context, int64_t worker) {
+    Work& w = *static_cast<Work*>(context);
+    Scratch scratch(Backward::scratch(w.p));
+    if (!scratch) return w.queue.fail();
+    Backward backward(w.p, w.g, scratch);
+    float* dbias = w.in_order && worker ? w.dbias + (worker - 1) * w.g.dbias_numbers : w.g.dbias;
+    int64_t n = w.in_order ? worker * w.tasks / w.workers : w.queue.take();
+    const int64_t end = w.in_order ? (worker + 1) * w.tasks / w.workers : w.tasks;
+    for (; n < end; n = w.in_order ? n + 1 : w.queue.take()) {
+      const int64_t head = n / w.shares;
+      backward.run(head / w.p.G, head % w.p.G, n % w.shares, w.shares, w.sums + n * Backward::sums(w.p), w.relative ? w.drelative + n * w.relative : nullptr, dbias);
+    }
+  };
+  pool.run(work.workers, task, &work);
+  if (work.queue.failed) return false;
+
+  const auto give = [](void* context, int64_t head) {
+    const Work& w = *static_cast<Work*>(context);
+    const int64_t apart = Backward::sums(w.p);
+    Backward::give(w.p, w.g, head / w.p.G, head % w.p.G, w.sums + head * w.shares * apart, w.shares, apart);
+  };
+  pool.run(heads, give, &work);
+  for (int64_t n = 0; n < work.tasks && work.relative; n++)
+    for (int64_t at = 0; at < work.relative; at++) g.drelative[n / work.shares % p.G * work.relative + at] += work.drelative[n * work.relative + at];
+  for (int64_t n = 0; n < copies; n++) g.dbias[n % g.dbias_numbers] += work.dbias[n];
+  return true;
+}
+
+}  // namespace
+}  // namespace REGARD_SET
+
+const Kernels* REGARD_GETTER(REGARD_SET)() {
+  static const Kernels kernels{REGARD_NAME(REGARD_SET), REGARD_SET::forward, REGARD_SET::survey, REGARD_SET::backward};
+  return &kernels;
+}
+
+}  // namespace regard

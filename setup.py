@@ -1,0 +1,80 @@
+"""Builds the native CPU kernels: csrc/kernels.cpp once per instruction set, and the binding to torch, into one library.
+
+Everything else about the package stands in pyproject.toml. Where there is no compiler, the package is installed without
+the library, and a text in its place says why; `regard doctor` shows it.
+"""
+
+from __future__ import annotations
+
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCE = Path("csrc")
+# Optimised; rounding as written, but for products that go into sums; nothing is visible but what registers the operators.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
+# No set's code may be shared with another's, so the kernels use nothing that a compiler makes on its own.
+KERNEL_FLAGS = [
+    *FLAGS, "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized",
+]  # fmt: skip
+# The instruction sets, the one that every machine of the kind has first.
+SETS: dict[str, list[str]] = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    SETS["avx512"] = [
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+    ]  # fmt: skip
+
+
+class Build(build_ext):
+    """Compiles each set with flags of its own."""
+
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name))
+        note = library.parent / "_native.txt"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        for stale in (library, note):
+            stale.unlink(missing_ok=True)
+        try:
+            self._build(library)
+        except Exception as error:
+            note.write_text(f"{type(error).__name__}: {error}\n")
+            print(f"regard is installed without its native kernels: {error}")
+
+    def _build(self, library: Path) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        with ThreadPoolExecutor() as pool:
+            built = dict(zip(SETS, pool.map(self._set, SETS), strict=True))
+        flags = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", *[f"-I{path}" for path in include_paths()]]
+        flags += [f"-DREGARD_HAS_{name.upper()}" for name, path in built.items() if path]
+        objects = [self._compile("bind.cpp", "bind", flags), *[path for path in built.values() if path]]
+        self.compiler.link_shared_object(
+            objects, str(library), libraries=["torch_cpu"], library_dirs=library_paths(), target_lang="c++"
+        )
+
+    def _set(self, name: str) -> str | None:
+        """The kernels of a set; None where the compiler does not know it."""
+        try:
+            return self._compile("kernels.cpp", name, [*KERNEL_FLAGS, f"-DREGARD_SET={name}", *SETS[name]])
+        except Exception as error:
+            if name == "baseline":
+                raise
+            print(f"regard is built without {name}: {error}")
+            return None
+
+    def _compile(self, source: str, name: str, flags: list[str]) -> str:
+        folder = Path(self.build_temp) / name
+        (path,) = self.compiler.compile([str(SOURCE / source)], output_dir=str(folder), extra_postargs=flags)
+        return path
+
+
+setup(
+    ext_modules=[Extension("regard._native", ["csrc/bind.cpp"], py_limited_api=True, optional=True)],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
