@@ -214,8 +214,24 @@ class Backward {
 
   void add_table(const Queries& q, const Keys& keys) const {
     float* at = dbias_ + q.b * g_.dbias_batch + q.h * g_.dbias_head + q.first * g_.dbias_query + keys.first * g_.dbias_key;
-    for (int64_t n = 0; n < keys.count; n++)
-      for (int i = 0; i < q.count; i++) at[i * g_.dbias_query + n * g_.dbias_key] += slopes_[n * q.lanes() + i];
+    if (g_.dbias_query && g_.dbias_key) {
+      for (int64_t n = 0; n < keys.count; n++)
+        for (int i = 0; i < q.count; i++) at[i * g_.dbias_query + n * g_.dbias_key] += slopes_[n * q.lanes() + i];
+      return;
+    }
+    // What goes to one number is summed up here first: one long sum would round more.
+    Vec sums[kMostVectors] = {};
+    for (int64_t n = 0; n < keys.count; n++) {
+      for (int i = 0; i < q.vectors; i++) sums[i] += load(slopes_ + n * q.lanes() + i * kWidth);
+      if (!g_.dbias_key && n + 1 < keys.count) continue;
+      if (g_.dbias_query) {
+        for (int i = 0; i < q.count; i++) at[i * g_.dbias_query] += sums[i / kWidth][i % kWidth];
+      } else {
+        for (int i = 1; i < q.vectors; i++) sums[0] += sums[i];
+        at[n * g_.dbias_key] += sum(sums[0]);
+      }
+      for (int i = 0; i < q.vectors; i++) sums[i] = Vec{};
+    }
   }
 
   void finish(Tile& t) {

@@ -201,8 +201,9 @@ struct Call {
 Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) { return torch::stable::new_empty(like, shape, type); }
 float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
-// -> out (B, H, L, E); for the backward pass, out as floats (empty where it is of floats) and peak and total (B, H, L); then
-// what is wanted of lse, max, entropy (bits 1, 2, 4), and with top > 0 the largest weights and their keys (B, H, L, top).
+// -> out (B, H, L, E); for the backward pass, the rows' numbers (2, B, H, L), peak and total, and, unless it is of floats,
+// out as floats; then what is wanted of lse, max, entropy (bits 1, 2, 4), and with top > 0 the largest weights and their
+// keys (B, H, L, top).
 std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
                             MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer,
                             double dropout, int64_t seed, int64_t top, int64_t wanted) {
@@ -217,11 +218,10 @@ std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor key_bias, 
   Outputs o;
   o.out = rows(next({p.B, p.H, p.L, p.E}, v.scalar_type()), "out", p.B, p.H, p.L, p.E);
   const bool rounded = v.scalar_type() != ScalarType::Float;
-  Tensor& exact = next(rounded ? std::vector<int64_t>{p.B, p.H, p.L, p.E} : std::vector<int64_t>{0});
-  if (rounded) o.exact = rows(exact, "out", p.B, p.H, p.L, p.E);
+  o.peak = data(next({2, p.B, p.H, p.L}));
+  o.total = o.peak + p.B * p.H * p.L;
+  if (rounded) o.exact = rows(next({p.B, p.H, p.L, p.E}), "out", p.B, p.H, p.L, p.E);
   const std::vector<int64_t> per_query{p.B, p.H, p.L};
-  o.peak = data(next(per_query));
-  o.total = data(next(per_query));
   if (wanted & 1) o.lse = data(next(per_query));
   if (wanted & 2) o.largest = data(next(per_query));
   if (wanted & 4) o.entropy = data(next(per_query));
@@ -233,9 +233,29 @@ std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor key_bias, 
   return results;
 }
 
+// -> the output of the plainest call, scale 1/sqrt(D) and nothing else, by the shortest way; nothing if anything is out of
+// the ordinary.
+MaybeTensor plain(Tensor q, Tensor k, Tensor v) {
+  const auto type = q.scalar_type();
+  if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || k.scalar_type() != type || v.scalar_type() != type || type == ScalarType::Double) return std::nullopt;
+  Problem p;
+  p.B = q.size(0), p.H = q.size(1), p.L = q.size(2), p.D = q.size(3), p.G = k.size(1), p.S = k.size(2), p.E = v.size(3);
+  const bool fit = k.size(0) == p.B && v.size(0) == p.B && v.size(1) == p.G && v.size(2) == p.S && k.size(3) == p.D;
+  if (!fit || !p.B || !p.G || !p.L || !p.S || !p.D || !p.E || p.H % p.G || q.stride(3) != 1 || k.stride(3) != 1 || v.stride(3) != 1) return std::nullopt;
+  p.q = rows(q, "q", p.B, p.H, p.L, p.D);
+  p.k = rows(k, "k", p.B, p.G, p.S, p.D);
+  p.v = rows(v, "v", p.B, p.G, p.S, p.E);
+  p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.D)));
+  Tensor out = empty(q, {p.B, p.H, p.L, p.E}, type);
+  Outputs o;
+  o.out = rows(out, "out", p.B, p.H, p.L, p.E);
+  STD_TORCH_CHECK(kernels().forward(p, o, pool()), "out of memory");
+  return out;
+}
+
 // -> what is wanted of received (B, H, S), full (B, H, L, S) (bits 1, 2), the rows `numbers` (B, H, R, S), and the mass of
 // the groups that `member` (B|1, N, S) tells (B, H, L, N).
-std::vector<Tensor> survey(Tensor peak, Tensor total, Tensor q, Tensor k, Tensor v, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias,
+std::vector<Tensor> survey(Tensor stats, Tensor q, Tensor k, Tensor v, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias,
                            MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap,
                            int64_t normalizer, double dropout, int64_t seed, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
   const Call call(q, k, v, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
@@ -246,8 +266,8 @@ std::vector<Tensor> survey(Tensor peak, Tensor total, Tensor q, Tensor k, Tensor
     return data(results.back());
   };
   Views views;
-  views.peak = floats(peak, "peak", p.B * p.H * p.L);
-  views.total = floats(total, "total", p.B * p.H * p.L);
+  views.peak = floats(stats, "stats", 2 * p.B * p.H * p.L);
+  views.total = views.peak + p.B * p.H * p.L;
   if (wanted & 1) views.received = zeros({p.B, p.H, p.S});
   if (wanted & 2) views.full = zeros({p.B, p.H, p.L, p.S});
   if (!numbers.empty()) {
@@ -270,7 +290,7 @@ std::vector<Tensor> survey(Tensor peak, Tensor total, Tensor q, Tensor k, Tensor
 // -> those of the gradients that are wanted: of q, k, v (bits 1, 2, 4), of key_bias and query_bias (8, 16), of bias (32),
 // of relative (64), and of the sink, or the bias of a sigmoid, by query (B, H, L) (128). Where bit 1, 2 or 4 is not
 // set, an empty tensor stands in its place; the others are left out.
-std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor peak, Tensor total, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, MaybeTensor key_bias,
+std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, MaybeTensor key_bias,
                              MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors,
                              std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer, double dropout, int64_t seed, int64_t wanted) {
   const Call call(q, k, v, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
@@ -279,7 +299,7 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor peak, Tensor total,
   Gradients g;
   g.out = rows(out, "out", p.B, p.H, p.L, p.E);
   g.dout = rows(dout, "dout", p.B, p.H, p.L, p.E);
-  if (p.normalizer == Normalizer::Softmax) g.peak = floats(peak, "peak", per_query), g.total = floats(total, "total", per_query);
+  if (p.normalizer == Normalizer::Softmax) g.peak = floats(stats, "stats", 2 * per_query), g.total = g.peak + per_query;
   g.dlse = floats(dlse, "dlse", per_query);
   std::vector<Tensor> results;
   const auto zeros = [&](std::vector<int64_t> shape) {
@@ -328,14 +348,16 @@ std::string instructions() {
 
 STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("forward(" REGARD_WORDS "int top, int wanted) -> Tensor[]");
-  m.def("survey(Tensor peak, Tensor total, " REGARD_WORDS "Tensor? member, int[] numbers, int wanted) -> Tensor[]");
-  m.def("backward(Tensor out, Tensor dout, Tensor peak, Tensor total, Tensor? dlse, " REGARD_WORDS "int wanted) -> Tensor[]");
+  m.def("plain(Tensor q, Tensor k, Tensor v) -> Tensor?");
+  m.def("survey(Tensor stats, " REGARD_WORDS "Tensor? member, int[] numbers, int wanted) -> Tensor[]");
+  m.def("backward(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_WORDS "int wanted) -> Tensor[]");
   m.def("instructions() -> str");
   m.def("use(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
+  m.impl("plain", TORCH_BOX(&plain));
   m.impl("survey", TORCH_BOX(&survey));
   m.impl("backward", TORCH_BOX(&backward));
 }

@@ -21,8 +21,8 @@ struct Queue {
   void fail() { __atomic_store_n(&failed, true, __ATOMIC_RELAXED); }
 };
 
-// How much work is worth a thread: below, waking it costs more.
-constexpr double kWorthAThread = 1e5;
+// How many multiplications are worth a thread: below, which is some 10 us, waking it costs more.
+constexpr double kWorthAThread = 5e5;
 
 int64_t workers(const Problem& p, int64_t tasks, const Pool& pool) {
   const double work = static_cast<double>(p.B) * p.H * p.L * p.S * (p.D + p.E);

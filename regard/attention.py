@@ -96,7 +96,7 @@ def attention(
         seed: an int, or int64 of shape (), that fixes which weights are dropped; drawn from torch's generator by
             default. The same seed drops the same weights on every kernel.
         summary: what else to tell about the weights, without the weights. It never changes the output.
-        kernel: force "torch", "tiled" or "reference"; raises if that one cannot serve.
+        kernel: force "cpu", "torch", "tiled" or "reference"; raises if that one cannot serve.
 
     Returns:
         The output (B, H, L, E), with the leading axes of q and the dtype of v; with `summary`, a pair of it and `Seen`.
@@ -113,6 +113,13 @@ def attention(
         # It chooses the precision of q, k and v; all that follows keeps its sums in float32.
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
         precision = torch.autocast(q.device.type, enabled=False)
+    elif (
+        score is None and normalizer is None and mask is None and bias is None and softcap is None and seed is None
+        and summary is None and kernel is None and dropout == 0.0
+    ):  # fmt: skip
+        out = choose.run_plain(q, k, v)
+        if out is not None:
+            return out
     with_summary = summary is not None
     with precision:
         problem = pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary)
@@ -145,8 +152,9 @@ def explain(
     """Which kernel `attention` would take for these arguments, and why every other one refuses. Runs nothing.
 
     >>> print(regard.explain(q, k, v, softcap=30.0))
+    -> cpu        can serve
        torch      no: it has no softcap
-    -> tiled      can serve
+       tiled      can serve
        reference  can serve, when asked for by name
     """
     return choose.explanation(pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary))

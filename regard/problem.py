@@ -25,7 +25,7 @@ from regard.function import Python
 from regard.mask import Mask
 from regard.normalizer import Normalizer, Softmax
 from regard.position import Added, Bias
-from regard.score import ScaledDot, Score, expand_heads
+from regard.score import Product, ScaledDot, Score, expand_heads
 from regard.summary import Summary
 from regard.tile import Align, Sizes
 from regard.word import slots, split
@@ -55,6 +55,9 @@ class Plan:
     def outputs(self) -> tuple[str, ...]:
         """The names of the tensors that a kernel gives, in order."""
         return ("out", *self.summary.outputs)
+
+
+_PLAIN = Plan(Product(None), _SOFTMAX, None, None, None, 0.0, None, _NO_SUMMARY, None, None)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,13 @@ def pose(
     lead = tuple(q.shape[:-2])
     q, k, v = _four_axes(q, k, v)
     size = sizes(q, k)
+    if (
+        score is None and normalizer is None and mask is None and bias is None and softcap is None and seed is None
+        and summary is None and dropout == 0.0
+    ):  # fmt: skip
+        # The most common call: for a short sequence, taking the words apart would cost more than the kernel.
+        _SCALED_DOT.check(size, q.shape[-1], k.shape[-1])
+        return Problem(_PLAIN, (q, k, v), lead, "ScaledDot")
     if dropout != 0.0 or seed is not None:
         seed = _seed(dropout, seed, q.device)
     if softcap is not None:

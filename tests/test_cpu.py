@@ -212,3 +212,37 @@ def test_extras_are_as_they_are_told() -> None:
         extras = cpu.forward(problem.plan, problem.tensors)[-cpu.EXTRAS :]
         told = cpu.empty_extras(regard.problem.sizes(q, k), torch.empty(0), v)
         assert [(x.shape, x.dtype) for x in extras] == [(x.shape, x.dtype) for x in told]
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "ALiBi, learned", "sink, half", "dropout and summaries"])
+def test_one_graph(name: str) -> None:
+    """Compiled graphs hold the native kernels too, and their gradients."""
+    q, k, v = _qkv(37, 53)
+    words: dict[str, Any] = {}
+    parameters = []
+    if name == "causal":
+        words["mask"] = mask.causal(align="end")
+    elif name == "ALiBi, learned":
+        parameters = [torch.tensor([0.5, 0.25, 0.1, 0.3], requires_grad=True)]
+        words["bias"] = position.ALiBi(parameters[0], align="end")
+    elif name == "sink, half":
+        q, k, v = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
+        parameters = [torch.zeros(4, requires_grad=True)]
+        words["normalizer"] = normalizer.Softmax(parameters[0])
+    elif name == "dropout and summaries":
+        words |= {"dropout": 0.2, "seed": 3, "summary": Summary(lse=True, max=True, top=3, received=True)}
+
+    def eager(*x: torch.Tensor) -> torch.Tensor:
+        found = regard.attention(*x, **words, kernel="cpu")
+        return (
+            found
+            if isinstance(found, torch.Tensor)
+            else found[0] + found[1].lse[..., None] + found[1].top.weights.sum()
+        )
+
+    answers = []
+    for function in (eager, torch.compile(eager, fullgraph=True, backend="aot_eager", dynamic=True)):
+        out = function(q, k, v)
+        answers.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v, *parameters])])
+    for expected, got in zip(*answers, strict=True):
+        torch.testing.assert_close(got, expected)

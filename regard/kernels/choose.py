@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regard import check
-from regard.kernels import cpu, differentiate, reference, tiled
+from regard.kernels import cpu, differentiate, native, reference, tiled
 from regard.kernels import torch as torch_
 from regard.problem import Plan, Problem
 
@@ -70,6 +70,24 @@ def _order(problem: Problem) -> tuple[str, ...]:
     return tuple(_CANDIDATES)
 
 
+def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """The output of a call that asks for nothing but q, k and v, by the shortest way: for a short sequence, to take a call
+    apart costs more than to compute it. None if anything is out of the ordinary.
+    """
+    if (
+        native.missing or torch.compiler.is_compiling()
+        or not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu)
+        or (q.dtype != torch.float32 and (_MATRIX_UNITS or not q.is_floating_point()))
+        or differentiate.is_differentiated((q, k, v))
+    ):  # fmt: skip
+        return None
+    out: Tensor | None = native.ops.plain(q, k, v)
+    ran = _ran.get()
+    if ran is not None and out is not None:
+        ran.append("cpu")
+    return out
+
+
 def _choose(problem: Problem) -> str:
     for name in _order(problem):
         candidate = _CANDIDATES[name]
@@ -117,7 +135,7 @@ def chosen() -> Iterator[list[str]]:
     >>> with regard.chosen() as ran:
     ...     regard.attention(q, k, v)
     >>> ran
-    ['torch']
+    ['cpu']
     """
     ran: list[str] = []
     token = _ran.set(ran)

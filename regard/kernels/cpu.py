@@ -17,9 +17,9 @@ from regard.score import Product
 from regard.tile import Sizes, Tile
 from regard.word import Slot, fill
 
-# Forward gives, beside its outputs, the output in full precision (empty where it is so anyhow), the largest score of each
-# row and the inverse of its sum: backward takes them.
-EXTRAS = 3
+# Forward gives, beside its outputs, the largest score of each row and the inverse of its sum, in one tensor, and the output
+# in full precision (empty where it is so anyhow): backward takes them.
+EXTRAS = 2
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the first pass over the scores tells, and what takes a second, in their order; and the bits that ask for it.
@@ -44,7 +44,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return "it computes in float32, and float64 was given"
     if not (q.numel() and k.numel() and v.numel()):
         return "an axis has size zero"
-    if plan.bad_q is not None:
+    if plan.bad_q is not None and not torch.compiler.is_compiling():
+        # A compiled graph cannot know: there it is found out at every call, and `tiled` computes it.
         return "queries, keys or values hold NaN or inf, under a mask"
     if plan.bias is not None and not isinstance(plan.bias, Added | ALiBi | T5):
         return f"it has no bias but a tensor, ALiBi and T5, and {type(plan.bias).__name__} is none"
@@ -65,27 +66,34 @@ def _has(mask: Any, kind: type[Mask]) -> bool:
 
 def forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """All outputs of a problem, in the order of `Plan.outputs`, and the extras."""
-    summary = plan.summary
-    once = [name for name in _ONCE if name in summary.outputs]
+    if _has_nonfinite(plan, tensors):
+        outputs = tiled.forward(plan, tensors)
+        return *outputs, *empty_extras(sizes(*tensors[:2]), tensors[0].new_empty(0, dtype=torch.float32), tensors[2])
+    summary, names = plan.summary, plan.outputs[1:]
+    once = [name for name in _ONCE if name in names]
     words = _words(plan, tensors)
     with torch.no_grad():
-        out, exact, peak, total, *rest = native.ops.forward(*words, summary.top, sum(_ONCE[name] for name in once))
+        out, stats, *rest = native.ops.forward(*words, summary.top, sum(_ONCE[name] for name in once))
+        exact = rest.pop(0) if out.dtype != torch.float32 else out.new_empty(0)
         found = dict(zip((*once, *(("top_weights", "top_keys") if summary.top else ())), rest, strict=True))
-        twice = [name for name in _TWICE if name in summary.outputs]
+        twice = [name for name in _TWICE if name in names]
         if twice:
             mass = fill(summary, tensors).mass
             member = None if mass is None else mass if mass.dim() == 3 else mass[None]
             numbers = [row % out.shape[2] for row in summary.row_numbers]
-            views = native.ops.survey(peak, total, *words, member, numbers, sum(_TWICE[name] for name in twice))
+            views = native.ops.survey(stats, *words, member, numbers, sum(_TWICE[name] for name in twice))
             found |= dict(zip(twice, views, strict=True))
-    return out, *[found[name] for name in summary.outputs], exact, peak, total
+    return out, *[found[name] for name in names], stats, exact
+
+
+def _has_nonfinite(plan: Plan, tensors: Sequence[Tensor]) -> bool:
+    return any(bool(tensors[slot.index].any()) for slot in (plan.bad_q, plan.bad_k) if slot is not None)
 
 
 def empty_extras(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:
     """Tensors like the extras, with nothing in them; `like` is float32."""
     rows = (size.B, size.H, size.L)
-    exact = (*rows, v.shape[-1]) if v.dtype != torch.float32 else (0,)
-    return [like.new_empty(exact), like.new_empty(rows), like.new_empty(rows)]
+    return [like.new_empty(2, *rows), like.new_empty((*rows, v.shape[-1]) if v.dtype != torch.float32 else 0)]
 
 
 def backward(
@@ -97,9 +105,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
     given = {name: g for name, g in zip(plan.outputs, gradients, strict=True) if g is not None and name != "top_keys"}
-    if not given.keys() <= {"out", "lse"} or "out" not in given:
+    if not given.keys() <= {"out", "lse"} or "out" not in given or _has_nonfinite(plan, tensors):
         return tiled.backward(plan, tensors, (), gradients, wanted)
-    out, exact, peak, total = kept
+    out, stats, exact = kept
     out = exact if exact.numel() else out
     dout, dlse = _rows(given["out"]), given.get("lse")
     with_tensors = fill(plan, tensors)
@@ -108,7 +116,7 @@ def backward(
     bits = [*wanted[:3], *[part is not None for part in parts]]
     with torch.no_grad():
         found = native.ops.backward(
-            out, dout, peak, total, None if dlse is None else dlse.contiguous(), *_words(plan, tensors),
+            out, dout, stats, None if dlse is None else dlse.contiguous(), *_words(plan, tensors),
             sum(bit << i for i, bit in enumerate(bits)),
         )  # fmt: skip
     results: list[Tensor | None] = [None] * len(tensors)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from regard import mask, normalizer, position, problem, score, summary, word
 from regard.function import Python
@@ -39,9 +40,18 @@ def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
         numbers = word.Numbers()
         text = word.describe(plan, numbers)
         outputs = tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
-    else:
+    elif is_differentiated(tensors):
         outputs = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        outputs = _KERNELS[kernel].forward(plan, tensors)
     return outputs[: len(outputs) - _KERNELS[kernel].EXTRAS]
+
+
+def is_differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Does autograd or a transform of torch.func have to know? If not, half of the time of a short call is saved."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _kept(kernel: str, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
