@@ -138,6 +138,45 @@ def test_only_what_wants_a_gradient_gets_one(kernel: str) -> None:
     assert not regard.attention(q, k, v.detach(), kernel=kernel).requires_grad
 
 
+# Words of one number each.
+_OF_A_NUMBER: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "sink": lambda x: {"normalizer": normalizer.Softmax(x)},
+    "bias of the sigmoid": lambda x: {"normalizer": normalizer.Sigmoid(x)},
+    "temperature": lambda x: {"score": score.Cosine(x)},
+    "sigma": lambda x: {"score": score.Gaussian(x)},
+    "bias": lambda x: {"bias": x, "normalizer": normalizer.Sigmoid()},
+    "function": lambda x: {"score": lambda q, k: torch.tanh(q @ k.mT * x)},
+}
+
+
+@pytest.mark.parametrize("kernel", _KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", _OF_A_NUMBER)
+def test_a_gradient_is_summed_up_before_it_is_rounded(
+    name: str, dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of one number comes from many strips, and here they pull against one another."""
+    if name == "function" and torch.finfo(dtype).bits == 16:
+        pytest.skip("a function computes with its own tensor, whose gradient autograd rounds strip by strip")
+    monkeypatch.setattr("regard.kernels.strip._STRIP", 2000)
+    L, wide = 512, torch.promote_types(dtype, torch.float32)
+    q, k, v = (torch.randn(2, 4, n, 5, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((L, 96, 96)))
+    pull = torch.where(torch.arange(L) < L // 2, 1.0, -1.0)
+
+    def gradient(kernel: str, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+        x = torch.tensor(0.6875, dtype=dtype, requires_grad=True)
+        given = (y.to(wide) for y in (q, k, v.abs()))
+        out, seen = regard.attention(*given, kernel=kernel, summary=Summary(lse=True), **_OF_A_NUMBER[name](x))
+        loss = ((out.sum((0, 1, 3)) + 4 * seen.lse.sum((0, 1))) * pull).sum()
+        return torch.autograd.grad(loss, x)[0]
+
+    found, told = gradient(kernel, dtype, wide), gradient("reference", torch.float64, torch.float64)
+    assert found.dtype == dtype
+    # Once to `dtype`; and the sum, which is far smaller than its terms, in the precision of the kernel.
+    rounded = 0.5 * torch.finfo(dtype).eps + 2000 * torch.finfo(wide).eps
+    torch.testing.assert_close(found.double(), told, rtol=rounded, atol=0.0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # torch.func.
 

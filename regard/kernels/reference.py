@@ -52,7 +52,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
 
 def run(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """All outputs of a problem, in the order of `Plan.outputs`."""
-    plan = fill(plan, tensors)
+    # Widened once for all its uses: the parts of a gradient are summed up before they are rounded.
+    plan = fill(plan, [widen(x) if x.is_floating_point() else x for x in tensors])
     q, k, v = (widen(x) for x in tensors[:3])
     size = sizes(q, k)
     tile = Tile((0, size.B), (0, size.H), (0, size.L), (0, size.S), size, q.device)

@@ -108,7 +108,7 @@ class _Totals:
         self.sums = [
             torch.zeros(
                 (*x.shape[:-2], *(x.shape[:-3:-1] if i in (1, 2) else x.shape[-2:])),
-                dtype=widen(x[:0] if x.dim() else x.detach()).dtype, device=x.device,
+                dtype=widen(x.new_empty(0)).dtype, device=x.device,
             )
             if want else None
             for i, (x, want) in enumerate(zip(tensors, wanted, strict=True))
@@ -219,11 +219,13 @@ def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor])
 
 def _leaves(plan: Plan, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
     """The tensors of the words, each the leaf of a graph of its own if its gradient is wanted."""
-    # A Python function holds its own tensors: those themselves are the leaves.
+    # A Python function holds its own tensors: those themselves are the leaves. All others are widened, as a gradient has
+    # the dtype of its leaf: of strips that pull against one another, little would be left but what each was rounded by.
     own = slots(plan.score.captured) if isinstance(plan.score, Python) else []
+    fresh = [i for i, want in enumerate(wanted) if want and i > 2 and not _is_added(plan, i)]
     return [
-        x if i in own else x.detach().requires_grad_() if want and i > 2 and not _is_added(plan, i) else x.detach()
-        for i, (x, want) in enumerate(zip(tensors, wanted, strict=True))
+        x if i in own else widen(x.detach()).requires_grad_() if i in fresh else x.detach()
+        for i, x in enumerate(tensors)
     ]
 
 
