@@ -198,7 +198,7 @@ def _entmax(s: Tensor, alpha: float) -> Tensor:
     power = 1 / (alpha - 1)
     tau = torch.full_like(z[..., :1], -1.0)
     # A graph that is compiled cannot stop early; no row was ever seen to take more than 10 steps.
-    for _ in range(16 if torch.compiler.is_compiling() else 100):
+    for left in reversed(range(16 if torch.compiler.is_compiling() else 100)):
         gap = (z - tau).clamp_(min=0)
         p = gap if power == 1 else gap**power
         slope = (gap > 0).to(z.dtype) if power == 1 else gap if power == 2 else gap ** (power - 1)
@@ -206,9 +206,13 @@ def _entmax(s: Tensor, alpha: float) -> Tensor:
         step = (total ** (alpha - 1) - 1) * total ** (2 - alpha) / slope.sum(-1, keepdim=True)
         # Rounding makes the last steps tiny and of either sign: stop when none moves tau.
         moved = tau + step.clamp(min=0)
-        if not torch.compiler.is_compiling() and not bool((moved > tau).any()):
+        if not left or not (torch.compiler.is_compiling() or bool((moved > tau).any())):
             break
         tau = moved
+    # The last step, of either sign, is taken by the weights themselves. tau is rounded, which all of them have in common:
+    # a thousand small ones may be off by a thousand times that, and the division would put it upon the large one.
+    gap = (z - tau - step).clamp_(min=0)
+    p = gap if power == 1 else gap**power
     return p / p.sum(-1, keepdim=True)
 
 

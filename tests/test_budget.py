@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import oracle
@@ -151,6 +152,16 @@ def test_oracle_sparsemax_is_entmax_of_two() -> None:
     torch.testing.assert_close(p.sum(-1), torch.ones(50, dtype=torch.float64), rtol=1e-12, atol=0)
     tau = torch.where(p > 0, 0.5 * s - p.sqrt(), -math.inf).amax(-1, keepdim=True)
     torch.testing.assert_close(p, (0.5 * s - tau).clamp(min=0) ** 2, rtol=1e-9, atol=1e-12)
+
+
+def test_oracle_sparsemax_is_that_of_fractions() -> None:
+    scores = 5 + 2 * torch.cos(3 * torch.randn(9, 131, generator=torch.Generator().manual_seed(0)).double())
+    for row, weights in zip(scores.tolist(), oracle.sparsemax(scores, 0).tolist(), strict=True):
+        down = sorted(map(Fraction, row), reverse=True)
+        tau = max((sum(down[:n]) - 1) / n for n in range(1, len(down) + 1))
+        error = [abs(Fraction(p) - max(Fraction(s) - tau, 0)) for s, p in zip(row, weights, strict=True)]
+        assert max(error) <= 2**-53
+        assert sum(error) <= 2**-51
 
 
 def test_oracle_t5_buckets_are_those_of_hugging_face() -> None:

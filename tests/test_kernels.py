@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from judge import KERNELS, Truth, judge, truth
 from problems import DTYPES, Problem, decided, make, problems
 from words import bias_names, normalizer_names, score_names, unknown
+
+import regard
 
 # A problem that is as plain as can be, at distinct primes; two tiles of 64 each way.
 PLAIN: dict[str, Any] = {
@@ -108,6 +111,25 @@ def _judge_all(problem: Problem) -> None:
     told = truth(problem)
     for kernel in KERNELS:
         judge(problem, kernel, told)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("word", [regard.normalizer.Sparsemax(), regard.normalizer.Entmax(1.5)])
+def test_one_large_weight_among_thousands_of_small_ones(
+    word: regard.normalizer.Normalizer, dtype: torch.dtype, kernel: str
+) -> None:
+    """What the small ones are off, together, is not put upon the large one."""
+    s = torch.randn(9, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-4
+    s[:, 0] = torch.linspace(0.3, 0.9, 9)
+    s = s.to(dtype)
+    # The scores are the keys, the output is the first weight.
+    q, v = s.new_ones(9, 1, 1), torch.zeros_like(s).index_fill(1, torch.tensor(0), 1.0)
+    got = regard.attention(q, s[..., None], v[..., None], score=regard.score.Dot(), normalizer=word, kernel=kernel)
+    plain = oracle.sparsemax if isinstance(word, regard.normalizer.Sparsemax) else oracle.entmax
+    torch.testing.assert_close(
+        got[:, 0, 0], plain(s.double(), 0)[:, 0].to(dtype), rtol=8 * torch.finfo(dtype).eps, atol=0
+    )
 
 
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
