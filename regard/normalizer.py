@@ -53,7 +53,7 @@ class Softmax(Normalizer):
             return p
         # What the keys get of the whole: e^lse / (e^lse + e^sink). By its logarithm, whose gradient is the share of the
         # sink; that of the sigmoid has 1 - (1 - share) in its place, and a small share would be lost in rounding.
-        return p * torch.nn.functional.logsigmoid(torch.logsumexp(s, -1, keepdim=True) - self._sink(s, tile)).exp()
+        return p * torch.nn.functional.logsigmoid(log_sum_exp(s)[..., None] - self._sink(s, tile)).exp()
 
     def total(self, lse: Tensor, tile: Tile) -> Tensor:
         """The log-sum-exp (b, h, l) with the sink in it."""
@@ -227,4 +227,9 @@ _NORMALIZERS: dict[str, type[Normalizer]] = {
 
 def log_sum_exp(s: Tensor) -> Tensor:
     """The logarithm of sum_j exp(s_j) for s (..., S); -inf where there is nothing to sum."""
-    return torch.logsumexp(s, -1) if s.shape[-1] else s.new_full(s.shape[:-1], -math.inf)
+    if not s.shape[-1]:
+        return s.new_full(s.shape[:-1], -math.inf)
+    # Not torch.logsumexp: its gradient exp(s - result) is off by as much as the result was rounded, which may be large.
+    top = s.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top.isinf(), 0.0)
+    return (s - top).exp().sum(-1).log() + top[..., 0]

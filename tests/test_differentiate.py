@@ -138,6 +138,17 @@ def test_only_what_wants_a_gradient_gets_one(kernel: str) -> None:
     assert not regard.attention(q, k, v.detach(), kernel=kernel).requires_grad
 
 
+@pytest.mark.parametrize("kernel", _KERNELS)
+@pytest.mark.parametrize("sink", [None, 0.0])
+def test_the_gradient_of_a_large_log_sum_exp_is_no_less_exact(kernel: str, sink: float | None) -> None:
+    """It is the softmax, wherever the scores lie: what it sums to is not rounded as they are."""
+    k = 1000 + torch.randn(9, 31, 1, generator=torch.Generator().manual_seed(0))
+    words = {"score": score.Dot(), "normalizer": normalizer.Softmax(sink), "summary": Summary(lse=True)}
+    _, seen = regard.attention(k.new_ones(9, 1, 1), k.requires_grad_(), k.detach(), kernel=kernel, **words)
+    (found,) = torch.autograd.grad(seen.lse.sum(), k)
+    torch.testing.assert_close(found, k.detach().softmax(1), rtol=1e-6, atol=0.0)
+
+
 # Words of one number each.
 _OF_A_NUMBER: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "sink": lambda x: {"normalizer": normalizer.Softmax(x)},
