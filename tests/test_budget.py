@@ -99,23 +99,40 @@ def test_infinity_of_the_wrong_sign() -> None:
         check("lse", -exact.float(), Yardstick(exact, exact.float()))
 
 
-def test_judge_sees_wrong_summaries() -> None:
-    """A kernel that tells something wrong in one summary alone."""
-    problem = _problem(dtype=torch.float32)
+def test_judge_sees_what_is_wrong_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that tells something wrong in one output, summary or gradient alone."""
+    problem = _problem(dtype=torch.float32, L=11, S=13)
     told = truth(problem)
     judge(problem, "reference", told)
-    for name in told.outputs:
-        was = told.outputs[name]
-        told.outputs[name] = Yardstick(was.exact * 1.0001, was.straight * 1.0001)
-        with pytest.raises(AssertionError, match=name.replace("_", ".")):
+    for wrong in told.outputs:
+
+        def answer(*asked: Any, wrong: str = wrong) -> dict[str, Tensor]:
+            return {name: x * 1.0001 if name == wrong else x for name, x in ask(*asked).items()}
+
+        monkeypatch.setattr("judge.ask", answer)
+        with pytest.raises(AssertionError, match=wrong.replace("_", ".")):
             judge(problem, "reference", told)
-        told.outputs[name] = was
-    for name in told.gradients:
-        was = told.gradients[name]
-        told.gradients[name] = Yardstick(was.exact * 1.0001, was.straight * 1.0001)
-        with pytest.raises(AssertionError, match=f"gradient of {name}"):
+    monkeypatch.setattr("judge.ask", ask)
+    for wrong in told.gradients:
+
+        def leaves(problem: Problem, wrong: str = wrong) -> dict[str, Tensor]:
+            found = fresh(problem)
+            found[wrong].register_hook(lambda gradient: gradient * 1.0001)
+            return found
+
+        monkeypatch.setattr("judge.fresh", leaves)
+        with pytest.raises(AssertionError, match=f"gradient of {wrong}"):
             judge(problem, "reference", told)
-        told.gradients[name] = was
+
+
+def test_judge_knows_luck() -> None:
+    """Where the plain way is right by chance, it is measured again."""
+    problem = _problem(dtype=torch.float32, score="distance", shift=5.0)
+    told = truth(problem)
+    told.outputs["out"] = Yardstick(told.exact["out"], told.exact["out"])
+    with pytest.raises(OverBudgetError):
+        check("out", ask(problem, "reference", fresh(problem))["out"], told.outputs["out"])
+    judge(problem, "reference", told)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
