@@ -47,7 +47,7 @@ class Backward {
 
   // The gradients of key/value head g that come from every `shares`-th tile of queries. `dk`, `dv` and `drelative` (one
   // row a head of the group) belong to this task alone; `dbias` does not, unless the caller sees to it.
-  void run(int64_t b, int64_t g, int64_t share, int64_t shares, float* dk, float* drelative, float* dbias) {
+  void run(int64_t b, int64_t g, int64_t share, int64_t shares, float* dk, double* drelative, float* dbias) {
     dk_ = dk, dv_ = dk + p_.S * D_, drelative_ = drelative, dbias_ = dbias;
     zero(dk, sums(p_));
     const int64_t step = shares * kTile;
@@ -124,6 +124,12 @@ class Backward {
     if (p_.drops) t.dropout.set(p_, b, h, first, q.count);
   }
 
+  // dP of a block.
+  void pull(Tile& t, const Keys& keys) {
+    const FloatRows v = as_floats(p_.v, t.q.b, t.q.g, keys.first, keys.count, p_.E, values_);
+    product<false>(keys.count, t.q.vectors, p_.E, {v.data, v.row, 1}, t.dout_turned, t.q.lanes(), slopes_, t.q.lanes());
+  }
+
   // The inner product of the output and its gradient.
   float inner(const Queries& q, int i) const {
     Vec total{};
@@ -139,10 +145,8 @@ class Backward {
     const Queries& q = t.q;
     const int64_t lanes = q.lanes();
     weigh(t, keys);
-    const FloatRows v = as_floats(p_.v, q.b, q.g, keys.first, keys.count, p_.E, values_);
-    // dP, and dS in its place.
-    product<false>(keys.count, q.vectors, p_.E, {v.data, v.row, 1}, t.dout_turned, lanes, slopes_, lanes);
-    slope(t, keys);
+    pull(t, keys);
+    slope(t, keys);  // dS in the place of dP
     product<true>(keys.count, static_cast<int>(E_ / kWidth), q.count, {weights_, lanes, 1}, t.dout, E_, dv_ + keys.first * E_, E_);
     product<true>(keys.count, static_cast<int>(D_ / kWidth), q.count, {slopes_, lanes, 1}, t.rows, D_, dk_ + keys.first * D_, D_);
     const FloatRows k = as_floats(p_.k, q.b, q.g, keys.first, keys.count, p_.D, keys_);
@@ -203,12 +207,15 @@ class Backward {
       for (int i = 0; i < q.vectors; i++) store(to + i * kWidth, load(to + i * kWidth) + load(slopes_ + n * q.lanes() + i * kWidth));
   }
 
+  // In double: the slope of ALiBi sums these numbers up once more, each times its distance, and what is left is small.
   void add_relative(const Queries& q, const Keys& keys) const {
-    float* table = drelative_ + (q.h % p_.repeats()) * relative_numbers(p_) + q.first + p_.S - 1;
+    using Double = double __attribute__((vector_size(8 * kWidth)));
+    using AnyDouble = double __attribute__((vector_size(8 * kWidth), aligned(8), may_alias));
+    double* table = drelative_ + (q.h % p_.repeats()) * relative_numbers(p_) + q.first + p_.S - 1;
     for (int64_t n = 0; n < keys.count; n++)
       for (int i = 0; i < q.vectors; i++) {
-        float* at = table - (keys.first + n) + i * kWidth;
-        store(at, load(at) + load(slopes_ + n * q.lanes() + i * kWidth));
+        auto* at = reinterpret_cast<AnyDouble*>(table - (keys.first + n) + i * kWidth);
+        *at += __builtin_convertvector(load(slopes_ + n * q.lanes() + i * kWidth), Double);
       }
   }
 
@@ -263,7 +270,8 @@ class Backward {
   Scores scores_;
   float *weights_, *slopes_, *caps_;  // (keys, lanes)
   float *keys_, *values_;             // as floats, where they are of another type
-  float *dk_ = nullptr, *dv_ = nullptr, *drelative_ = nullptr, *dbias_ = nullptr;
+  float *dk_ = nullptr, *dv_ = nullptr, *dbias_ = nullptr;
+  double* drelative_ = nullptr;
   Tile tiles_[kMostTiles];
 };
 

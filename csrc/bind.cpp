@@ -325,7 +325,10 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor 
     g.dbias = zeros({size[0], size[1], size[2], size[3]});
     g.dbias_batch = stride[0], g.dbias_head = stride[1], g.dbias_query = stride[2], g.dbias_key = stride[3], g.dbias_numbers = numbers;
   }
-  if (wanted & 64) g.drelative = zeros({p.H, relative_numbers(p)});
+  if (wanted & 64) {
+    results.push_back(torch::stable::new_zeros(q, {p.H, relative_numbers(p)}, ScalarType::Double));
+    g.drelative = static_cast<double*>(results.back().data_ptr());
+  }
   if (wanted & 128) g.head_sums = zeros({p.B, p.H, p.L});
   STD_TORCH_CHECK(kernels().backward(p, g, pool()), "out of memory");
   return results;

@@ -89,7 +89,8 @@ class Forward {
 
   void weigh(const Queries& q, int64_t count, int i) {
     const Vec base = base_[i], unit = unit_;
-    Vec total = total_[i], moment = moment_[i];
+    // Summed up by blocks: the sum of sums rounds less than one long sum.
+    Vec total{}, moment{};
     float* at = weights_ + i * kWidth;
     for (int64_t n = 0; n < count; n++, at += q.lanes()) {
       const Vec x = load(at) - base, weight = exp2(x, unit);
@@ -97,7 +98,7 @@ class Forward {
       if (o_.entropy) moment = fma(weight, max(x * unit, fill(-200.0f)), moment);
       store(at, weight);
     }
-    total_[i] = total, moment_[i] = moment;
+    total_[i] += total, moment_[i] += moment;
   }
 
   void weigh_each(const Queries& q, int64_t count, int i) {

@@ -75,7 +75,8 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
     const Gradients& g;
     int64_t shares, tasks, workers, relative;
     bool in_order;
-    float *sums, *drelative, *dbias;
+    float *sums, *dbias;
+    double* drelative;
     Queue queue;
   } work{p, g, 1, p.B * p.G, 1, 0, false, nullptr, nullptr, nullptr, {}};
   const int64_t heads = p.B * p.G, tiles = (p.L + kTile - 1) / kTile, threads = workers(p, heads * tiles, pool);
@@ -88,12 +89,12 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
   const bool shared = (p.B > 1 && !g.dbias_batch) || (p.G > 1 && !g.dbias_head) || (work.shares > 1 && !g.dbias_query);
   work.in_order = g.dbias && shared;
   const int64_t copies = work.in_order ? (work.workers - 1) * g.dbias_numbers : 0;
-  Scratch scratch(work.tasks * (Backward::sums(p) + work.relative) + copies);
+  Scratch scratch(work.tasks * (Backward::sums(p) + 2 * work.relative) + copies);
   if (!scratch) return false;
   work.sums = scratch.take(work.tasks * Backward::sums(p));
-  work.drelative = scratch.take(work.tasks * work.relative);
+  work.drelative = reinterpret_cast<double*>(scratch.take(2 * work.tasks * work.relative));
   work.dbias = scratch.take(copies);
-  for (int64_t n = 0; n < work.tasks * work.relative; n++) work.drelative[n] = 0.0f;
+  for (int64_t n = 0; n < work.tasks * work.relative; n++) work.drelative[n] = 0.0;
   for (int64_t n = 0; n < copies; n++) work.dbias[n] = 0.0f;
 
   const auto task = [](void* context, int64_t worker) {

@@ -96,7 +96,7 @@ struct Views {
   int64_t member_batch = 0, member_group = 0, member_key = 0, groups = 0;
 };
 
-// What a backward pass takes and gives. A null pointer is not asked for; but for dq, dk and dv, all are floats.
+// What a backward pass takes and gives. A null pointer is not asked for.
 struct Gradients {
   Rows out, dout;                // out as floats
   const float* peak = nullptr;   // (B, H, L), of the forward pass; null for a sigmoid
@@ -106,7 +106,7 @@ struct Gradients {
   float* dkey_bias = nullptr;    // (B, G, S), 0 at the start
   float* dquery_bias = nullptr;  // (B, H, L)
   float* head_sums = nullptr;    // (B, H, L): the gradient of the sink, or of the bias of a sigmoid, that comes from each query
-  float* drelative = nullptr;    // (H, L + S - 1 + 64)
+  double* drelative = nullptr;   // (H, L + S - 1 + 64), 0 at the start
   float* dbias = nullptr;        // in the shape of the bias, 0 at the start; strides are 0 where that is 1
   int64_t dbias_batch = 0, dbias_head = 0, dbias_query = 0, dbias_key = 0, dbias_numbers = 0;
 };

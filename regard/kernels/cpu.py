@@ -163,7 +163,7 @@ def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         added = added if added.dtype in _DTYPES else added.float()
     elif bias is not None:
         with torch.no_grad():
-            relative = _relative(bias, size, q.device)
+            relative = _relative(bias, size, torch.float32)
     number = normalizer.sink if isinstance(normalizer, Softmax) else normalizer.bias  # type: ignore[attr-defined]
     if number is not None and (isinstance(number, Tensor) or number or isinstance(normalizer, Softmax)):
         sink = _per_head(number, q)
@@ -194,13 +194,13 @@ def _per_head(number: float | Tensor, q: Tensor) -> Tensor:
     return torch.full((q.shape[1],), number, dtype=torch.float32)
 
 
-def _relative(bias: Bias, size: Sizes, device: torch.device) -> Tensor:
+def _relative(bias: Bias, size: Sizes, dtype: torch.dtype) -> Tensor:
     """A bias that depends on the distance alone, as a table (H, L + S - 1 + 64) of query - key + S - 1: memory linear in
     length. The kernels read whole vectors, past the last query.
     """
     # Query 0 has key -n at the distance that query n has key 0.
-    tile = Tile((0, 1), (0, size.H), (0, 1), (1 - size.L, size.S), size, device)
-    table = bias.bias(tile, torch.float32)[0, :, 0].flip(-1)
+    tile = Tile((0, 1), (0, size.H), (0, 1), (1 - size.L, size.S), size, torch.device("cpu"))
+    table = bias.bias(tile, dtype)[0, :, 0].flip(-1)
     return torch.nn.functional.pad(table, (0, 64)).contiguous()
 
 
@@ -211,7 +211,7 @@ def _through_relative(
     leaves = [x.detach().requires_grad_() if i in needed else x for i, x in enumerate(tensors)]
     bias = fill(split.bias, leaves)
     with torch.enable_grad():
-        table = _relative(bias, sizes(*tensors[:2]), gradient.device)  # type: ignore[arg-type]
+        table = _relative(bias, sizes(*tensors[:2]), gradient.dtype)  # type: ignore[arg-type]
     found = torch.autograd.grad(table, [leaves[i] for i in needed], gradient.sum_to_size(table.shape))
     return list(zip(needed, found, strict=True))
 
