@@ -28,7 +28,7 @@ class Backward {
         D_(padded(p.D)),
         E_(padded(p.E)),
         count_(tiles(p)),
-        scores_(p, scratch.take(Scores::scratch(p, kKeys))),
+        scores_(p, scratch.take(Scores::scratch(p, kKeys, true)), kKeys, true),
         weights_(scratch.take(kKeys * kTile)),
         slopes_(scratch.take(kKeys * kTile)),
         caps_(p.softcap > 0.0f ? scratch.take(kKeys * kTile) : nullptr),
@@ -39,17 +39,23 @@ class Backward {
   }
 
   static int64_t scratch(const Problem& p) {
-    return Scores::scratch(p, kKeys) + (p.softcap > 0.0f ? 3 : 2) * kKeys * kTile + kKeys * (padded(p.D) + padded(p.E)) + tiles(p) * tile_numbers(p);
+    return Scores::scratch(p, kKeys, true) + (p.softcap > 0.0f ? 3 : 2) * kKeys * kTile + kKeys * (padded(p.D) + padded(p.E)) + tiles(p) * tile_numbers(p);
   }
 
   // The sums of dK and dV of a task: S rows of whole vectors each.
   static int64_t sums(const Problem& p) { return p.S * (padded(p.D) + padded(p.E)); }
 
-  // The gradients of key/value head g that come from every `shares`-th tile of queries. `dk`, `dv` and `drelative` (one
-  // row a head of the group) belong to this task alone; `dbias` does not, unless the caller sees to it.
-  void run(int64_t b, int64_t g, int64_t share, int64_t shares, float* dk, double* drelative, float* dbias) {
-    dk_ = dk, dv_ = dk + p_.S * D_, drelative_ = drelative, dbias_ = dbias;
-    zero(dk, sums(p_));
+  // The same of what is summed up in double: by distance, and for the weights of an additive score, a row a head.
+  static int64_t doubles(const Problem& p, const Gradients& g) {
+    return p.repeats() * ((g.drelative ? relative_numbers(p) : 0) + (p.weight ? p.D : 0));
+  }
+
+  // The gradients of key/value head g that come from every `shares`-th tile of queries. `sums` and `doubles` belong to this
+  // task alone; `dbias` does not, unless the caller sees to it.
+  void run(int64_t b, int64_t g, int64_t share, int64_t shares, float* sums, double* doubles, float* dbias) {
+    dk_ = sums, dv_ = sums + p_.S * D_, dbias_ = dbias;
+    drelative_ = g_.drelative ? doubles : nullptr, dweight_ = doubles + (g_.drelative ? p_.repeats() * relative_numbers(p_) : 0);
+    zero(sums, Backward::sums(p_));
     const int64_t step = shares * kTile;
     for (int64_t h = g * p_.repeats(); h < (g + 1) * p_.repeats(); h++) {
       for (int64_t first = share * kTile; first < p_.L;) {
@@ -63,6 +69,13 @@ class Backward {
     }
   }
 
+  // What a task summed up in double for key/value head g, added to the gradients.
+  static void add_doubles(const Problem& p, const Gradients& g, int64_t head, const double* doubles) {
+    const int64_t relative = g.drelative ? p.repeats() * relative_numbers(p) : 0, weights = p.weight ? p.repeats() * p.D : 0;
+    for (int64_t n = 0; n < relative; n++) g.drelative[head * relative + n] += doubles[n];
+    for (int64_t n = 0; n < weights; n++) g.dweight[head * weights + n] += doubles[relative + n];
+  }
+
   // dK and dV of a head, from the sums of its shares, which lie `apart` numbers from one another.
   static void give(const Problem& p, const Gradients& g, int64_t b, int64_t head, const float* sums, int64_t shares, int64_t apart) {
     const int64_t D = padded(p.D), E = padded(p.E);
@@ -74,7 +87,7 @@ class Backward {
 
  private:
   static int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
-  static int64_t tile_numbers(const Problem& p) { return kTile * (2 * p.D + p.E + padded(p.D) + padded(p.E) + 4); }
+  static int64_t tile_numbers(const Problem& p) { return kTile * (2 * Scores::turned(p) + p.E + padded(p.D) + padded(p.E) + 4); }
   static int tiles(const Problem& p) { return static_cast<int>(most(1, least(kMostTiles, kSuperBytes / (tile_numbers(p) * 4)))); }
 
   static void zero(float* at, int64_t numbers) {
@@ -90,7 +103,7 @@ class Backward {
 
     void lay(const Problem& p, float* at) {
       auto take = [&](int64_t numbers) { return (at += numbers) - numbers; };
-      turned = take(kTile * p.D), dq_turned = take(kTile * p.D), dout_turned = take(kTile * p.E);
+      turned = take(kTile * Scores::turned(p)), dq_turned = take(kTile * Scores::turned(p)), dout_turned = take(kTile * p.E);
       rows = take(kTile * padded(p.D)), dout = take(kTile * padded(p.E));
       peak = take(kTile), delta = take(kTile), row_sum = take(kTile), bias_sum = take(kTile);
     }
@@ -116,7 +129,7 @@ class Backward {
         g_.head_sums[row + i] = -t.delta[i] * exp2(fill(scores_.sink(h) - t.peak[i]), fill(scores_.unit()))[0];
     // Lanes without a query have no weights.
     for (int64_t i = q.count; i < lanes; i++) t.peak[i] = kInfinity, t.delta[i] = 0.0f;
-    copy_rows(p_.q, b, h, first, q.count, p_.D, scale, t.rows, D_);
+    if (!p_.weight) copy_rows(p_.q, b, h, first, q.count, p_.D, scale, t.rows, D_);
     copy_rows(g_.dout, b, h, first, q.count, p_.E, share, t.dout, E_);
     turn({reinterpret_cast<char*>(t.dout), 0, 0, E_, Type::Float}, 0, 0, 0, q.count, p_.E, t.dout_turned, lanes);
     zero(t.dq_turned, p_.D * lanes);
@@ -148,6 +161,7 @@ class Backward {
     pull(t, keys);
     slope(t, keys);  // dS in the place of dP
     product<true>(keys.count, static_cast<int>(E_ / kWidth), q.count, {weights_, lanes, 1}, t.dout, E_, dv_ + keys.first * E_, E_);
+    if (p_.weight) return scores_.additive().pull(q, t.turned, keys, slopes_, t.dq_turned, dk_ + keys.first * D_, D_, dweight_ + q.h % p_.repeats() * p_.D);
     product<true>(keys.count, static_cast<int>(D_ / kWidth), q.count, {slopes_, lanes, 1}, t.rows, D_, dk_ + keys.first * D_, D_);
     const FloatRows k = as_floats(p_.k, q.b, q.g, keys.first, keys.count, p_.D, keys_);
     product<true>(p_.D, q.vectors, keys.count, {k.data, 1, k.row}, slopes_, lanes, t.dq_turned, lanes);
@@ -271,7 +285,7 @@ class Backward {
   float *weights_, *slopes_, *caps_;  // (keys, lanes)
   float *keys_, *values_;             // as floats, where they are of another type
   float *dk_ = nullptr, *dv_ = nullptr, *dbias_ = nullptr;
-  double* drelative_ = nullptr;
+  double *drelative_ = nullptr, *dweight_ = nullptr;
   Tile tiles_[kMostTiles];
 };
 

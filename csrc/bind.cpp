@@ -165,7 +165,7 @@ struct Call {
   Problem problem;
   std::vector<MaskNode> nodes;
 
-  Call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& key_bias, const MaybeTensor& query_bias, const MaybeTensor& bias,
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& weight, const MaybeTensor& key_bias, const MaybeTensor& query_bias, const MaybeTensor& bias,
        const MaybeTensor& relative, const MaybeTensor& sink, const std::vector<Tensor>& mask_tensors, const std::vector<int64_t>& mask, double scale,
        double softcap, int64_t normalizer, double dropout, int64_t seed) {
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have four axes");
@@ -176,6 +176,11 @@ struct Call {
     p.k = rows(k, "k", p.B, p.G, p.S, p.D);
     p.v = rows(v, "v", p.B, p.G, p.S, p.E);
     p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
+    if (weight) {
+      STD_TORCH_CHECK(p.q.type == Type::Float && p.k.type == Type::Float && p.scale == 1.0f, "with a weight, q and k must be floats, and scale 1");
+      p.weight = floats(weight, "weight", (weight->dim() == 1 ? 1 : p.H) * p.D);
+      p.weight_head = weight->dim() == 1 ? 0 : p.D;
+    }
     p.key_bias = floats(key_bias, "key_bias", p.B * p.G * p.S);
     p.query_bias = floats(query_bias, "query_bias", p.B * p.H * p.L);
     if (bias) p.bias = table(*bias, "bias", p.B, p.H, p.L, p.S, type_of(*bias, "bias"));
@@ -204,10 +209,10 @@ float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 // -> out (B, H, L, E); for the backward pass, the rows' numbers (2, B, H, L), peak and total, and, unless it is of floats,
 // out as floats; then what is wanted of lse, max, entropy (bits 1, 2, 4), and with top > 0 the largest weights and their
 // keys (B, H, L, top).
-std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
+std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
                             MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer,
                             double dropout, int64_t seed, int64_t top, int64_t wanted) {
-  const Call call(q, k, v, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
+  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
   const Problem& p = call.problem;
   STD_TORCH_CHECK(top >= 0, "top must not be negative");
   std::vector<Tensor> results;
@@ -255,10 +260,10 @@ MaybeTensor plain(Tensor q, Tensor k, Tensor v) {
 
 // -> what is wanted of received (B, H, S), full (B, H, L, S) (bits 1, 2), the rows `numbers` (B, H, R, S), and the mass of
 // the groups that `member` (B|1, N, S) tells (B, H, L, N).
-std::vector<Tensor> survey(Tensor stats, Tensor q, Tensor k, Tensor v, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias,
+std::vector<Tensor> survey(Tensor stats, Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias,
                            MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap,
                            int64_t normalizer, double dropout, int64_t seed, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
-  const Call call(q, k, v, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
+  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
   const Problem& p = call.problem;
   std::vector<Tensor> results;
   const auto zeros = [&](std::vector<int64_t> shape) {
@@ -288,12 +293,12 @@ std::vector<Tensor> survey(Tensor stats, Tensor q, Tensor k, Tensor v, MaybeTens
 }
 
 // -> those of the gradients that are wanted: of q, k, v (bits 1, 2, 4), of key_bias and query_bias (8, 16), of bias (32),
-// of relative (64), and of the sink, or the bias of a sigmoid, by query (B, H, L) (128). Where bit 1, 2 or 4 is not
+// of relative (64), of the sink, or the bias of a sigmoid, by query (B, H, L) (128), and of weight by head (H, D) (256). Where bit 1, 2 or 4 is not
 // set, an empty tensor stands in its place; the others are left out.
-std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, MaybeTensor key_bias,
+std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias,
                              MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors,
                              std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer, double dropout, int64_t seed, int64_t wanted) {
-  const Call call(q, k, v, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
+  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
   const Problem& p = call.problem;
   const int64_t per_query = p.B * p.H * p.L;
   Gradients g;
@@ -330,6 +335,9 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor 
     g.drelative = static_cast<double*>(results.back().data_ptr());
   }
   if (wanted & 128) g.head_sums = zeros({p.B, p.H, p.L});
+  Tensor dweight = torch::stable::new_zeros(q, {p.weight ? p.H : 0, p.D}, ScalarType::Double);
+  g.dweight = static_cast<double*>(dweight.data_ptr());
+  if (wanted & 256) results.push_back(dweight);
   STD_TORCH_CHECK(kernels().backward(p, g, pool()), "out of memory");
   return results;
 }
@@ -346,7 +354,7 @@ std::string instructions() {
 }
 
 #define REGARD_WORDS                                                                                                                     \
-  "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? query_bias, Tensor? bias, Tensor? relative, Tensor? sink, Tensor[] mask_tensors, " \
+  "Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? key_bias, Tensor? query_bias, Tensor? bias, Tensor? relative, Tensor? sink, Tensor[] mask_tensors, " \
   "int[] mask, float scale, float softcap, int normalizer, float dropout, int seed, "
 
 STABLE_TORCH_LIBRARY(regard_native, m) {

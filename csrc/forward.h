@@ -21,14 +21,14 @@ class Forward {
  public:
   static int64_t scratch(const Problem& p, const Outputs& o) {
     const int64_t keys = least(kBlock, p.S);
-    return Scores::scratch(p, keys) + keys * (kTile + whole_vectors(p.E) * kWidth) + kTile * (p.D + p.E + 2 * o.top);
+    return Scores::scratch(p, keys) + keys * (kTile + whole_vectors(p.E) * kWidth) + kTile * (Scores::turned(p) + p.E + 2 * o.top);
   }
 
   Forward(const Problem& p, const Outputs& o, Scratch& scratch)
       : p_(p),
         o_(o),
-        scores_(p, scratch.take(Scores::scratch(p, least(kBlock, p.S)))),
-        turned_(scratch.take(kTile * p.D)),
+        scores_(p, scratch.take(Scores::scratch(p, least(kBlock, p.S))), least(kBlock, p.S)),
+        turned_(scratch.take(kTile * Scores::turned(p))),
         weights_(scratch.take(least(kBlock, p.S) * kTile)),
         values_(scratch.take(least(kBlock, p.S) * whole_vectors(p.E) * kWidth)),
         sums_(scratch.take(kTile * p.E)),
@@ -124,10 +124,10 @@ class Forward {
         // The sink is an extra key whose value is 0.
         const Vec sink = fill(p_.sink ? scores_.sink(q.h) : -kInfinity);
         high = max(best_[i], sink);
-        const Bits some = greater(high, fill(-kInfinity));
-        high = where(some, high, Vec{});
+        const Bits none = bits_of(high == fill(-kInfinity));
+        high = where(none, Vec{}, high);
         factor = exp2(best_[i] - high, unit_);
-        rest = where(some, fill(1.0f) / fma(total_[i], factor, exp2(sink - high, unit_)), Vec{});
+        rest = where(none, Vec{}, fill(1.0f) / fma(total_[i], factor, exp2(sink - high, unit_)));
       }
       store(peak + i * kWidth, high);
       store(inverse + i * kWidth, rest);
@@ -139,7 +139,7 @@ class Forward {
     const int64_t row = (q.b * p_.H + q.h) * p_.L + q.first;
     for (int i = 0; i < q.count; i++) {
       if (o_.peak) o_.peak[row + i] = peak[i], o_.total[row + i] = inverse[i];
-      if (o_.lse) o_.lse[row + i] = inverse[i] > 0.0f ? static_cast<float>((static_cast<double>(peak[i]) * unit_[0] - __builtin_log2(inverse[i])) * kLn2) : -kInfinity;
+      if (o_.lse) o_.lse[row + i] = inverse[i] == 0.0f ? -kInfinity : static_cast<float>((static_cast<double>(peak[i]) * unit_[0] - __builtin_log2(inverse[i])) * kLn2);
       if (o_.largest) o_.largest[row + i] = softmax ? share[i] : largest_sigmoid(q, i);
       if (o_.entropy) {
         // -sum p log p, with p = share * 2^x and the sums of 2^x and of x 2^x.
@@ -163,7 +163,7 @@ class Forward {
   const Problem& p_;
   const Outputs& o_;
   Scores scores_;
-  float* turned_;   // q, (D, lanes)
+  float* turned_;   // q, turned
   float* weights_;  // (keys, lanes)
   float* values_;   // values as floats, where they are of another type
   float* sums_;     // (E, lanes)

@@ -73,10 +73,10 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
   struct Work {
     const Problem& p;
     const Gradients& g;
-    int64_t shares, tasks, workers, relative;
+    int64_t shares, tasks, workers, doubles;
     bool in_order;
     float *sums, *dbias;
-    double* drelative;
+    double* double_sums;
     Queue queue;
   } work{p, g, 1, p.B * p.G, 1, 0, false, nullptr, nullptr, nullptr, {}};
   const int64_t heads = p.B * p.G, tiles = (p.L + kTile - 1) / kTile, threads = workers(p, heads * tiles, pool);
@@ -84,17 +84,17 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
   while (heads * work.shares % threads && heads * work.shares < 4 * threads && work.shares < tiles) work.shares++;
   work.tasks = heads * work.shares;
   work.workers = least(threads, work.tasks);
-  work.relative = g.drelative ? p.repeats() * relative_numbers(p) : 0;
+  work.doubles = Backward::doubles(p, g);
   // Tasks that would add to the same numbers of a bias each have a copy per worker, and a fixed worker.
   const bool shared = (p.B > 1 && !g.dbias_batch) || (p.G > 1 && !g.dbias_head) || (work.shares > 1 && !g.dbias_query);
   work.in_order = g.dbias && shared;
   const int64_t copies = work.in_order ? (work.workers - 1) * g.dbias_numbers : 0;
-  Scratch scratch(work.tasks * (Backward::sums(p) + 2 * work.relative) + copies);
+  Scratch scratch(work.tasks * (Backward::sums(p) + 2 * work.doubles) + copies);
   if (!scratch) return false;
   work.sums = scratch.take(work.tasks * Backward::sums(p));
-  work.drelative = reinterpret_cast<double*>(scratch.take(2 * work.tasks * work.relative));
+  work.double_sums = reinterpret_cast<double*>(scratch.take(2 * work.tasks * work.doubles));
   work.dbias = scratch.take(copies);
-  for (int64_t n = 0; n < work.tasks * work.relative; n++) work.drelative[n] = 0.0;
+  for (int64_t n = 0; n < work.tasks * work.doubles; n++) work.double_sums[n] = 0.0;
   for (int64_t n = 0; n < copies; n++) work.dbias[n] = 0.0f;
 
   const auto task = [](void* context, int64_t worker) {
@@ -107,7 +107,7 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
     const int64_t end = w.in_order ? (worker + 1) * w.tasks / w.workers : w.tasks;
     for (; n < end; n = w.in_order ? n + 1 : w.queue.take()) {
       const int64_t head = n / w.shares;
-      backward.run(head / w.p.G, head % w.p.G, n % w.shares, w.shares, w.sums + n * Backward::sums(w.p), w.relative ? w.drelative + n * w.relative : nullptr, dbias);
+      backward.run(head / w.p.G, head % w.p.G, n % w.shares, w.shares, w.sums + n * Backward::sums(w.p), w.double_sums + n * w.doubles, dbias);
     }
   };
   pool.run(work.workers, task, &work);
@@ -119,8 +119,7 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
     Backward::give(w.p, w.g, head / w.p.G, head % w.p.G, w.sums + head * w.shares * apart, w.shares, apart);
   };
   pool.run(heads, give, &work);
-  for (int64_t n = 0; n < work.tasks && work.relative; n++)
-    for (int64_t at = 0; at < work.relative; at++) g.drelative[n / work.shares % p.G * work.relative + at] += work.drelative[n * work.relative + at];
+  for (int64_t n = 0; n < work.tasks; n++) Backward::add_doubles(p, g, n / work.shares % p.G, work.double_sums + n * work.doubles);
   for (int64_t n = 0; n < copies; n++) g.dbias[n % g.dbias_numbers] += work.dbias[n];
   return true;
 }

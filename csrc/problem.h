@@ -47,6 +47,8 @@ struct Problem {
   int64_t B, H, G, L, S, D, E;
   Rows q, k, v;
   float scale;
+  const float* weight = nullptr;    // of an additive score, (H, D) or (D); its scale is 1, its q and k are floats
+  int64_t weight_head = 0;
   float softcap = 0.0f;             // 0: none
   const float* key_bias = nullptr;  // (B, G, S), added to the score of each key
   const float* query_bias = nullptr;  // (B, H, L)
@@ -107,6 +109,7 @@ struct Gradients {
   float* dquery_bias = nullptr;  // (B, H, L)
   float* head_sums = nullptr;    // (B, H, L): the gradient of the sink, or of the bias of a sigmoid, that comes from each query
   double* drelative = nullptr;   // (H, L + S - 1 + 64), 0 at the start
+  double* dweight = nullptr;     // (H, D), 0 at the start; there for an additive score
   float* dbias = nullptr;        // in the shape of the bias, 0 at the start; strides are 0 where that is 1
   int64_t dbias_batch = 0, dbias_head = 0, dbias_query = 0, dbias_key = 0, dbias_numbers = 0;
 };

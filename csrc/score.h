@@ -4,63 +4,27 @@
 // number. What follows works down the lanes, with no sum across them.
 #pragma once
 
-#include "mask.h"
+#include "additive.h"
 #include "product.h"
-#include "rows.h"
+#include "tile.h"
 
 namespace regard::REGARD_SET {
 
-constexpr int kMostVectors = kTile / kWidth;
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kInfinity = __builtin_inff();
-
-// Queries [first, first + count) of head h in batch row b, in `vectors` vectors.
-struct Queries {
-  int64_t b, h, g, first;
-  int count, vectors;
-
-  Queries() = default;
-  Queries(const Problem& p, int64_t b, int64_t h, int64_t first)
-      : b(b), h(h), g(h / p.repeats()), first(first), count(static_cast<int>(least(kTile, p.L - first))), vectors(whole_vectors(count)) {}
-  int64_t lanes() const { return vectors * kWidth; }
-};
-
-// Keys [first, first + count); `partial` where the mask forbids some of the pairs.
-struct Keys {
-  int64_t first, count;
-  bool partial;
-};
-
-// Calls `visit(keys)` for the keys in [first, last) that a tile of queries may attend to, in runs of at most `longest`.
-template <class Visit>
-inline void visit_keys(const Mask& mask, const Queries& q, int64_t first, int64_t last, int64_t longest, Visit visit) {
-  Keys run{first, 0, false};
-  const int64_t step = mask ? kTile : longest;
-  for (int64_t j = first; j < last; j += step) {
-    const int64_t count = least(step, last - j);
-    const Cover cover = mask.cover({q.b, q.h, q.first, q.count, j, count});
-    const bool joins = cover != Cover::None && run.count && run.partial == (cover == Cover::Some) && run.count + count <= longest;
-    if (joins) {
-      run.count += count;
-      continue;
-    }
-    if (run.count) visit(run);
-    run = {j, cover == Cover::None ? 0 : count, cover == Cover::Some};
-  }
-  if (run.count) visit(run);
-}
-
 class Scores {
  public:
-  // Numbers of scratch for blocks of `longest` keys.
-  static int64_t scratch(const Problem& p, int64_t longest) {
-    return longest * most(whole_vectors(p.D) * kWidth, p.bias.data ? kTile : 0);
+  // Numbers of scratch for blocks of `longest` keys; `pulls` where gradients are wanted.
+  static int64_t scratch(const Problem& p, int64_t longest, bool pulls = false) {
+    return rows(p, longest) + Additive::scratch(p, longest, pulls);
   }
 
-  Scores(const Problem& p, float* scratch)
-      : p_(p), mask_(p.mask, p.mask_nodes), rows_(scratch) {}
+  // Numbers a lane of turned queries.
+  static int64_t turned(const Problem& p) { return p.weight ? Additive::padded(p.D) : p.D; }
+
+  Scores(const Problem& p, float* scratch, int64_t longest, bool pulls = false)
+      : p_(p), mask_(p.mask, p.mask_nodes), additive_(p, scratch + rows(p, longest), longest, pulls), rows_(scratch) {}
 
   const Mask& mask() const { return mask_; }
+  Additive& additive() { return additive_; }
 
   // 2^(unit * score) is what softmax sums up. Where nothing is added to the products of q and k, these are the scores, and
   // their scale is a part of the unit: no number is rounded for it.
@@ -69,23 +33,31 @@ class Scores {
   // The sink of a head, as a score.
   float sink(int64_t h) const { return is_plain() ? p_.sink[h] / p_.scale : p_.sink[h]; }
 
-  // (D, lanes)
-  void turn_queries(const Queries& q, float* turned) const { turn(p_.q, q.b, q.h, q.first, q.count, p_.D, turned, q.lanes()); }
+  // (turned, lanes)
+  void turn_queries(const Queries& q, float* turned) {
+    p_.weight ? additive_.turn_queries(q, turned) : turn(p_.q, q.b, q.h, q.first, q.count, p_.D, turned, q.lanes());
+  }
 
   // s[n * lanes + i]: the score of key n and query i, -inf where it may not attend. `best` is raised to the largest of
   // each lane; `slopes`, if given, gets the derivative of the softcap.
   void fill(const Queries& q, const float* turned, const Keys& keys, float* s, Vec* best, float* slopes = nullptr) {
-    const FloatRows k = as_floats(p_.k, q.b, q.g, keys.first, keys.count, p_.D, rows_);
-    const Strided a{k.data, k.row, 1};
-    if (is_plain() && !keys.partial) {
-      product<false>(keys.count, q.vectors, p_.D, a, turned, q.lanes(), s, q.lanes(), [&](int64_t, int n, Vec& x) __attribute__((always_inline)) { best[n] = max(best[n], x); });
-      return;
-    }
-    product<false>(keys.count, q.vectors, p_.D, a, turned, q.lanes(), s, q.lanes());
+    const auto raise = [&](int64_t, int i, Vec& x) __attribute__((always_inline)) { best[i] = max(best[i], x); };
+    if (is_plain() && !keys.partial) return match(q, turned, keys, s, raise);
+    match(q, turned, keys, s, Nothing{});
     adjust(q, keys, s, best, slopes);
   }
 
  private:
+  static int64_t rows(const Problem& p, int64_t longest) { return longest * most(whole_vectors(p.D) * kWidth, p.bias.data ? kTile : 0); }
+
+  // The score functions themselves; each vector goes through `finish(key, i, x)`.
+  template <class Finish>
+  void match(const Queries& q, const float* turned, const Keys& keys, float* s, Finish finish) {
+    if (p_.weight) return additive_.fill(q, turned, keys, s, finish);
+    const FloatRows k = as_floats(p_.k, q.b, q.g, keys.first, keys.count, p_.D, rows_);
+    product<false>(keys.count, q.vectors, p_.D, {k.data, k.row, 1}, turned, q.lanes(), s, q.lanes(), finish);
+  }
+
   // A scale below 0 would turn the largest score into the smallest.
   bool is_plain() const { return p_.scale > 0.0f && !p_.key_bias && !p_.query_bias && !p_.bias.data && !p_.relative && p_.softcap <= 0.0f; }
 
@@ -158,6 +130,7 @@ class Scores {
 
   const Problem& p_;
   Mask mask_;
+  Additive additive_;
   float* rows_;  // keys as floats, where they are of another type; a part of the bias
 };
 

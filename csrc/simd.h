@@ -38,6 +38,7 @@ REGARD_INLINE Word fill_word(uint32_t x) { return x - Word{}; }
 // Contracted to one instruction where the set has it.
 REGARD_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
+// Of two numbers of which one is NaN, max and min are the second.
 REGARD_INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
@@ -45,6 +46,26 @@ REGARD_INLINE Vec max(Vec a, Vec b) {
   return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #else
   return a > b ? a : b;
+#endif
+}
+
+REGARD_INLINE Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// 1 / x, to 1.5 units in the last place.
+REGARD_INLINE Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  const Vec guess = reinterpret_cast<Vec>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+  return guess * fma(-x, guess, fill(2.0f));
+#else
+  return fill(1.0f) / x;
 #endif
 }
 
@@ -151,19 +172,19 @@ REGARD_INLINE Vec scale_by_power(Vec x, Vec n) {
 #endif
 
 // 2^(x * unit), the exponent rounded once, to 1.5 units in the last place. Below 2^-103 it is 0: such a weight is nothing
-// beside the largest of its row, and products of subnormal numbers run fifty times slower. 0 for x = -inf. x * unit must
-// stay below 127.
+// beside the largest of its row, and products of subnormal numbers run fifty times slower. 0 for x = -inf, NaN for NaN.
+// x * unit must stay below 127.
 REGARD_INLINE Vec exp2(Vec x, Vec unit = fill(1.0f)) {
   const Vec exponent = x * unit;
 #if defined(__AVX512F__)
   const Vec n = round(exponent);
   const Vec p = fill(1.0f) + exp2_fraction(fma(x, unit, -n));
-  const __mmask16 seen = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(exponent), _mm512_set1_ps(-103.0f), _CMP_GE_OQ);
+  const __mmask16 seen = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(exponent), _mm512_set1_ps(-103.0f), _CMP_NLT_UQ);
   return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(seen, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
   const Vec n = round(max(fill(-104.0f), exponent));
   const Vec p = scale_by_power(fill(1.0f) + exp2_fraction(fma(x, unit, -n)), n);
-  return reinterpret_cast<Vec>(reinterpret_cast<Int>(p) & (exponent >= fill(-103.0f)));
+  return reinterpret_cast<Vec>((reinterpret_cast<Int>(p) & (exponent >= fill(-103.0f))) | (exponent != exponent));
 #endif
 }
 
@@ -175,7 +196,7 @@ struct Tanh {
 
 REGARD_INLINE Tanh tanh(Vec x) {
   // Beyond, the value is 1 to the last bit and the derivative nothing.
-  x = max(fill(-120.0f), x < fill(120.0f) ? x : fill(120.0f));
+  x = max(fill(-120.0f), min(fill(120.0f), x));
   const Vec n = round(x), fraction = exp2_fraction(x - n);
   const Vec power = scale_by_power(fill(1.0f), n);
   const Vec grown = fma(power, fraction, power - fill(1.0f));
@@ -185,8 +206,8 @@ REGARD_INLINE Tanh tanh(Vec x) {
 
 // 1 / (1 + 2^-x). Below 2^-103 it is 0, as 2^x is; -inf stays out of the arithmetic.
 REGARD_INLINE Vec sigmoid(Vec x) {
-  const Vec weight = fill(1.0f) / (fill(1.0f) + exp2(-max(x, fill(-110.0f))));
-  return where(greater(x, fill(-103.0f)), weight, Vec{});
+  const Vec weight = fill(1.0f) / (fill(1.0f) + exp2(-max(fill(-110.0f), x)));
+  return where(greater(fill(-103.0f), x), Vec{}, weight);
 }
 
 // Transposing ------------------------------------------------------------------------------------------------------
@@ -212,6 +233,18 @@ REGARD_INLINE void transpose_step(Vec (&x)[kWidth]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; i++)
     if (!(i & kStep)) swap_halves<kStep>(x[i], x[i + kStep], typename Count<kWidth>::Type{});
+}
+
+// The sums of kWidth vectors, the first in lane 0: as transposing does, but each step leaves half of the vectors.
+template <int kStep = 1>
+REGARD_INLINE Vec sum_each(Vec (&x)[kWidth]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; i += 2 * kStep) {
+    swap_halves<kStep>(x[i], x[i + kStep], typename Count<kWidth>::Type{});
+    x[i] += x[i + kStep];
+  }
+  if constexpr (2 * kStep < kWidth) return sum_each<2 * kStep>(x);
+  return x[0];
 }
 
 // kWidth vectors of kWidth floats, as a square matrix.

@@ -13,14 +13,14 @@ class Survey {
   Survey(const Problem& p, const Views& views, Scratch& scratch)
       : p_(p),
         views_(views),
-        scores_(p, scratch.take(Scores::scratch(p, kTile))),
-        turned_(scratch.take(kTile * p.D)),
+        scores_(p, scratch.take(Scores::scratch(p, kTile)), kTile),
+        turned_(scratch.take(kTile * Scores::turned(p))),
         weights_(scratch.take(kTile * kTile)),
         received_(scratch.take(views.received ? p.S * kWidth : 0)),
         mass_(scratch.take(views.groups * kTile)) {}
 
   static int64_t scratch(const Problem& p, const Views& views) {
-    return Scores::scratch(p, kTile) + kTile * (p.D + kTile + views.groups) + (views.received ? p.S * kWidth : 0);
+    return Scores::scratch(p, kTile) + kTile * (Scores::turned(p) + kTile + views.groups) + (views.received ? p.S * kWidth : 0);
   }
 
   void head(int64_t b, int64_t h) {

@@ -36,7 +36,6 @@ def instructions(request: Any) -> Iterator[str]:
 # What the native kernels leave to others, by a part of the reason.
 _LEFT = {
     "float64": {"dtype": torch.float64},
-    "Additive": {"score": "additive"},
     "Python": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
     "Sparsemax": {"normalizer": "sparsemax"},
     "Entmax": {"normalizer": "entmax"},
@@ -87,7 +86,7 @@ def test_word(case: dict[str, Any], instructions: str) -> None:
 
 
 _NATIVE = {
-    "score": ("scaled_dot", "dot", "cosine", "bilinear", "gaussian", "distance"),
+    "score": ("scaled_dot", "dot", "cosine", "bilinear", "gaussian", "distance", "additive"),
     "normalizer": ("softmax", "softmax", "sigmoid"),
     "dtype": (torch.float32, torch.float32, torch.bfloat16, torch.float16),
     "summary": (None, None, "lse", "all"),
@@ -125,48 +124,123 @@ def _qkv(L: int = 300, S: int = 300, heads: tuple[int, int] = (4, 2), D: int = 2
 
 
 # Several blocks of keys, several super-tiles of queries, and shares of a head: what short problems do not reach.
-_LONG = {
+_LONG: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"mask": mask.causal(align="end")},
     "window": {"mask": mask.causal(align="end") & mask.window(70, None)},
     "documents": {"mask": mask.documents((torch.arange(700) // 90, torch.arange(900) // 90))},
-    "bias": {"bias": "L x S"},
-    "bias of the keys": {"bias": "S"},
+    "bias": {},
+    "bias of the keys": {},
     "ALiBi": {"bias": position.ALiBi(torch.tensor([0.5, 0.25]), align="end")},
     "sink and softcap": {"normalizer": normalizer.Softmax(sink=0.3), "softcap": 3.0},
+    "additive": {"mask": mask.causal(align="end")},
+    "dropout": {"mask": mask.causal(align="end"), "dropout": 0.1, "seed": 7},
 }
+
+
+def _check(exact: list[torch.Tensor], plain: list[torch.Tensor], native_: list[torch.Tensor]) -> None:
+    """No worse than twice the plain way in float32, by the largest error, and a few units of the largest number."""
+    for told, straight, got in zip(exact, plain, native_, strict=True):
+        unit = told.abs().max().item() * torch.finfo(torch.float32).eps
+        assert (got - told).abs().max() <= 2 * (straight - told).abs().max() + 4 * unit + 1e-37
 
 
 @pytest.mark.parametrize("name", _LONG)
 @pytest.mark.parametrize("heads", [(2, 1), (2, 2)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_long(name: str, heads: tuple[int, int], threads: int) -> None:
-    tensors = _qkv(700, 900, heads)
-    words: dict[str, Any] = dict(_LONG[name])
-    if isinstance(words.get("bias"), str):
-        shape = (700, 900) if words["bias"] == "L x S" else (900,)
-        words["bias"] = torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        tensors.append(words["bias"])
+    tensors, parameters = _qkv(700, 900, heads), {}
+    generator = torch.Generator().manual_seed(1)
+    if name == "bias":
+        parameters = {"bias": torch.randn(700, 900, generator=generator)}
+    elif name == "bias of the keys":
+        parameters = {"bias": torch.randn(900, generator=generator)}
+    elif name == "additive":
+        parameters = {"score": torch.randn(heads[0], 24, generator=generator)}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        native_, told = (_with_gradients(tensors, kernel, words) for kernel in ("cpu", "tiled"))
+        answers = [
+            _with_gradients([*tensors, *parameters.values()], name, kernel, dtype)
+            for kernel, dtype in (("tiled", torch.float64), ("tiled", torch.float32), ("cpu", torch.float32))
+        ]
     finally:
         torch.set_num_threads(before)
-    for got, expected in zip(native_, told, strict=True):
-        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6)
+    _check(*answers)
 
 
-def _with_gradients(tensors: list[torch.Tensor], kernel: str, words: dict[str, Any]) -> list[torch.Tensor]:
-    out, seen = regard.attention(*tensors[:3], **words, kernel=kernel, summary=Summary(lse=True))
-    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(2)) for x in (out, seen.lse)]
-    return [out, seen.lse, *torch.autograd.grad([out, seen.lse], tensors, weights)]
+def _with_gradients(
+    tensors: list[torch.Tensor], name: str, kernel: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    leaves, words = [x.detach().to(dtype).requires_grad_() for x in tensors], dict(_LONG[name])
+    for x in leaves[3:]:
+        words |= {"score": score.Additive(x)} if name == "additive" else {"bias": x}
+    out, seen = regard.attention(*leaves[:3], **words, kernel=kernel, summary=Summary(lse=True))
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype) for x in (out, seen.lse)]
+    return [out, seen.lse, *torch.autograd.grad([out, seen.lse], leaves, weights)]
+
+
+def _additive(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor) -> list[list[torch.Tensor]]:
+    """Log-sum-exp and all gradients: exact, the plain way in float32, and by the native kernels."""
+    v, answers = torch.randn(1, 2, 83, 5, generator=torch.Generator().manual_seed(3)), []
+    for kernel, dtype in (("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, weight)]
+        words = {"score": score.Additive(leaves[3]), "summary": Summary(lse=True), "kernel": kernel}
+        out, seen = regard.attention(*leaves[:3], **words)
+        answers.append([out, seen.lse, *torch.autograd.grad(out.square().sum() + seen.lse.sum(), leaves)])
+    return answers
+
+
+# Numbers whose exponentials leave the range of floats, in one block of keys or queries or in all; weights that are nothing,
+# and weights that are nothing beside others.
+_EXTREME = {
+    "within": {"q": 1.0, "k": 1.0, "weight": 1.0},
+    "small": {"q": 0.05, "k": 0.05, "weight": 1.0},
+    "saturated": {"q": 9.0, "k": 9.0, "weight": 1.0},
+    "far keys": {"q": 1.0, "k": 60.0, "weight": 1.0},
+    "far queries": {"q": 1e6, "k": 1.0, "weight": 1.0},
+    "opposed": {"q": 45.0, "k": -45.0, "weight": 1.0},
+    "no weights": {"q": 1.0, "k": 1.0, "weight": 0.0},
+    "tiny weights": {"q": 1.0, "k": 1.0, "weight": 1e-33},
+}
+
+
+@pytest.mark.parametrize("name", _EXTREME)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_additive_in_every_range(name: str, heads: int, instructions: str) -> None:
+    sizes, generator = _EXTREME[name], torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, n, 19, generator=generator) for n in (70, 83))
+    q[:, :, 40:] *= sizes["q"] if name == "far queries" else 1.0
+    k[:, :, 50:] *= sizes["k"] if name == "far keys" else 1.0
+    if name == "opposed":
+        q, k = q + sizes["q"], k + sizes["k"]
+    elif not name.startswith("far"):
+        q, k = q * sizes["q"], k * sizes["k"]
+    weight = torch.randn(*(heads, 19)[2 - heads :], generator=generator) * sizes["weight"]
+    weight[..., 3], weight[..., 4] = 0.0, 1e-12
+    _check(*_additive(q, k, weight))
+
+
+@pytest.mark.parametrize("words", [{}, {"softcap": 2.0}, {"normalizer": normalizer.Sigmoid()}])
+@pytest.mark.parametrize("kind", ["scaled_dot", "additive"])
+def test_nan_is_not_lost(kind: str, words: dict[str, Any], instructions: str) -> None:
+    """Where nothing is masked, what attends to NaN is NaN, whichever key it is; and the rest is as it would be."""
+    q, k, v = (x.detach() for x in _qkv(70, 230, (2, 2), 8))
+    words = words | {"score": score.Additive(torch.ones(8)) if kind == "additive" else None, "kernel": "cpu"}
+    clean = regard.attention(q, k, v, **words)
+    for name, place in (("q", 5), ("k", 0), ("k", 229), ("k", 100), ("v", 3)):
+        bad = {"q": q.clone(), "k": k.clone(), "v": v.clone()}
+        bad[name][1, 0, place] = torch.nan
+        out = regard.attention(*bad.values(), **words)
+        rows = slice(place, place + 1) if name == "q" else slice(None)
+        assert bool(out[1, 0, rows].isnan().all())
+        out[1, 0, rows] = clean[1, 0, rows]
+        torch.testing.assert_close(out, clean)
 
 
 def test_the_same_bits_every_time() -> None:
     tensors = _qkv(700, 900)
-    words = {"mask": mask.causal(align="end"), "dropout": 0.1, "seed": 7}
-    first, *others = (_with_gradients(tensors, "cpu", words) for _ in range(5))
+    first, *others = (_with_gradients(tensors, "dropout") for _ in range(5))
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
@@ -191,13 +265,24 @@ def test_it_is_what_runs() -> None:
         ({"mask": [9, 0, 0, 0, 0, 0, -1, -1]}, "of no known kind"),
         ({"relative": torch.zeros(2, 3)}, "relative must be"),
         ({"dropout": 2.0}, "dropout must be from 0 to 1"),
+        ({"weight": torch.zeros(3)}, "weight must be"),
+        ({"weight": torch.zeros(4), "scale": 0.5}, "scale 1"),
     ],
 )
 def test_an_operator_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
     """Anyone may call an operator: it must not read what is not there."""
     q, k, v = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 3)
-    words = {"q": q, "k": k, "v": v, "key_bias": None, "query_bias": None, "bias": None, "relative": None}
-    words |= {"sink": None, "mask_tensors": [], "mask": [], "scale": 1.0, "softcap": 0.0, "normalizer": 0}
+    words = {"q": q, "k": k, "v": v, "weight": None, "key_bias": None, "query_bias": None}
+    words |= {
+        "bias": None,
+        "relative": None,
+        "sink": None,
+        "mask_tensors": [],
+        "mask": [],
+        "scale": 1.0,
+        "softcap": 0.0,
+        "normalizer": 0,
+    }
     words |= {"dropout": 0.0, "seed": 0, "top": 0, "wanted": 0}
     native.ops.forward(**words)
     with pytest.raises(RuntimeError, match=message):

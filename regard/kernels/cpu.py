@@ -13,7 +13,7 @@ from regard.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, 
 from regard.normalizer import Sigmoid, Softmax
 from regard.position import T5, Added, ALiBi, Bias
 from regard.problem import Plan, sizes
-from regard.score import Product
+from regard.score import Additive, Product
 from regard.tile import Sizes, Tile
 from regard.word import Slot, fill
 
@@ -36,8 +36,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return native.missing
     if q.device.type != "cpu":
         return f"the tensors are on {q.device.type}"
-    if not isinstance(plan.score, Product):
-        return f"it has no score but the dot product, and {type(plan.score).__name__} is none"
+    if not isinstance(plan.score, Product | Additive):
+        return f"it has no score but the dot product and the additive one, and {type(plan.score).__name__} is neither"
     if not isinstance(plan.normalizer, Softmax | Sigmoid):
         return f"it has no normalizer but softmax and sigmoid, and {type(plan.normalizer).__name__} is neither"
     if any(x.dtype not in _DTYPES for x in (q, k, v)):
@@ -112,7 +112,9 @@ def backward(
     dout, dlse = _rows(given["out"]), given.get("lse")
     with_tensors = fill(plan, tensors)
     needed = _Needed(plan, wanted)
-    parts = (needed.key_bias, needed.query_bias, needed.added, needed.relative or None, needed.normalizer)
+    parts = (
+        needed.key_bias, needed.query_bias, needed.added, needed.relative or None, needed.normalizer, needed.weight,
+    )  # fmt: skip
     bits = [*wanted[:3], *[part is not None for part in parts]]
     with torch.no_grad():
         found = native.ops.backward(
@@ -131,6 +133,9 @@ def backward(
     if needed.normalizer is not None:
         per_head, like = next(rest).sum((0, 2)), tensors[needed.normalizer]
         results[needed.normalizer] = (per_head if like.dim() else per_head.sum()).to(like.dtype)
+    if needed.weight is not None:
+        per_head, like = next(rest), tensors[needed.weight]
+        results[needed.weight] = (per_head if like.dim() == 2 else per_head.sum(0)).to(like.dtype)
     return tuple(results)
 
 
@@ -142,8 +147,9 @@ class _Needed:
             return slot.index if isinstance(slot, Slot) and wanted[slot.index] else None
 
         score, bias, normalizer = plan.score, plan.bias, plan.normalizer
-        assert isinstance(score, Product)
-        self.key_bias, self.query_bias = index(score.key_bias), index(score.query_bias)
+        self.weight = index(score.v) if isinstance(score, Additive) else None
+        dot = score if isinstance(score, Product) else Product()
+        self.key_bias, self.query_bias = index(dot.key_bias), index(dot.query_bias)
         self.added = index(bias.tensor) if isinstance(bias, Added) else None
         parts = [] if bias is None or isinstance(bias, Added) else [index(part) for part in vars(bias).values()]
         self.relative = [part for part in parts if part is not None]
@@ -156,8 +162,14 @@ def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     size = sizes(q, k)
     plan = fill(plan, tensors)
     score, normalizer, bias = plan.score, plan.normalizer, plan.bias
-    assert isinstance(score, Product)
     added = relative = sink = None
+    weight = key_bias = query_bias = None
+    scale = 1.0
+    if isinstance(score, Additive):
+        weight = _floats(score.v)
+    elif isinstance(score, Product):
+        key_bias, query_bias = _floats(score.key_bias), _floats(score.query_bias)
+        scale = q.shape[-1] ** -0.5 if score.scale is None else score.scale
     if isinstance(bias, Added):
         added = bias.tensor.detach()
         added = added if added.dtype in _DTYPES else added.float()
@@ -172,8 +184,7 @@ def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     if plan.mask is not None:
         _lay(plan.mask, size, nodes, found)
     return (
-        q, k, v, _floats(score.key_bias), _floats(score.query_bias), added, relative, sink, found, nodes,
-        q.shape[-1] ** -0.5 if score.scale is None else score.scale,
+        q, k, v, weight, key_bias, query_bias, added, relative, sink, found, nodes, scale,
         0.0 if plan.softcap is None else plan.softcap,
         int(isinstance(normalizer, Sigmoid)), plan.dropout, int(plan.seed) if plan.dropout else 0,
     )  # fmt: skip
