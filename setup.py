@@ -28,6 +28,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     SETS["avx512"] = [
         "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
     ]  # fmt: skip
+    SETS["avx512_bf16"] = [*SETS["avx512"], "-mavx512bf16"]
 
 
 class Build(build_ext):

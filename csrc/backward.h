@@ -7,7 +7,8 @@
 //       for each block of 128 keys                        (k, v, dK and dV come by once a super-tile, not once a tile)
 //         for each tile: the five products
 //
-// The sum of a row goes into dO beforehand, so that P is 2^(S - peak) alone.
+// The sum of a row goes into dO beforehand, so that P is 2^(S - peak) alone; but not where products are taken of pairs of
+// bfloat16, where dO would be rounded once more: there P is divided by it.
 #pragma once
 
 #include "dropout.h"
@@ -29,6 +30,7 @@ class Backward {
         E_(padded(p.E)),
         count_(tiles(p)),
         scores_(p, scratch.take(Scores::scratch(p, kKeys, true)), kKeys, true),
+        pairs_(takes_pairs(p, g)),
         weights_(scratch.take(kKeys * kTile)),
         slopes_(scratch.take(kKeys * kTile)),
         caps_(p.softcap > 0.0f ? scratch.take(kKeys * kTile) : nullptr),
@@ -79,15 +81,17 @@ class Backward {
   // dK and dV of a head, from the sums of its shares, which lie `apart` numbers from one another.
   static void give(const Problem& p, const Gradients& g, int64_t b, int64_t head, const float* sums, int64_t shares, int64_t apart) {
     const int64_t D = padded(p.D), E = padded(p.E);
+    const float dk_scale = takes_pairs(p, g) ? p.scale : 1.0f;  // otherwise a part of the q that dK is made of
     for (int64_t j = 0; j < p.S; j++) {
-      if (g.dk.data) give_row(g.dk, b, head, j, p.D, sums + j * D, shares, apart);
-      if (g.dv.data) give_row(g.dv, b, head, j, p.E, sums + p.S * D + j * E, shares, apart);
+      if (g.dk.data) give_row(g.dk, b, head, j, p.D, sums + j * D, shares, apart, dk_scale);
+      if (g.dv.data) give_row(g.dv, b, head, j, p.E, sums + p.S * D + j * E, shares, apart, 1.0f);
     }
   }
 
  private:
+  static bool takes_pairs(const Problem& p, const Gradients& g) { return Scores::takes_pairs(p) && in_pairs(g.dout, p.E); }
   static int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
-  static int64_t tile_numbers(const Problem& p) { return kTile * (2 * Scores::turned(p) + p.E + padded(p.D) + padded(p.E) + 4); }
+  static int64_t tile_numbers(const Problem& p) { return kTile * (2 * Scores::turned(p) + p.E + padded(p.D) + padded(p.E) + 5); }
   static int tiles(const Problem& p) { return static_cast<int>(most(1, least(kMostTiles, kSuperBytes / (tile_numbers(p) * 4)))); }
 
   static void zero(float* at, int64_t numbers) {
@@ -98,14 +102,14 @@ class Backward {
   struct Tile {
     Queries q;
     float *turned, *dout_turned, *dq_turned, *rows, *dout;
-    float *peak, *delta, *row_sum, *bias_sum;  // (lanes)
+    float *peak, *total, *delta, *row_sum, *bias_sum;  // (lanes)
     Dropout dropout;
 
     void lay(const Problem& p, float* at) {
       auto take = [&](int64_t numbers) { return (at += numbers) - numbers; };
       turned = take(kTile * Scores::turned(p)), dq_turned = take(kTile * Scores::turned(p)), dout_turned = take(kTile * p.E);
       rows = take(kTile * padded(p.D)), dout = take(kTile * padded(p.E));
-      peak = take(kTile), delta = take(kTile), row_sum = take(kTile), bias_sum = take(kTile);
+      peak = take(kTile), total = take(kTile), delta = take(kTile), row_sum = take(kTile), bias_sum = take(kTile);
     }
   };
 
@@ -120,18 +124,25 @@ class Backward {
       scale[i] = p_.scale;
       share[i] = total * p_.kept;
       t.peak[i] = g_.peak ? g_.peak[row + i] : 0.0f;
+      t.total[i] = total;
       t.delta[i] = 0.0f;
-      if (p_.normalizer == Normalizer::Softmax) t.delta[i] = total * (inner(q, i) - (g_.dlse ? g_.dlse[row + i] : 0.0f));
+      if (p_.normalizer == Normalizer::Softmax) t.delta[i] = (pairs_ ? 1.0f : total) * (inner(q, i) - (g_.dlse ? g_.dlse[row + i] : 0.0f));
     }
     if (g_.head_sums && p_.normalizer == Normalizer::Softmax)
       // The gradient of a sink: it is a key whose value is 0.
       for (int i = 0; i < q.count; i++)
-        g_.head_sums[row + i] = -t.delta[i] * exp2(fill(scores_.sink(h) - t.peak[i]), fill(scores_.unit()))[0];
+        g_.head_sums[row + i] = -t.delta[i] * (pairs_ ? t.total[i] : 1.0f) * exp2(fill(scores_.sink(h) - t.peak[i]), fill(scores_.unit()))[0];
     // Lanes without a query have no weights.
-    for (int64_t i = q.count; i < lanes; i++) t.peak[i] = kInfinity, t.delta[i] = 0.0f;
-    if (!p_.weight) copy_rows(p_.q, b, h, first, q.count, p_.D, scale, t.rows, D_);
-    copy_rows(g_.dout, b, h, first, q.count, p_.E, share, t.dout, E_);
-    turn({reinterpret_cast<char*>(t.dout), 0, 0, E_, Type::Float}, 0, 0, 0, q.count, p_.E, t.dout_turned, lanes);
+    for (int64_t i = q.count; i < lanes; i++) t.peak[i] = kInfinity, t.total[i] = t.delta[i] = 0.0f;
+    if (pairs_) {
+      pair_rows(p_.q, b, h, first, q.count, p_.D, t.rows, lanes, D_);
+      pair_rows(g_.dout, b, h, first, q.count, p_.E, t.dout, lanes, E_);
+      turn_pairs(g_.dout, b, h, first, q.count, p_.E, t.dout_turned, lanes);
+    } else {
+      if (!p_.weight) copy_rows(p_.q, b, h, first, q.count, p_.D, scale, t.rows, D_);
+      copy_rows(g_.dout, b, h, first, q.count, p_.E, share, t.dout, E_);
+      turn({reinterpret_cast<char*>(t.dout), 0, 0, E_, Type::Float}, 0, 0, 0, q.count, p_.E, t.dout_turned, lanes);
+    }
     zero(t.dq_turned, p_.D * lanes);
     zero(t.row_sum, lanes), zero(t.bias_sum, lanes);
     if (p_.drops) t.dropout.set(p_, b, h, first, q.count);
@@ -139,8 +150,12 @@ class Backward {
 
   // dP of a block.
   void pull(Tile& t, const Keys& keys) {
+    if (pairs_) {
+      const Strided<Pair> v{pairs_at(p_.v, t.q.b, t.q.g, keys.first), p_.v.row / 2, 1};
+      return product<false>(keys.count, t.q.vectors, p_.E / 2, v, pairs(t.dout_turned), t.q.lanes(), slopes_, t.q.lanes());
+    }
     const FloatRows v = as_floats(p_.v, t.q.b, t.q.g, keys.first, keys.count, p_.E, values_);
-    product<false>(keys.count, t.q.vectors, p_.E, {v.data, v.row, 1}, t.dout_turned, t.q.lanes(), slopes_, t.q.lanes());
+    product<false>(keys.count, t.q.vectors, p_.E, Strided<float>{v.data, v.row, 1}, t.dout_turned, t.q.lanes(), slopes_, t.q.lanes());
   }
 
   // The inner product of the output and its gradient.
@@ -160,14 +175,28 @@ class Backward {
     weigh(t, keys);
     pull(t, keys);
     slope(t, keys);  // dS in the place of dP
-    product<true>(keys.count, static_cast<int>(E_ / kWidth), q.count, {weights_, lanes, 1}, t.dout, E_, dv_ + keys.first * E_, E_);
+    if (pairs_) return add_pairs(t, keys);
+    product<true>(keys.count, static_cast<int>(E_ / kWidth), q.count, Strided<float>{weights_, lanes, 1}, t.dout, E_, dv_ + keys.first * E_, E_);
     if (p_.weight) return scores_.additive().pull(q, t.turned, keys, slopes_, t.dq_turned, dk_ + keys.first * D_, D_, dweight_ + q.h % p_.repeats() * p_.D);
-    product<true>(keys.count, static_cast<int>(D_ / kWidth), q.count, {slopes_, lanes, 1}, t.rows, D_, dk_ + keys.first * D_, D_);
+    product<true>(keys.count, static_cast<int>(D_ / kWidth), q.count, Strided<float>{slopes_, lanes, 1}, t.rows, D_, dk_ + keys.first * D_, D_);
     const FloatRows k = as_floats(p_.k, q.b, q.g, keys.first, keys.count, p_.D, keys_);
-    product<true>(p_.D, q.vectors, keys.count, {k.data, 1, k.row}, slopes_, lanes, t.dq_turned, lanes);
+    product<true>(p_.D, q.vectors, keys.count, Strided<float>{k.data, 1, k.row}, slopes_, lanes, t.dq_turned, lanes);
   }
 
-  // The weights of a block; not yet divided by the sum of the row.
+  // The last three products, of pairs: of queries for dV and dK, of keys for dQ.
+  void add_pairs(Tile& t, const Keys& keys) {
+    const Queries& q = t.q;
+    const int64_t lanes = q.lanes(), two = (keys.count + 1) / 2;
+    pair_lanes(weights_, keys.count, lanes, weights_);
+    product<true>(keys.count, static_cast<int>(E_ / kWidth), lanes / 2, Strided<Pair>{pairs(weights_), lanes / 2, 1}, pairs(t.dout), E_, dv_ + keys.first * E_, E_);
+    pair_lanes(slopes_, keys.count, lanes, weights_);
+    product<true>(keys.count, static_cast<int>(D_ / kWidth), lanes / 2, Strided<Pair>{pairs(weights_), lanes / 2, 1}, pairs(t.rows), D_, dk_ + keys.first * D_, D_);
+    pair_keys(slopes_, keys.count, lanes);
+    pair_rows(p_.k, q.b, q.g, keys.first, keys.count, p_.D, keys_, 2 * two, D_);
+    product<true>(p_.D, q.vectors, two, Strided<Pair>{pairs(keys_), 1, D_}, pairs(slopes_), lanes, t.dq_turned, lanes);
+  }
+
+  // The weights of a block; divided by the sum of the row for pairs alone.
   void weigh(Tile& t, const Keys& keys) {
     const Queries& q = t.q;
     Vec unused[kMostVectors] = {};
@@ -175,9 +204,9 @@ class Backward {
     const bool softmax = p_.normalizer == Normalizer::Softmax;
     const Vec bias = fill(!softmax && p_.sink ? p_.sink[q.h] * kLog2e : 0.0f), unit = fill(scores_.unit());
     for (int i = 0; i < q.vectors; i++) {
-      const Vec peak = load(t.peak + i * kWidth);
+      const Vec peak = load(t.peak + i * kWidth), total = pairs_ ? load(t.total + i * kWidth) : fill(1.0f);
       float* at = weights_ + i * kWidth;
-      for (int64_t n = 0; n < keys.count; n++, at += q.lanes()) store(at, softmax ? exp2(load(at) - peak, unit) : sigmoid(fma(load(at), unit, bias - peak)));
+      for (int64_t n = 0; n < keys.count; n++, at += q.lanes()) store(at, softmax ? exp2(load(at) - peak, unit) * total : sigmoid(fma(load(at), unit, bias - peak)));
     }
   }
 
@@ -186,6 +215,7 @@ class Backward {
     const Queries& q = t.q;
     const int64_t lanes = q.lanes();
     const bool softmax = p_.normalizer == Normalizer::Softmax;
+    const Vec kept_times = fill(pairs_ ? p_.kept : 1.0f);  // otherwise a part of dO
     for (int i = 0; i < q.vectors; i++) {
       const Vec delta = load(t.delta + i * kWidth);
       for (int64_t n = 0; n < keys.count; n++) {
@@ -194,8 +224,8 @@ class Backward {
         Vec dp = load(at);
         if (p_.drops) {
           const Bits kept = t.dropout.kept(keys.first + n, i);
-          dp = where(kept, dp, Vec{});
-          store(weight, where(kept, p, Vec{}));
+          dp = where(kept, dp * kept_times, Vec{});
+          store(weight, where(kept, p * kept_times, Vec{}));
         }
         store(at, softmax ? p * (dp - delta) : p * (fill(1.0f) - p) * dp);
       }
@@ -269,11 +299,11 @@ class Backward {
     }
   }
 
-  static void give_row(const Rows& to, int64_t b, int64_t h, int64_t j, int64_t width, const float* sums, int64_t shares, int64_t apart) {
+  static void give_row(const Rows& to, int64_t b, int64_t h, int64_t j, int64_t width, const float* sums, int64_t shares, int64_t apart, float scale) {
     for (int64_t c = 0; c < width; c += kWidth) {
       Vec total = load(sums + c);
       for (int64_t n = 1; n < shares; n++) total += load(sums + n * apart + c);
-      write(to.at(b, h, j) + c * size_of(to.type), to.type, total, static_cast<int>(least(kWidth, width - c)));
+      write(to.at(b, h, j) + c * size_of(to.type), to.type, total * fill(scale), static_cast<int>(least(kWidth, width - c)));
     }
   }
 
@@ -282,6 +312,7 @@ class Backward {
   const int64_t D_, E_;  // widths in whole vectors
   const int count_;
   Scores scores_;
+  const bool pairs_;
   float *weights_, *slopes_, *caps_;  // (keys, lanes)
   float *keys_, *values_;             // as floats, where they are of another type
   float *dk_ = nullptr, *dv_ = nullptr, *dbias_ = nullptr;

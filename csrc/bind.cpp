@@ -25,6 +25,9 @@ const Kernels* kernels_avx2();
 #ifdef REGARD_HAS_AVX512
 const Kernels* kernels_avx512();
 #endif
+#ifdef REGARD_HAS_AVX512_BF16
+const Kernels* kernels_avx512_bf16();
+#endif
 
 namespace {
 
@@ -35,10 +38,14 @@ using MaybeTensor = std::optional<Tensor>;
 // The sets that this machine runs, the fastest first.
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> sets;
+#if defined(REGARD_HAS_AVX512) || defined(REGARD_HAS_AVX512_BF16)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef REGARD_HAS_AVX512_BF16
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(kernels_avx512_bf16());
+#endif
 #ifdef REGARD_HAS_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    sets.push_back(kernels_avx512());
+  if (avx512) sets.push_back(kernels_avx512());
 #endif
 #ifdef REGARD_HAS_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) sets.push_back(kernels_avx2());
@@ -167,7 +174,7 @@ struct Call {
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& weight, const MaybeTensor& key_bias, const MaybeTensor& query_bias, const MaybeTensor& bias,
        const MaybeTensor& relative, const MaybeTensor& sink, const std::vector<Tensor>& mask_tensors, const std::vector<int64_t>& mask, double scale,
-       double softcap, int64_t normalizer, double dropout, int64_t seed) {
+       double softcap, int64_t normalizer, double dropout, int64_t seed, bool pairs) {
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have four axes");
     Problem& p = problem;
     p.B = q.size(0), p.H = q.size(1), p.L = q.size(2), p.D = q.size(3), p.G = k.size(1), p.S = k.size(2), p.E = v.size(3);
@@ -196,7 +203,7 @@ struct Call {
     p.drops = dropout > 0.0;
     p.kept = dropout < 1.0 ? static_cast<float>(1.0 / (1.0 - dropout)) : 0.0f;
     p.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout * 4294967296.0), 4294967295.0));
-    p.seed = seed;
+    p.seed = seed, p.pairs = pairs;
     nodes = mask_nodes(mask, mask_tensors, p);
     p.mask = nodes.data(), p.mask_nodes = static_cast<int64_t>(nodes.size());
   }
@@ -211,8 +218,8 @@ float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 // keys (B, H, L, top).
 std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
                             MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer,
-                            double dropout, int64_t seed, int64_t top, int64_t wanted) {
-  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
+                            double dropout, int64_t seed, bool pairs, int64_t top, int64_t wanted) {
+  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed, pairs);
   const Problem& p = call.problem;
   STD_TORCH_CHECK(top >= 0, "top must not be negative");
   std::vector<Tensor> results;
@@ -262,8 +269,8 @@ MaybeTensor plain(Tensor q, Tensor k, Tensor v) {
 // the groups that `member` (B|1, N, S) tells (B, H, L, N).
 std::vector<Tensor> survey(Tensor stats, Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias,
                            MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap,
-                           int64_t normalizer, double dropout, int64_t seed, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
-  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
+                           int64_t normalizer, double dropout, int64_t seed, bool pairs, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
+  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed, pairs);
   const Problem& p = call.problem;
   std::vector<Tensor> results;
   const auto zeros = [&](std::vector<int64_t> shape) {
@@ -297,8 +304,8 @@ std::vector<Tensor> survey(Tensor stats, Tensor q, Tensor k, Tensor v, MaybeTens
 // set, an empty tensor stands in its place; the others are left out.
 std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias,
                              MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors,
-                             std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer, double dropout, int64_t seed, int64_t wanted) {
-  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed);
+                             std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer, double dropout, int64_t seed, bool pairs, int64_t wanted) {
+  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed, pairs);
   const Problem& p = call.problem;
   const int64_t per_query = p.B * p.H * p.L;
   Gradients g;
@@ -355,7 +362,7 @@ std::string instructions() {
 
 #define REGARD_WORDS                                                                                                                     \
   "Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? key_bias, Tensor? query_bias, Tensor? bias, Tensor? relative, Tensor? sink, Tensor[] mask_tensors, " \
-  "int[] mask, float scale, float softcap, int normalizer, float dropout, int seed, "
+  "int[] mask, float scale, float softcap, int normalizer, float dropout, int seed, bool pairs, "
 
 STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("forward(" REGARD_WORDS "int top, int wanted) -> Tensor[]");

@@ -63,8 +63,18 @@ class Forward {
       for (int i = 0; i < q.vectors; i++) weigh_each(q, keys.count, i);
     }
     if (p_.drops) drop(q, keys);
+    add_values(q, keys);
+  }
+
+  void add_values(const Queries& q, const Keys& keys) {
+    if (scores_.pairs()) {
+      const int64_t two = (keys.count + 1) / 2, ld = whole_vectors(p_.E) * kWidth;
+      pair_keys(weights_, keys.count, q.lanes());
+      pair_rows(p_.v, q.b, q.g, keys.first, keys.count, p_.E, values_, 2 * two, ld);
+      return product<true>(p_.E, q.vectors, two, Strided<Pair>{pairs(values_), 1, ld}, pairs(weights_), q.lanes(), sums_, q.lanes());
+    }
     const FloatRows v = as_floats(p_.v, q.b, q.g, keys.first, keys.count, p_.E, values_);
-    product<true>(p_.E, q.vectors, keys.count, {v.data, 1, v.row}, weights_, q.lanes(), sums_, q.lanes());
+    product<true>(p_.E, q.vectors, keys.count, Strided<float>{v.data, 1, v.row}, weights_, q.lanes(), sums_, q.lanes());
   }
 
   // The largest score has risen: what was summed up beside the old one shrinks.
@@ -165,7 +175,7 @@ class Forward {
   Scores scores_;
   float* turned_;   // q, turned
   float* weights_;  // (keys, lanes)
-  float* values_;   // values as floats, where they are of another type
+  float* values_;   // values as floats, where they are of another type, or in pairs of keys
   float* sums_;     // (E, lanes)
   Vec unit_;
   Top top_;

@@ -63,6 +63,7 @@ struct Problem {
   uint32_t threshold = 0;  // a weight is dropped where its hash is below
   float kept = 1.0f;       // what the others are multiplied by
   int64_t seed = 0;
+  bool pairs = true;  // may weights be rounded to bfloat16, as q, k and v are, for products of pairs
 
   int64_t repeats() const { return H / G; }
 };

@@ -12,10 +12,14 @@ using AnyShort = uint16_t __attribute__((vector_size(2 * kWidth), aligned(2), ma
 REGARD_INLINE Vec from_bfloat16(Short x) { return reinterpret_cast<Vec>(__builtin_convertvector(x, Word) << 16); }
 
 REGARD_INLINE Short to_bfloat16(Vec x) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<Short>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
+#else
   // To the nearest, ties to even; NaN stays NaN.
   const Word bits = reinterpret_cast<Word>(x);
   const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, Short);
+#endif
 }
 
 #if defined(__AVX512F__)

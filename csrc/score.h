@@ -5,8 +5,8 @@
 #pragma once
 
 #include "additive.h"
+#include "pairs.h"
 #include "product.h"
-#include "tile.h"
 
 namespace regard::REGARD_SET {
 
@@ -21,9 +21,17 @@ class Scores {
   static int64_t turned(const Problem& p) { return p.weight ? Additive::padded(p.D) : p.D; }
 
   Scores(const Problem& p, float* scratch, int64_t longest, bool pulls = false)
-      : p_(p), mask_(p.mask, p.mask_nodes), additive_(p, scratch + rows(p, longest), longest, pulls), rows_(scratch) {}
+      : p_(p),
+        mask_(p.mask, p.mask_nodes),
+        additive_(p, scratch + rows(p, longest), longest, pulls),
+        pairs_(takes_pairs(p)),
+        rows_(scratch) {}
 
   const Mask& mask() const { return mask_; }
+
+  // Are products taken of pairs of bfloat16?
+  bool pairs() const { return pairs_; }
+  static bool takes_pairs(const Problem& p) { return kHasPairs && p.pairs && !p.weight && in_pairs(p.q, p.D) && in_pairs(p.k, p.D) && in_pairs(p.v, p.E); }
   Additive& additive() { return additive_; }
 
   // 2^(unit * score) is what softmax sums up. Where nothing is added to the products of q and k, these are the scores, and
@@ -35,7 +43,9 @@ class Scores {
 
   // (turned, lanes)
   void turn_queries(const Queries& q, float* turned) {
-    p_.weight ? additive_.turn_queries(q, turned) : turn(p_.q, q.b, q.h, q.first, q.count, p_.D, turned, q.lanes());
+    if (p_.weight) return additive_.turn_queries(q, turned);
+    const auto turn_rows = pairs_ ? turn_pairs : turn;
+    turn_rows(p_.q, q.b, q.h, q.first, q.count, p_.D, turned, q.lanes());
   }
 
   // s[n * lanes + i]: the score of key n and query i, -inf where it may not attend. `best` is raised to the largest of
@@ -54,8 +64,12 @@ class Scores {
   template <class Finish>
   void match(const Queries& q, const float* turned, const Keys& keys, float* s, Finish finish) {
     if (p_.weight) return additive_.fill(q, turned, keys, s, finish);
+    if (pairs_) {
+      const Strided<Pair> k{pairs_at(p_.k, q.b, q.g, keys.first), p_.k.row / 2, 1};
+      return product<false>(keys.count, q.vectors, p_.D / 2, k, regard::REGARD_SET::pairs(turned), q.lanes(), s, q.lanes(), finish);
+    }
     const FloatRows k = as_floats(p_.k, q.b, q.g, keys.first, keys.count, p_.D, rows_);
-    product<false>(keys.count, q.vectors, p_.D, {k.data, k.row, 1}, turned, q.lanes(), s, q.lanes(), finish);
+    product<false>(keys.count, q.vectors, p_.D, Strided<float>{k.data, k.row, 1}, turned, q.lanes(), s, q.lanes(), finish);
   }
 
   // A scale below 0 would turn the largest score into the smallest.
@@ -131,6 +145,7 @@ class Scores {
   const Problem& p_;
   Mask mask_;
   Additive additive_;
+  const bool pairs_;
   float* rows_;  // keys as floats, where they are of another type; a part of the bias
 };
 

@@ -38,6 +38,31 @@ REGARD_INLINE Word fill_word(uint32_t x) { return x - Word{}; }
 // Contracted to one instruction where the set has it.
 REGARD_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
+// Two numbers of bfloat16 as they lie in memory, to be multiplied with two others at once, and the products summed up.
+struct __attribute__((packed, aligned(2), may_alias)) Pair {
+  uint32_t bits;
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+REGARD_INLINE Word load(const Pair* p) { return *reinterpret_cast<const AnyWord*>(p); }
+REGARD_INLINE void store(Pair* p, Word x) { *reinterpret_cast<AnyWord*>(p) = x; }
+REGARD_INLINE Word fill(Pair x) { return fill_word(x.bits); }
+
+// c + the two products of each lane.
+REGARD_INLINE Vec fma(Word a, Word b, Vec c) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+#else
+  const Word high = fill_word(0xffff0000u);
+  return fma(reinterpret_cast<Vec>(a << 16), reinterpret_cast<Vec>(b << 16), fma(reinterpret_cast<Vec>(a & high), reinterpret_cast<Vec>(b & high), c));
+#endif
+}
+
 // Of two numbers of which one is NaN, max and min are the second.
 REGARD_INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)

@@ -85,6 +85,33 @@ def test_word(case: dict[str, Any], instructions: str) -> None:
     judge(problem, "cpu", truth(problem))
 
 
+# Products of pairs of bfloat16, on the machines that have them: widths that are even, sequences that are not.
+_paired = pytest.mark.skipif(_SETS[0] != "avx512_bf16", reason="this machine does not multiply bfloat16 in pairs")
+_PAIRS = {"dtype": torch.bfloat16, "D": 10, "E": 6}
+
+
+@_paired
+@pytest.mark.parametrize("case", _SERVED)
+def test_word_in_pairs(case: dict[str, Any]) -> None:
+    problem = make(decided({**case, **_PAIRS}))
+    judge(problem, "cpu", truth(problem))
+
+
+@_paired
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_pairs_are_what_runs(dropout: float) -> None:
+    """Other roundings than those of the widened numbers; and theirs where widths are odd."""
+    for D, E, same in ((10, 6, False), (10, 7, True), (11, 6, True)):
+        answers = []
+        for name in ("avx512_bf16", "avx512"):
+            native.ops.use(name)
+            q, k, v = (x.detach().bfloat16().requires_grad_() for x in _qkv(70, 83, D=D, E=E))
+            out = regard.attention(q, k, v, dropout=dropout, seed=1, kernel="cpu")
+            answers.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v])])
+        native.ops.use("")
+        assert all(torch.equal(x, y) == same for x, y in zip(*answers, strict=True))
+
+
 _NATIVE = {
     "score": ("scaled_dot", "dot", "cosine", "bilinear", "gaussian", "distance", "additive"),
     "normalizer": ("softmax", "softmax", "sigmoid"),
@@ -108,6 +135,13 @@ def test_random(name: str, problem: Problem) -> None:
         _judge_if_served(problem)
     finally:
         native.ops.use("")
+
+
+@_paired
+@settings(max_examples=120, derandomize=True, **_COMMON)  # type: ignore[arg-type]
+@given(problem=problems(among=_NATIVE | {"dtype": (torch.bfloat16,), "D": (2, 10, 34), "E": (2, 6, 18)}))
+def test_random_in_pairs(problem: Problem) -> None:
+    _judge_if_served(problem)
 
 
 @pytest.mark.slow
@@ -283,7 +317,7 @@ def test_an_operator_refuses_what_does_not_fit(change: dict[str, Any], message: 
         "softcap": 0.0,
         "normalizer": 0,
     }
-    words |= {"dropout": 0.0, "seed": 0, "top": 0, "wanted": 0}
+    words |= {"dropout": 0.0, "seed": 0, "pairs": True, "top": 0, "wanted": 0}
     native.ops.forward(**words)
     with pytest.raises(RuntimeError, match=message):
         native.ops.forward(**{**words, **change})

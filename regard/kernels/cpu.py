@@ -187,6 +187,8 @@ def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         q, k, v, weight, key_bias, query_bias, added, relative, sink, found, nodes, scale,
         0.0 if plan.softcap is None else plan.softcap,
         int(isinstance(normalizer, Sigmoid)), plan.dropout, int(plan.seed) if plan.dropout else 0,
+        # Rounded to bfloat16, weights would do for the gradients of q, k and v, but not for those of parameters.
+        not any(x.is_floating_point() for x in tensors[3:]),
     )  # fmt: skip
 
 
