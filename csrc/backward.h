@@ -44,8 +44,8 @@ class Backward {
     return Scores::scratch(p, kKeys, true) + (p.softcap > 0.0f ? 3 : 2) * kKeys * kTile + kKeys * (padded(p.D) + padded(p.E)) + tiles(p) * tile_numbers(p);
   }
 
-  // The sums of dK and dV of a task: S rows of whole vectors each.
-  static int64_t sums(const Problem& p) { return p.S * (padded(p.D) + padded(p.E)); }
+  // The sums of dK and dV of a task, S rows of whole vectors each, and those of the bias of the keys.
+  static int64_t sums(const Problem& p) { return p.S * (padded(p.D) + padded(p.E)) + (p.key_bias ? padded(p.S) : 0); }
 
   // The same of what is summed up in double: by distance, and for the weights of an additive score, a row a head.
   static int64_t doubles(const Problem& p, const Gradients& g) {
@@ -55,7 +55,7 @@ class Backward {
   // The gradients of key/value head g that come from every `shares`-th tile of queries. `sums` and `doubles` belong to this
   // task alone; `dbias` does not, unless the caller sees to it.
   void run(int64_t b, int64_t g, int64_t share, int64_t shares, float* sums, double* doubles, float* dbias) {
-    dk_ = sums, dv_ = sums + p_.S * D_, dbias_ = dbias;
+    dk_ = sums, dv_ = sums + p_.S * D_, dkey_bias_ = dv_ + p_.S * E_, dbias_ = dbias;
     drelative_ = g_.drelative ? doubles : nullptr, dweight_ = doubles + (g_.drelative ? p_.repeats() * relative_numbers(p_) : 0);
     zero(sums, Backward::sums(p_));
     const int64_t step = shares * kTile;
@@ -78,7 +78,8 @@ class Backward {
     for (int64_t n = 0; n < weights; n++) g.dweight[head * weights + n] += doubles[relative + n];
   }
 
-  // dK and dV of a head, from the sums of its shares, which lie `apart` numbers from one another.
+  // dK, dV and the gradient of the bias of the keys of a head, from the sums of its shares, which lie `apart` numbers from
+  // one another.
   static void give(const Problem& p, const Gradients& g, int64_t b, int64_t head, const float* sums, int64_t shares, int64_t apart) {
     const int64_t D = padded(p.D), E = padded(p.E);
     const float dk_scale = takes_pairs(p, g) ? p.scale : 1.0f;  // otherwise a part of the q that dK is made of
@@ -86,6 +87,9 @@ class Backward {
       if (g.dk.data) give_row(g.dk, b, head, j, p.D, sums + j * D, shares, apart, dk_scale);
       if (g.dv.data) give_row(g.dv, b, head, j, p.E, sums + p.S * D + j * E, shares, apart, 1.0f);
     }
+    if (!g.dkey_bias) return;
+    const Rows bias{reinterpret_cast<char*>(g.dkey_bias), p.G * p.S, p.S, p.S, Type::Float};
+    give_row(bias, b, head, 0, p.S, sums + p.S * (D + E), shares, apart, 1.0f);
   }
 
  private:
@@ -237,7 +241,7 @@ class Backward {
       for (int64_t at = 0; at < keys.count * lanes; at += kWidth) store(slopes_ + at, load(slopes_ + at) * load(caps_ + at));
     if (g_.dquery_bias) add_up(t.row_sum, q, keys.count);
     if (g_.dkey_bias) {
-      float* to = g_.dkey_bias + (q.b * p_.G + q.g) * p_.S + keys.first;
+      float* to = dkey_bias_ + keys.first;
       for (int64_t n = 0; n < keys.count; n++) {
         Vec total{};
         for (int i = 0; i < q.vectors; i++) total += load(slopes_ + n * lanes + i * kWidth);
@@ -315,7 +319,7 @@ class Backward {
   const bool pairs_;
   float *weights_, *slopes_, *caps_;  // (keys, lanes)
   float *keys_, *values_;             // as floats, where they are of another type
-  float *dk_ = nullptr, *dv_ = nullptr, *dbias_ = nullptr;
+  float *dk_ = nullptr, *dv_ = nullptr, *dkey_bias_ = nullptr, *dbias_ = nullptr;
   double *drelative_ = nullptr, *dweight_ = nullptr;
   Tile tiles_[kMostTiles];
 };

@@ -325,6 +325,7 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor 
   like(q, wanted & 1, g.dq, p.H, p.L, p.D);
   like(k, wanted & 2, g.dk, p.G, p.S, p.D);
   like(v, wanted & 4, g.dv, p.G, p.S, p.E);
+  STD_TORCH_CHECK(!(wanted & 8) || key_bias, "there is no key_bias to have a gradient");
   if (wanted & 8) g.dkey_bias = zeros({p.B, p.G, p.S});
   if (wanted & 16) g.dquery_bias = zeros({p.B, p.H, p.L});
   if (wanted & 32) {

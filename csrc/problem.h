@@ -106,7 +106,7 @@ struct Gradients {
   const float* total = nullptr;  // (B, H, L)
   const float* dlse = nullptr;   // (B, H, L)
   Rows dq, dk, dv;
-  float* dkey_bias = nullptr;    // (B, G, S), 0 at the start
+  float* dkey_bias = nullptr;    // (B, G, S)
   float* dquery_bias = nullptr;  // (B, H, L)
   float* head_sums = nullptr;    // (B, H, L): the gradient of the sink, or of the bias of a sigmoid, that comes from each query
   double* drelative = nullptr;   // (H, L + S - 1 + 64), 0 at the start

@@ -169,6 +169,7 @@ _LONG: dict[str, dict[str, Any]] = {
     "sink and softcap": {"normalizer": normalizer.Softmax(sink=0.3), "softcap": 3.0},
     "additive": {"mask": mask.causal(align="end")},
     "dropout": {"mask": mask.causal(align="end"), "dropout": 0.1, "seed": 7},
+    "Gaussian": {"score": score.Gaussian(4.0)},
 }
 
 
@@ -181,7 +182,7 @@ def _check(exact: list[torch.Tensor], plain: list[torch.Tensor], native_: list[t
 
 @pytest.mark.parametrize("name", _LONG)
 @pytest.mark.parametrize("heads", [(2, 1), (2, 2)])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])  # three: heads that do not go evenly into them are shared out
 def test_long(name: str, heads: tuple[int, int], threads: int) -> None:
     tensors, parameters = _qkv(700, 900, heads), {}
     generator = torch.Generator().manual_seed(1)
