@@ -99,14 +99,19 @@ class Forward {
 
   void weigh(const Queries& q, int64_t count, int i) {
     const Vec base = base_[i], unit = unit_;
-    // Summed up by blocks: the sum of sums rounds less than one long sum.
+    // Summed up by blocks, and each of them by parts: the sum of sums rounds less than one long sum, above all where the
+    // weights are all but equal.
     Vec total{}, moment{};
     float* at = weights_ + i * kWidth;
-    for (int64_t n = 0; n < count; n++, at += q.lanes()) {
-      const Vec x = load(at) - base, weight = exp2(x, unit);
-      total += weight;
-      if (o_.entropy) moment = fma(weight, max(x * unit, fill(-200.0f)), moment);
-      store(at, weight);
+    for (int64_t n = 0; n < count;) {
+      Vec part{};
+      for (const int64_t end = least(n + 32, count); n < end; n++, at += q.lanes()) {
+        const Vec x = load(at) - base, weight = exp2(x, unit);
+        part += weight;
+        if (o_.entropy) moment = fma(weight, max(x * unit, fill(-200.0f)), moment);
+        store(at, weight);
+      }
+      total += part;
     }
     total_[i] += total, moment_[i] += moment;
   }

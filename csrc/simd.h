@@ -229,10 +229,14 @@ REGARD_INLINE Tanh tanh(Vec x) {
   return {grown * inverse, fill(4.0f) * fma(power, fraction, power) * (inverse * inverse)};
 }
 
-// 1 / (1 + 2^-x). Below 2^-103 it is 0, as 2^x is; -inf stays out of the arithmetic.
+// 1 / (1 + 2^-x), down to the smallest numbers there are: a row may have no larger weights, unlike that of a softmax. -inf
+// stays out of the arithmetic.
 REGARD_INLINE Vec sigmoid(Vec x) {
-  const Vec weight = fill(1.0f) / (fill(1.0f) + exp2(-max(fill(-110.0f), x)));
-  return where(greater(fill(-103.0f), x), Vec{}, weight);
+  // Where 2^-x may be too large, numerator and denominator are both 2^63 times smaller.
+  const Bits low = greater(fill(-63.0f), x);
+  const Vec one = where(low, fill(0x1p-63f), fill(1.0f));
+  const Vec weight = one / (one + exp2(-max(fill(-110.0f), where(low, x + fill(63.0f), x))));
+  return where(greater(fill(-150.0f), x), Vec{}, weight);
 }
 
 // Transposing ------------------------------------------------------------------------------------------------------

@@ -51,12 +51,15 @@ class Survey {
       }
     for (int64_t g = 0; g < views_.groups; g++) {
       const char* member = views_.member + q.b * views_.member_batch + g * views_.member_group + keys.first * views_.member_key;
+      // The sum of sums rounds less than one long sum.
+      Vec sums[kMostVectors] = {};
       for (int64_t n = 0; n < keys.count; n++)
         if (member[n * views_.member_key])
-          for (int i = 0; i < q.vectors; i++) {
-            float* at = mass_ + g * lanes + i * kWidth;
-            store(at, load(at) + load(weights_ + n * lanes + i * kWidth));
-          }
+          for (int i = 0; i < q.vectors; i++) sums[i] += load(weights_ + n * lanes + i * kWidth);
+      for (int i = 0; i < q.vectors; i++) {
+        float* at = mass_ + g * lanes + i * kWidth;
+        store(at, load(at) + sums[i]);
+      }
     }
     for (int64_t r = 0; r < views_.row_count; r++) {
       const int64_t lane = views_.row_numbers[r] - q.first;

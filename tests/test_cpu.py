@@ -279,6 +279,16 @@ def test_the_same_bits_every_time() -> None:
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("bias", [-60.0, -75.0, -90.0, -110.0])
+def test_a_row_of_small_weights(bias: float, instructions: str) -> None:
+    """The weights of a sigmoid are small beside nothing: they are told down to the smallest numbers there are."""
+    q, k, v = (x.detach() for x in _qkv(5, 7))
+    v = v.abs()  # so that nothing cancels, and every number counts
+    out = regard.attention(q, k, v, normalizer=normalizer.Sigmoid(bias), kernel="cpu")
+    told = regard.attention(*(x.double() for x in (q, k, v)), normalizer=normalizer.Sigmoid(bias), kernel="reference")
+    torch.testing.assert_close(out.double(), told, rtol=2e-5, atol=1e-43)
+
+
 def test_it_is_what_runs() -> None:
     q, k, v = _qkv(8, 8)
     with regard.chosen() as ran:
