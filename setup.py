@@ -6,6 +6,7 @@ the library, and a text in its place says why; `regard doctor` shows it.
 
 from __future__ import annotations
 
+import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,17 @@ from setuptools.command.build_ext import build_ext
 SOURCE = Path("csrc")
 # Optimised; rounding as written, but for products that go into sums; nothing is visible but what registers the operators.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
+# What REGARD_SANITIZE asks for, for tests; what is found ends the process. Lines of the source are told.
+SANITIZERS = {
+    "": [],
+    "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+SANITIZE = os.environ.get("REGARD_SANITIZE", "")
+if SANITIZE not in SANITIZERS:
+    raise SystemExit(f"REGARD_SANITIZE is {SANITIZE!r}, and not one of {', '.join(filter(None, SANITIZERS))}")
+if SANITIZE:
+    FLAGS += [*SANITIZERS[SANITIZE], "-O1", "-g1", "-fno-omit-frame-pointer", "-DREGARD_SANITIZED"]
 # No set's code may be shared with another's, so the kernels use nothing that a compiler makes on its own.
 KERNEL_FLAGS = [
     *FLAGS, "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
@@ -35,6 +47,10 @@ class Build(build_ext):
     """Compiles each set with flags of its own."""
 
     def build_extension(self, ext: Extension) -> None:
+        if SANITIZE and self.inplace:
+            raise SystemExit(
+                "a library with sanitizers would take the place of the one that is used: name a --build-lib"
+            )
         library = Path(self.get_ext_fullpath(ext.name))
         note = library.parent / "_native.txt"
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +59,8 @@ class Build(build_ext):
         try:
             self._build(library)
         except Exception as error:
+            if SANITIZE:
+                raise
             note.write_text(f"{type(error).__name__}: {error}\n")
             print(f"regard is installed without its native kernels: {error}")
 
@@ -55,7 +73,12 @@ class Build(build_ext):
         flags += [f"-DREGARD_HAS_{name.upper()}" for name, path in built.items() if path]
         objects = [self._compile("bind.cpp", "bind", flags), *[path for path in built.values() if path]]
         self.compiler.link_shared_object(
-            objects, str(library), libraries=["torch_cpu"], library_dirs=library_paths(), target_lang="c++"
+            objects,
+            str(library),
+            libraries=["torch_cpu"],
+            library_dirs=library_paths(),
+            target_lang="c++",
+            extra_postargs=SANITIZERS[SANITIZE],
         )
 
     def _set(self, name: str) -> str | None:

@@ -22,7 +22,11 @@ struct Queue {
 };
 
 // How many multiplications are worth a thread: below, which is some 10 us, waking it costs more.
+#if defined(REGARD_SANITIZED)
+constexpr double kWorthAThread = 1.0;  // small problems find faults, too
+#else
 constexpr double kWorthAThread = 5e5;
+#endif
 
 int64_t workers(const Problem& p, int64_t tasks, const Pool& pool) {
   const double work = static_cast<double>(p.B) * p.H * p.L * p.S * (p.D + p.E);
