@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -88,9 +89,21 @@ Pool pool() {
           }};
 }
 #else
+// When a process forks, its threads do not come along, but OpenMP waits for them in the child, for ever: torch's own operators
+// do. A child of a process whose threads were woken here goes through the tasks alone.
+bool is_alone() {
+  static std::atomic<pid_t> awake{0};
+  pid_t process = 0;
+  return !awake.compare_exchange_strong(process, getpid()) && process != getpid();
+}
+
 Pool pool() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), [](int64_t count, Task task, void* context) {
             if (count == 1) return task(context, 0);
+            if (is_alone()) {
+              for (int64_t i = 0; i < count; i++) task(context, i);
+              return;
+            }
             torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; i++) task(context, i);
             });

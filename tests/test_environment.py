@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from problems import decided, make
 from torch import Tensor
 
 import regard
-from regard import Summary, mask, normalizer, score
+from regard import Summary, mask, normalizer, position, score
 
 _PLAIN: dict[str, Any] = {
     "dtype": torch.bfloat16, "L": 67, "S": 79, "B": 2, "heads": (2, 2), "D": 8, "E": 8, "normalizer": "softmax", "mask": None,
@@ -90,26 +93,44 @@ def _calls() -> list[Callable[[], list[Tensor]]]:
         {"normalizer": normalizer.Sigmoid(-1.0), "bias": torch.randn(100, generator=generator)},
     ]
 
-    def call(word: dict[str, Any], kernel: str, seed: int) -> Callable[[], list[Tensor]]:
-        own = torch.Generator().manual_seed(seed)
-        inputs = [torch.randn(2, 3, 100, 6, generator=own) for _ in range(3)]
+    return [_call(word, "reference" if i == 2 else "tiled", i) for i, word in enumerate(words)]
 
-        def run() -> list[Tensor]:
-            x = [y.clone().requires_grad_() for y in inputs]
-            with regard.chosen() as ran:
-                answer = regard.attention(*x, kernel=kernel, **word)
-            assert ran == [kernel]
-            out = answer if isinstance(answer, Tensor) else answer[0]
-            return [out.detach(), *torch.autograd.grad(out.square().sum(), x)]
 
-        return run
+def _native_calls() -> list[Callable[[], list[Tensor]]]:
+    """The same by the native kernels, long enough for every thread."""
+    generator = torch.Generator().manual_seed(1)
+    words: list[dict[str, Any]] = [
+        {},
+        {"mask": mask.causal(), "summary": Summary(lse=True, entropy=True, top=3, received=True)},
+        {"score": score.Gaussian(1.5)},
+        {"score": score.Distance(), "mask": mask.window(90, 9)},
+        {"softcap": 2.0, "bias": position.ALiBi()},
+        {"normalizer": normalizer.Softmax(sink=0.5), "mask": mask.lengths(torch.tensor([300, 77]))},
+        {"dropout": 0.5, "seed": 3},
+        {"normalizer": normalizer.Sigmoid(-1.0), "bias": torch.randn(300, generator=generator)},
+    ]
+    return [_call(word, "cpu", i, 300) for i, word in enumerate(words)]
 
-    return [call(word, "reference" if i == 2 else "tiled", i) for i, word in enumerate(words)]
+
+def _call(word: dict[str, Any], kernel: str, seed: int, length: int = 100) -> Callable[[], list[Tensor]]:
+    own = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(2, 3, length, 6, generator=own) for _ in range(3)]
+
+    def run() -> list[Tensor]:
+        x = [y.clone().requires_grad_() for y in inputs]
+        with regard.chosen() as ran:
+            answer = regard.attention(*x, kernel=kernel, **word)
+        assert ran == [kernel]
+        out = answer if isinstance(answer, Tensor) else answer[0]
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), x)]
+
+    return run
 
 
 @pytest.mark.usefixtures("several_threads")
-def test_eight_threads_at_once() -> None:
-    calls = _calls()
+@pytest.mark.parametrize("native", [False, True])
+def test_eight_threads_at_once(native: bool) -> None:
+    calls = _native_calls() if native else _calls()
     expected = [call() for call in calls]
     start, wrong = threading.Barrier(len(calls)), []
 
@@ -119,6 +140,7 @@ def test_eight_threads_at_once() -> None:
             for _ in range(5):
                 found = calls[i]()
                 for x, y in zip(found, expected[i], strict=True):
+                    assert torch.equal(x, y) or not native
                     torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
         except BaseException as error:
             wrong.append((i, error))
@@ -132,6 +154,19 @@ def test_eight_threads_at_once() -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
+def _by_a_child(target: Callable[[Any], None]) -> Any:
+    """What a forked process puts into its queue."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=target, args=(queue,))
+    child.start()
+    try:
+        return queue.get(timeout=60)
+    finally:
+        child.join(timeout=10)
+        child.kill()
+
+
 def _in_child(queue: Any) -> None:
     # As torch's own workers do: the threads of OpenMP did not come along, and any operator of torch would wait for them.
     torch.set_num_threads(1)
@@ -142,15 +177,50 @@ def _in_child(queue: Any) -> None:
 def test_a_process_that_was_forked_after_use() -> None:
     """Calls come back, and with the same numbers, in a child of a process that has used every thread already."""
     expected = [call() for call in _calls()]
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_in_child, args=(queue,))
-    child.start()
-    try:
-        found = queue.get(timeout=60)
-    finally:
-        child.join(timeout=10)
-        child.kill()
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(_by_a_child(_in_child), expected, strict=True):
         for got, told in zip(x, y, strict=True):
             torch.testing.assert_close(torch.from_numpy(got), told, rtol=1e-5, atol=1e-5)
+
+
+def _alone() -> list[Callable[[], list[Tensor]]]:
+    """Calls that the native kernels make without steps of torch on many numbers."""
+    calls = _native_calls()
+    return [calls[i] for i in (0, 1, 4, 5, 6, 7)]  # keys whose distance counts are first moved to their mean, by torch
+
+
+def _in_child_alone(queue: Any) -> None:
+    queue.put([[x.numpy() for x in call()] for call in _alone()])
+
+
+@pytest.mark.usefixtures("several_threads")
+def test_native_kernels_do_not_wait_for_threads_that_did_not_come_along() -> None:
+    """Whatever their number, which torch's own operators wait for until they are told that it is 1. The bits are the same."""
+    expected = [call() for call in _alone()]
+    for x, y in zip(_by_a_child(_in_child_alone), expected, strict=True):
+        assert all(torch.equal(torch.from_numpy(got), told) for got, told in zip(x, y, strict=True))
+
+
+_DIGEST = """
+import hashlib, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_environment import _native_calls
+
+torch.set_num_threads(3)
+digest = hashlib.sha256()
+for call in _native_calls():
+    for x in call():
+        digest.update(x.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_the_same_bits_in_every_process() -> None:
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", _DIGEST, str(Path(__file__).parent)],
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+        ).stdout
+        for _ in range(3)
+    }  # fmt: skip
+    assert len(digests) == 1
