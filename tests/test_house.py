@@ -135,7 +135,6 @@ TESTED_BY = {
     "rotary": "position",
     "version": "house",
     "kernels.choose": "kernels",
-    "kernels.native": "cpu",
     "kernels.equation": "kernels",
     "kernels.reference": "kernels",
     "kernels.strip": "kernels",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FOLDER = Path(__file__).parent.parent
 
@@ -32,3 +34,65 @@ ops: Any = torch.ops.regard_native
 def instructions() -> list[str]:
     """The instruction sets that this machine runs, the one in use first; REGARD_INSTRUCTIONS names another."""
     return [] if missing else str(ops.instructions()).split()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the operators give, told without computing it: for graphs that hold them, and what else runs on tensors without
+# numbers. The words in the middle make no difference.
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *words: Any) -> list[Tensor]:
+    top, wanted = words[-2:]
+    rows, E = q.shape[:3], v.shape[-1]
+    results = [q.new_empty((*rows, E), dtype=v.dtype), q.new_empty((2, *rows), dtype=torch.float32)]
+    if v.dtype != torch.float32:
+        results.append(q.new_empty((*rows, E), dtype=torch.float32))
+    results += [q.new_empty(rows, dtype=torch.float32) for bit in (1, 2, 4) if wanted & bit]
+    if top:
+        results += [q.new_empty((*rows, top), dtype=dtype) for dtype in (torch.float32, torch.int64)]
+    return results
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    if not q.dim() == k.dim() == v.dim() == 4 or not q.dtype == k.dtype == v.dtype or q.dtype == torch.float64:
+        return None
+    (B, H, L, D), (G, S), E = q.shape, k.shape[1:3], v.shape[-1]
+    fit = k.shape == (B, G, S, D) and v.shape == (B, G, S, E) and all((B, G, L, S, D, E)) and not H % G
+    return q.new_empty(B, H, L, E) if fit and all(x.stride(3) == 1 for x in (q, k, v)) else None
+
+
+def _survey(stats: Tensor, q: Tensor, k: Tensor, v: Tensor, *words: Any) -> list[Tensor]:
+    member, numbers, wanted = words[-3:]
+    (B, H, L), S = q.shape[:3], k.shape[2]
+    shapes = [shape for bit, shape in ((1, (B, H, S)), (2, (B, H, L, S))) if wanted & bit]
+    if numbers:
+        shapes.append((B, H, len(numbers), S))
+    if member is not None:
+        shapes.append((B, H, L, member.shape[1]))
+    return [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+def _backward(
+    out: Tensor, dout: Tensor, stats: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    key_bias: Tensor | None, query_bias: Tensor | None, bias: Tensor | None, *words: Any,
+) -> list[Tensor]:  # fmt: skip
+    wanted = words[-1]
+    (B, H, L), (G, S) = q.shape[:3], k.shape[1:3]
+    results = [x.new_empty(x.shape if wanted & bit else (0,)) for bit, x in ((1, q), (2, k), (4, v))]
+    shapes = [(8, (B, G, S)), (16, (B, H, L)), (32, () if bias is None else bias.shape)]
+    results += [q.new_empty(shape, dtype=torch.float32) for bit, shape in shapes if wanted & bit]
+    if wanted & 64:
+        results.append(q.new_empty((H, L + S - 1 + 64), dtype=torch.float64))
+    if wanted & 128:
+        results.append(q.new_empty((B, H, L), dtype=torch.float32))
+    return results
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "forward": _forward,
+    "plain": _plain,
+    "survey": _survey,
+    "backward": _backward,
+}
+for _name in () if missing else _FAKES:
+    torch.library.register_fake(f"regard_native::{_name}", _FAKES[_name])

@@ -1,0 +1,132 @@
+"""The operators of the native library, as torch knows them: schemas, graphs, and what they tell without computing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import regard
+from regard import Summary, mask, normalizer, position, score, summary
+from regard.kernels import native
+from regard.word import Numbers, describe
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _call(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
+    """Arguments that forward, survey and backward take alike; L = 5, S = 7, two query heads for each of two others."""
+    call = {
+        "q": _random(2, 4, 5, 3, dtype=dtype),
+        "k": _random(2, 2, 7, 3, dtype=dtype),
+        "v": _random(2, 2, 7, 6, dtype=dtype),
+    }
+    call |= dict.fromkeys(("key_bias", "query_bias", "bias", "relative", "sink"))
+    call |= {"mask_tensors": [], "mask": [], "scale": 0.5, "softcap": 0.0, "normalizer": 0, "dropout": 0.0, "seed": 0}
+    return {**call, **changes}
+
+
+# Every word that adds a tensor; a mask of arithmetic, and one that is read.
+_CALLS = {
+    **{str(dtype): _call(dtype) for dtype in _FLOATS},
+    "words": _call(
+        key_bias=_random(2, 2, 7), query_bias=_random(2, 4, 5), bias=_random(1, 4, 1, 7), relative=_random(4, 5 + 7 - 1 + 64),
+        sink=_random(4), softcap=2.0, dropout=0.3, seed=7, mask=[0, 2, 3, 1, 0, 0, -1, -1],
+    ),
+    "sigmoid": _call(normalizer=1, sink=_random(4)),
+    "dense": _call(mask_tensors=[_random(2, 1, 5, 7) > 0], mask=[4, 0, 0, 0, 0, 0, 0, -1]),
+    "gaps": _call(q=_random(2, 5, 4, 3).transpose(1, 2), v=_random(2, 2, 7, 8)[..., 1:7]),
+}  # fmt: skip
+
+
+def _check(name: str, *arguments: Any) -> None:
+    torch.library.opcheck(getattr(native.ops, name).default, arguments)
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_forward(name: str) -> None:
+    call = _CALLS[name]
+    for top, wanted in ((0, 0), (3, 7 if not call["normalizer"] else 2), (0, 2)):
+        _check("forward", *call.values(), top, wanted)
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_survey(name: str) -> None:
+    call = _CALLS[name]
+    stats = native.ops.forward(*call.values(), 0, 0)[1]
+    for member, numbers, wanted in ((None, [], 1), (_random(1, 3, 7) > 0, [4, 0], 3), (None, [2], 0)):
+        _check("survey", stats, *call.values(), member, numbers, wanted)
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_backward(name: str) -> None:
+    call = _CALLS[name]
+    out, stats, *exact = native.ops.forward(*call.values(), 0, 0)
+    there = sum(
+        bit
+        for bit, word in ((8, "key_bias"), (16, "q"), (32, "bias"), (64, "relative"), (128, "sink"))
+        if call[word] is not None
+    )
+    dlse = None if call["normalizer"] else _random(2, 4, 5)
+    for wanted in (7, 2, 7 | there):
+        _check("backward", (exact or [out])[0], torch.ones_like(out), stats, dlse, *call.values(), wanted)
+
+
+@pytest.mark.parametrize("dtype", _FLOATS)
+def test_plain(dtype: torch.dtype) -> None:
+    q, k, v = list(_call(dtype).values())[:3]
+    assert native.ops.plain(q, k, v) is not None
+    _check("plain", q, k, v)
+    # What is out of the ordinary is left to others, and the fake knows it.
+    for others in ((q[0], k, v), (q, k[:1], v), (q.mT.contiguous().mT, k, v), (q, k.double(), v), (q[:, :3], k, v)):
+        assert native.ops.plain(*others) is None
+        _check("plain", *others)
+
+
+def test_none_is_left_out() -> None:
+    """Whatever takes tensors can be part of a graph."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("regard_native::")}
+    taking = {name for name in names if "Tensor" in str(getattr(native.ops, name.split("::")[1]).default._schema)}
+    assert {f"regard_native::{name}" for name in ("forward", "plain", "survey", "backward")} <= taking
+    assert [name for name in taking if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operator that has gradients, and that compiled graphs hold.
+
+_WORDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal, log-sum-exp": {"mask": mask.causal(align="end"), "summary": Summary(lse=True)},
+    "gaussian": {"score": score.Gaussian(1.5), "normalizer": normalizer.Softmax(sink=0.5)},
+    "learned": {"bias": position.ALiBi(torch.tensor([0.5, 0.2, 0.1, 0.3], requires_grad=True), align="end")},
+    "sigmoid, dropout": {"normalizer": normalizer.Sigmoid(-1.0), "dropout": 0.3, "seed": 3},
+    "views": {"summary": Summary(max=True, top=2, received=True, mass=summary.groups(torch.arange(7) % 2), rows=(0,))},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", _WORDS)
+def test_the_differentiable_operator(name: str, dtype: torch.dtype) -> None:
+    q, k, v = (x.requires_grad_() for x in list(_call(dtype).values())[:3])
+    words = _WORDS[name]
+    order = ("score", "normalizer", "mask", "bias", "softcap")
+    posed = regard.problem.pose(
+        q,
+        k,
+        v,
+        *[words.get(word) for word in order],
+        words.get("dropout", 0.0),
+        words.get("seed"),
+        words.get("summary"),
+    )
+    numbers = Numbers()
+    text = describe(posed.plan, numbers)
+    tensors = [x.detach().requires_grad_(x.requires_grad) for x in posed.tensors]
+    arguments = (tensors, "cpu", text, numbers.whole, numbers.real)
+    torch.library.opcheck(torch.ops.regard.forward.default, arguments)
