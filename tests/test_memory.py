@@ -1,4 +1,4 @@
-"""The memory of `tiled` grows as the length does, forward and backward."""
+"""The memory of `tiled` grows as the length does, forward and backward; that of the native kernels does not grow by use."""
 
 from __future__ import annotations
 
@@ -57,3 +57,56 @@ def test_peak_grows_with_the_length(what: str) -> None:
     assert peaks[-1] < matrix / 3, peaks
     # Twice the length is at most twice the memory, and a little for the allocator; a matrix would take four times.
     assert peaks[2] - peaks[1] < 2.6 * max(peaks[1] - peaks[0], 8 << 20), peaks
+
+
+_MANY = """
+import os, sys
+import torch, regard
+from regard import Summary, mask, normalizer, position, score
+
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, 2, n, 8) for n in (9, 17, 17))
+slopes = torch.tensor([0.5, 0.25], requires_grad=True)
+words = [
+    {},
+    {"mask": mask.causal("end") & ~mask.dense(torch.rand(9, 17) < 0.2), "summary": Summary(lse=True, entropy=True, top=3)},
+    {"score": score.Cosine(0.1), "bias": position.ALiBi(slopes, "end"), "dropout": 0.1, "seed": 1},
+    {"normalizer": normalizer.Sigmoid(-1.0), "bias": torch.randn(9, 17), "summary": Summary(received=True)},
+]
+
+def forward(word):
+    with torch.no_grad():
+        regard.attention(q, k, v, kernel="cpu", **word)
+
+def both(word):
+    x = [y.detach().requires_grad_() for y in (q, k, v)]
+    answer = regard.attention(*x, kernel="cpu", **word)
+    out = answer[0] if isinstance(answer, tuple) else answer
+    torch.autograd.grad(out.sum(), [*x, slopes], allow_unused=True)
+
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+call = {"forward": forward, "both": both}[sys.argv[1]]
+for n in range(5000):  # until the allocator has laid its heap out
+    call(words[n % len(words)])
+before = held()
+for n in range(10_000):
+    call(words[n % len(words)])
+print(held() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["forward", "both"])
+def test_many_calls_hold_no_more_than_some(what: str) -> None:
+    """After ten thousand calls, a process is as large as before them: what leaks is less than 50 bytes a call."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MANY, what],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert int(done.stdout) < 512 << 10
