@@ -377,6 +377,12 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor 
   return results;
 }
 
+// -> how many operations, or bytes read of the buffer, so many rounds of a loop of nothing else were: for the benchmark.
+double peak(Tensor buffer, int64_t limit, int64_t rounds) {
+  STD_TORCH_CHECK(limit >= 0 && limit <= 2 && rounds >= 0, "limit must be 0 (multiply-adds of floats), 1 (of pairs of bfloat16) or 2 (reads)");
+  return kernels().peak(static_cast<Limit>(limit), rounds, floats(buffer, "buffer", buffer.numel()), buffer.numel(), pool());
+}
+
 // From now on, another set (the fastest, for an empty name): for tests.
 void use(std::string name) { in_use.store(named(name), std::memory_order_release); }
 
@@ -397,6 +403,7 @@ STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("plain(Tensor q, Tensor k, Tensor v) -> Tensor?");
   m.def("survey(Tensor stats, " REGARD_WORDS "Tensor? member, int[] numbers, int wanted) -> Tensor[]");
   m.def("backward(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_WORDS "int wanted) -> Tensor[]");
+  m.def("peak(Tensor buffer, int limit, int rounds) -> float");
   m.def("instructions() -> str");
   m.def("use(str name) -> ()");
 }
@@ -406,6 +413,7 @@ STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
   m.impl("plain", TORCH_BOX(&plain));
   m.impl("survey", TORCH_BOX(&survey));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("peak", TORCH_BOX(&peak));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(regard_native, CompositeExplicitAutograd, m) {

@@ -1,6 +1,7 @@
 // The kernels of one instruction set: this file is compiled once per set, with REGARD_SET its name.
 #include "backward.h"
 #include "forward.h"
+#include "peak.h"
 #include "survey.h"
 
 #define REGARD_TEXT(x) #x
@@ -132,7 +133,7 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
 }  // namespace REGARD_SET
 
 const Kernels* REGARD_GETTER(REGARD_SET)() {
-  static const Kernels kernels{REGARD_NAME(REGARD_SET), REGARD_SET::forward, REGARD_SET::survey, REGARD_SET::backward};
+  static const Kernels kernels{REGARD_NAME(REGARD_SET), REGARD_SET::forward, REGARD_SET::survey, REGARD_SET::backward, REGARD_SET::peak};
   return &kernels;
 }
 

@@ -122,12 +122,16 @@ struct Pool {
   void (*run)(int64_t count, Task task, void* context);
 };
 
+// What the machine can do at most: multiply-adds of floats, of pairs of bfloat16, and reads of a buffer; see peak.h.
+enum class Limit : int64_t { Multiply, MultiplyPairs, Read };
+
 // The kernels of one instruction set; false where memory ran out.
 struct Kernels {
   const char* name;
   bool (*forward)(const Problem&, const Outputs&, const Pool&);
   bool (*survey)(const Problem&, const Views&, const Pool&);
   bool (*backward)(const Problem&, const Gradients&, const Pool&);
+  double (*peak)(Limit, int64_t rounds, const float* buffer, int64_t numbers, const Pool&);
 };
 
 }  // namespace regard
