@@ -65,15 +65,64 @@ def _look(text: str, model: str | None, out: Path, top: int | None = None) -> No
     console.print(Text.assemble("\nThe page: ", (str(out), "bold"), f" ({size:.1f} MB, works offline)"))
 
 
-@app.command()
+measured = typer.Typer(invoke_without_command=True)
+app.add_typer(measured, name="bench")
+
+
+@measured.callback()
 def bench(
+    context: typer.Context,
     only: Annotated[str | None, typer.Option(help="Only the cases whose name holds this word.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer and shorter rounds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the ratios here, as PNG or SVG.")] = None,
 ) -> None:
     """Measure regard and its peers side by side, in one process. A wrong result gets no ratio."""
-    _bench(only, quick, as_json, plot)
+    if context.invoked_subcommand is None:
+        _bench(only, quick, as_json, plot)
+
+
+@measured.command()
+def cpu(
+    rows: Annotated[
+        str | None,
+        typer.Option(help="Only the rows whose names hold one of these words, by commas. `length` runs by name alone."),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for both sides.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long each problem is timed, about.")] = 1.5,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write all that was measured here, for machines.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the table as the README has it.")] = False,
+) -> None:
+    """The native CPU kernels against what they are to reach, and the peaks of this machine. A wrong result gets no ratio."""
+    import torch
+
+    from regard.bench.cpu import chosen, measure
+    from regard.bench.table import LEGEND, as_dict, as_markdown, as_table, headline
+
+    picked = chosen(rows)
+    torch.set_num_threads(threads)
+    results = []
+    with _progress(not console.is_terminal) as progress:
+        task = progress.add_task("the peaks of this machine", total=sum(len(row.shapes) for row in picked))
+        peaks, found = measure(picked, seconds, threads)
+        for row in picked:
+            for shape in row.shapes:
+                progress.update(task, description=f"{row.name} ({shape})")
+                results.append(next(found))
+                progress.advance(task)
+            if not markdown:
+                console.print(as_table(results[-len(row.shapes) :]))
+    if markdown:
+        print(as_markdown(results, peaks))
+    else:
+        console.print(headline(peaks))
+        console.print(LEGEND, style="dim")
+    if as_json is not None:
+        as_json.write_text(json.dumps(as_dict(results, peaks), indent=1) + "\n", encoding="utf-8")
+    if not all(result.error.within for result in results):
+        raise typer.Exit(1)
 
 
 def _bench(only: str | None, quick: bool, as_json: bool, plot: Path | None) -> None:

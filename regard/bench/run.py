@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regard.bench.cases import Case, Inputs
+from regard.bench.measure import race
 from regard.kernels.choose import chosen
 
 
@@ -52,9 +52,9 @@ def run(cases: Sequence[Case], *, rounds: int = 7, seconds: float = 0.1) -> Iter
         for backward in (False, True) if case.backward else (False,):
             ours_error, peer_error, kernel = _errors(case, backward)
             inputs = case.inputs()
-            ours_ms, peer_ms = _race(
-                [partial(_outcome, f, inputs, backward) for f in (case.ours, case.peer)], rounds, seconds
-            )
+            calls = [partial(_outcome, f, inputs, backward) for f in (case.ours, case.peer)]
+            times = race(calls, rounds=(rounds, rounds), burst=seconds)
+            ours_ms, peer_ms = (statistics.median(taken) * 1e3 for taken in times)
             direction = "forward + backward" if backward else "forward"
             yield Result(
                 case.name, case.shape, case.peer_name, kernel, direction, ours_ms, peer_ms, ours_error, peer_error
@@ -90,24 +90,6 @@ def _error(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     """The largest error relative to the largest number, over all results."""
     errors = [float((x - y).abs().max() / y.abs().max().clamp(min=1e-30)) for x, y in zip(found, truth, strict=True)]
     return max(errors)
-
-
-def _race(functions: Sequence[Callable[[], object]], rounds: int, seconds: float) -> list[float]:
-    """The median milliseconds of each function, timed in turns so that what disturbs one disturbs all."""
-    repeats = []
-    for function in functions:
-        function()
-        start = time.perf_counter()
-        function()
-        repeats.append(max(1, round(seconds / (time.perf_counter() - start))))
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, repeat, taken in zip(functions, repeats, times, strict=True):
-            start = time.perf_counter()
-            for _ in range(repeat):
-                function()
-            taken.append((time.perf_counter() - start) / repeat * 1e3)
-    return [statistics.median(taken) for taken in times]
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
