@@ -31,7 +31,7 @@ class Peak:
         self.best = 0.0
         self.burst()
         # The least of several: where others use the machine, a short burst may take long.
-        while self.exists and (taken := min(self.burst()[1] for _ in range(5))) < seconds:
+        while self.exists and (taken := min(self.burst() for _ in range(5))) < seconds:
             self._rounds = max(self._rounds + 1, int(self._rounds * min(1.2 * seconds / taken, 100.0)))
 
     @property
@@ -39,10 +39,10 @@ class Peak:
         """Whether the machine has the instruction, or memory to read."""
         return self.best > 0
 
-    def burst(self) -> tuple[float, float]:
-        """Run the loop; how much it did a second, in thousand millions, and how many seconds it took."""
+    def burst(self) -> float:
+        """Run the loop; how many seconds it took. `best` is the most that it did a second so far, in thousand millions."""
         start = time.perf_counter()
         work = float(native.ops.peak(self._buffer, self._limit, self._rounds))
         taken = time.perf_counter() - start
         self.best = max(self.best, work / taken / 1e9)
-        return work / taken / 1e9, taken
+        return taken

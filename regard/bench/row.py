@@ -95,10 +95,7 @@ class Row:
             with forced(self.instructions):
                 return ours()
 
-        rates: list[float] = []
-        functions = [ours_forced if self.instructions else ours, other]
-        if peak.exists:
-            functions.append(lambda: rates.append(peak.burst()[0]))
+        functions = [ours_forced if self.instructions else ours, other, *([peak.burst] if peak.exists else [])]
         times = race(functions, rounds=(3, 25), burst=0.01, seconds=seconds)
         ours_s, other_s = (statistics.median(x) for x in times[:2])
         figures = {
@@ -109,10 +106,11 @@ class Row:
         }
         rate = _WORK[self.counts](shape, contest, self.backward, inputs[0]) / ours_s / 1e9
         figures[self.counts] = rate
-        if rates and self.counts == "elements":
-            figures["scaled"] = rate / statistics.median(rates) * _ELEMENTS_PEAK
-        elif rates:
-            figures["share"] = rate / statistics.median(rates)
+        # Of the best burst so far: the peak is what the machine can do, and a slow burst only tells that others used it.
+        if peak.exists and self.counts == "elements":
+            figures["scaled"] = rate / peak.best * _ELEMENTS_PEAK
+        elif peak.exists:
+            figures["share"] = rate / peak.best
         return dataclasses.replace(result, kernel=ran[0], ours_ms=ours_s * 1e3, other_ms=other_s * 1e3, figures=figures)
 
 

@@ -56,8 +56,8 @@ def headline(peaks: Mapping[str, Peak]) -> Text:
 
 
 LEGEND = (
-    "* elements (i, j, d), were the peak 466 GFLOP/s. Times are medians, in turns, the peaks among them. Errors are against "
-    "float64, with their share of the budget: twice the error of the equation done straight."
+    "* elements (i, j, d), were the peak 466 GFLOP/s. Times are medians, in turns; peaks, the best of bursts "
+    "among them. Errors are against float64, with their share of the budget: twice the error of the equation done straight."
 )
 
 # Shape, kernel, milliseconds, what was measured, error: 80 columns, so that rows stand under one another.
