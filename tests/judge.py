@@ -93,18 +93,12 @@ def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, flo
 
 def _cancelled(outputs: Tensors, weights: Tensors, leaves: Tensors, rate: float) -> dict[str, float]:
     """How large the gradients are before the mean over the row is subtracted: dS = P dP - P (sum of P dP). Where a row has
-    one key these are equal, and what is left of them is what the two were rounded by; that has a sign of its own for each
-    pair, and does not cancel where the gradients of several rows do.
+    one key these are equal, and what is left of them is what the two were rounded by.
     """
     values = leaves["v"].detach().repeat_interleave(outputs["full"].shape[1] // max(leaves["v"].shape[1], 1), 1)
     pairs = weights["out"] @ values.mT / (1 - rate if rate < 1 else 1.0)
-    terms = outputs["full"].detach() * pairs
-    generator = torch.Generator().manual_seed(0)
-    cancelled = dict.fromkeys(leaves, 0.0)
-    for signs in (1.0, *(torch.randint(2, terms.shape, generator=generator) * 2.0 - 1 for _ in range(_SIGNS))):
-        for name, x in _gradients({"": outputs["scores"]}, {"": terms * signs}, leaves).items():
-            cancelled[name] = max(cancelled[name], x.abs().max().item() if x.numel() else 0.0)
-    return cancelled
+    terms = _gradients({"": outputs["scores"]}, {"": outputs["full"].detach() * pairs}, leaves)
+    return {name: x.abs().max().item() if x.numel() else 0.0 for name, x in terms.items()}
 
 
 def solved(problem: Problem, dtype: torch.dtype, blur: torch.Generator | None = None) -> tuple[Tensors, Tensors]:
