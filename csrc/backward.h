@@ -34,6 +34,7 @@ class Backward {
         weights_(scratch.take(kKeys * kTile)),
         slopes_(scratch.take(kKeys * kTile)),
         caps_(p.softcap > 0.0f ? scratch.take(kKeys * kTile) : nullptr),
+        rows_(scratch.take(2 * kTile * p.E)),
         keys_(scratch.take(kKeys * D_)),
         values_(scratch.take(kKeys * E_)) {
     float* memory = scratch.take(count_ * tile_numbers(p));
@@ -41,7 +42,7 @@ class Backward {
   }
 
   static int64_t scratch(const Problem& p) {
-    return Scores::scratch(p, kKeys, true) + (p.softcap > 0.0f ? 3 : 2) * kKeys * kTile + kKeys * (padded(p.D) + padded(p.E)) + tiles(p) * tile_numbers(p);
+    return Scores::scratch(p, kKeys, true) + (p.softcap > 0.0f ? 3 : 2) * kKeys * kTile + 2 * kTile * p.E + kKeys * (padded(p.D) + padded(p.E)) + tiles(p) * tile_numbers(p);
   }
 
   // The sums of dK and dV of a task, S rows of whole vectors each, and those of the bias of the keys.
@@ -129,15 +130,9 @@ class Backward {
       share[i] = total * p_.kept;
       t.peak[i] = g_.peak ? g_.peak[row + i] : 0.0f;
       t.total[i] = total;
-      t.delta[i] = 0.0f;
-      if (p_.normalizer == Normalizer::Softmax) t.delta[i] = (pairs_ ? 1.0f : total) * (inner(q, i) - (g_.dlse ? g_.dlse[row + i] : 0.0f));
     }
-    if (g_.head_sums && p_.normalizer == Normalizer::Softmax)
-      // The gradient of a sink: it is a key whose value is 0.
-      for (int i = 0; i < q.count; i++)
-        g_.head_sums[row + i] = -t.delta[i] * (pairs_ ? t.total[i] : 1.0f) * exp2(fill(scores_.sink(h) - t.peak[i]), fill(scores_.unit()))[0];
     // Lanes without a query have no weights.
-    for (int64_t i = q.count; i < lanes; i++) t.peak[i] = kInfinity, t.total[i] = t.delta[i] = 0.0f;
+    for (int64_t i = q.count; i < lanes; i++) t.peak[i] = kInfinity, t.total[i] = 0.0f;
     if (pairs_) {
       pair_rows(p_.q, b, h, first, q.count, p_.D, t.rows, lanes, D_);
       pair_rows(g_.dout, b, h, first, q.count, p_.E, t.dout, lanes, E_);
@@ -147,6 +142,7 @@ class Backward {
       copy_rows(g_.dout, b, h, first, q.count, p_.E, share, t.dout, E_);
       turn({reinterpret_cast<char*>(t.dout), 0, 0, E_, Type::Float}, 0, 0, 0, q.count, p_.E, t.dout_turned, lanes);
     }
+    if (p_.normalizer == Normalizer::Softmax) take_delta(t);
     zero(t.dq_turned, p_.D * lanes);
     zero(t.row_sum, lanes), zero(t.bias_sum, lanes);
     if (p_.drops) t.dropout.set(p_, b, h, first, q.count);
@@ -162,15 +158,26 @@ class Backward {
     product<false>(keys.count, t.q.vectors, p_.E, Strided<float>{v.data, v.row, 1}, t.dout_turned, t.q.lanes(), slopes_, t.q.lanes());
   }
 
-  // The inner product of the output and its gradient.
-  float inner(const Queries& q, int i) const {
-    Vec total{};
-    const char *out = g_.out.at(q.b, q.h, q.first + i), *dout = g_.dout.at(q.b, q.h, q.first + i);
-    for (int64_t e = 0; e < p_.E; e += kWidth) {
-      const int columns = static_cast<int>(least(kWidth, p_.E - e));
-      total = fma(read(out + e * size_of(g_.out.type), g_.out.type, columns), read(dout + e * size_of(g_.dout.type), g_.dout.type, columns), total);
+  // delta = rowsum(dO O), as dP is summed up: where a row has one key the two are equal to the last bit, and nothing is left.
+  void take_delta(Tile& t) {
+    const Queries& q = t.q;
+    const int64_t row = (q.b * p_.H + q.h) * p_.L + q.first, lanes = q.lanes();
+    float *out = rows_, *dout = pairs_ ? rows_ + kTile * p_.E : t.dout_turned;
+    turn(g_.out, q.b, q.h, q.first, q.count, p_.E, out, lanes);
+    if (pairs_) turn(g_.dout, q.b, q.h, q.first, q.count, p_.E, dout, lanes);
+    for (int i = 0; i < q.vectors; i++) {
+      Vec delta{};
+      for (int64_t at = i * kWidth; at < p_.E * lanes; at += lanes) delta = fma(load(out + at), load(dout + at), delta);
+      // The output holds what dropout multiplies by, and dO, where it holds the sum of the row, once more.
+      if (p_.drops && !pairs_) delta = p_.kept > 0.0f ? delta / fill(p_.kept) : Vec{};
+      store(t.delta + i * kWidth, delta);
     }
-    return sum(total);
+    for (int i = 0; i < q.count; i++) {
+      const float share = pairs_ ? 1.0f : t.total[i];
+      if (g_.dlse) t.delta[i] -= share * g_.dlse[row + i];
+      // The gradient of a sink: it is a key whose value is 0.
+      if (g_.head_sums) g_.head_sums[row + i] = -t.delta[i] * (pairs_ ? t.total[i] : 1.0f) * exp2(fill(scores_.sink(q.h) - t.peak[i]), fill(scores_.unit()))[0];
+    }
   }
 
   void add(Tile& t, const Keys& keys) {
@@ -251,8 +258,11 @@ class Backward {
   }
 
   void add_up(float* to, const Queries& q, int64_t count) const {
-    for (int64_t n = 0; n < count; n++)
-      for (int i = 0; i < q.vectors; i++) store(to + i * kWidth, load(to + i * kWidth) + load(slopes_ + n * q.lanes() + i * kWidth));
+    for (int i = 0; i < q.vectors; i++) {
+      Vec total{};
+      for (int64_t n = 0; n < count; n++) total += load(slopes_ + n * q.lanes() + i * kWidth);
+      store(to + i * kWidth, load(to + i * kWidth) + total);
+    }
   }
 
   // In double: the slope of ALiBi sums these numbers up once more, each times its distance, and what is left is small.
@@ -318,6 +328,7 @@ class Backward {
   Scores scores_;
   const bool pairs_;
   float *weights_, *slopes_, *caps_;  // (keys, lanes)
+  float* rows_;                       // O and dO, turned
   float *keys_, *values_;             // as floats, where they are of another type
   float *dk_ = nullptr, *dv_ = nullptr, *dkey_bias_ = nullptr, *dbias_ = nullptr;
   double *drelative_ = nullptr, *dweight_ = nullptr;

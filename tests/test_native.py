@@ -27,8 +27,9 @@ def _call(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
         "k": _random(2, 2, 7, 3, dtype=dtype),
         "v": _random(2, 2, 7, 6, dtype=dtype),
     }
-    call |= dict.fromkeys(("key_bias", "query_bias", "bias", "relative", "sink"))
+    call |= dict.fromkeys(("weight", "key_bias", "query_bias", "bias", "relative", "sink"))
     call |= {"mask_tensors": [], "mask": [], "scale": 0.5, "softcap": 0.0, "normalizer": 0, "dropout": 0.0, "seed": 0}
+    call["pairs"] = True
     return {**call, **changes}
 
 
@@ -39,6 +40,7 @@ _CALLS = {
         key_bias=_random(2, 2, 7), query_bias=_random(2, 4, 5), bias=_random(1, 4, 1, 7), relative=_random(4, 5 + 7 - 1 + 64),
         sink=_random(4), softcap=2.0, dropout=0.3, seed=7, mask=[0, 2, 3, 1, 0, 0, -1, -1],
     ),
+    "additive": _call(weight=_random(4, 3), scale=1.0, bias=_random(7)[None, None, None]),
     "sigmoid": _call(normalizer=1, sink=_random(4)),
     "dense": _call(mask_tensors=[_random(2, 1, 5, 7) > 0], mask=[4, 0, 0, 0, 0, 0, 0, -1]),
     "gaps": _call(q=_random(2, 5, 4, 3).transpose(1, 2), v=_random(2, 2, 7, 8)[..., 1:7]),
@@ -70,7 +72,7 @@ def test_backward(name: str) -> None:
     out, stats, *exact = native.ops.forward(*call.values(), 0, 0)
     there = sum(
         bit
-        for bit, word in ((8, "key_bias"), (16, "q"), (32, "bias"), (64, "relative"), (128, "sink"))
+        for bit, word in ((8, "key_bias"), (16, "q"), (32, "bias"), (64, "relative"), (128, "sink"), (256, "weight"))
         if call[word] is not None
     )
     dlse = None if call["normalizer"] else _random(2, 4, 5)
@@ -90,11 +92,11 @@ def test_plain(dtype: torch.dtype) -> None:
 
 
 def test_none_is_left_out() -> None:
-    """Whatever takes tensors can be part of a graph."""
+    """Whatever gives tensors can be part of a graph."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("regard_native::")}
-    taking = {name for name in names if "Tensor" in str(getattr(native.ops, name.split("::")[1]).default._schema)}
-    assert {f"regard_native::{name}" for name in ("forward", "plain", "survey", "backward")} <= taking
-    assert [name for name in taking if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")] == []
+    giving = {name for name in names if "Tensor" in str(getattr(native.ops, name[15:]).default._schema).split("->")[1]}
+    assert {f"regard_native::{name}" for name in ("forward", "plain", "survey", "backward")} <= giving
+    assert [name for name in giving if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

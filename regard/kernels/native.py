@@ -74,7 +74,7 @@ def _survey(stats: Tensor, q: Tensor, k: Tensor, v: Tensor, *words: Any) -> list
 
 def _backward(
     out: Tensor, dout: Tensor, stats: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    key_bias: Tensor | None, query_bias: Tensor | None, bias: Tensor | None, *words: Any,
+    weight: Tensor | None, key_bias: Tensor | None, query_bias: Tensor | None, bias: Tensor | None, *words: Any,
 ) -> list[Tensor]:  # fmt: skip
     wanted = words[-1]
     (B, H, L), (G, S) = q.shape[:3], k.shape[1:3]
@@ -85,6 +85,8 @@ def _backward(
         results.append(q.new_empty((H, L + S - 1 + 64), dtype=torch.float64))
     if wanted & 128:
         results.append(q.new_empty((B, H, L), dtype=torch.float32))
+    if wanted & 256:
+        results.append(q.new_empty((H, q.shape[3]), dtype=torch.float64))
     return results
 
 
