@@ -241,8 +241,8 @@ Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) { 
 float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 // -> out (B, H, L, E); for the backward pass, the rows' numbers (2, B, H, L), peak and total, and, unless it is of floats,
-// out as floats; then what is wanted of lse, max, entropy (bits 1, 2, 4), and with top > 0 the largest weights and their
-// keys (B, H, L, top).
+// out as floats, both empty where nothing is to follow (bit 8); then what is wanted of lse, max, entropy (bits 1, 2, 4), and
+// with top > 0 the largest weights and their keys (B, H, L, top).
 std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
                             MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer,
                             double dropout, int64_t seed, bool pairs, int64_t top, int64_t wanted) {
@@ -257,9 +257,14 @@ std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor weight, Ma
   Outputs o;
   o.out = rows(next({p.B, p.H, p.L, p.E}, v.scalar_type()), "out", p.B, p.H, p.L, p.E);
   const bool rounded = v.scalar_type() != ScalarType::Float;
-  o.peak = data(next({2, p.B, p.H, p.L}));
-  o.total = o.peak + p.B * p.H * p.L;
-  if (rounded) o.exact = rows(next({p.B, p.H, p.L, p.E}), "out", p.B, p.H, p.L, p.E);
+  if (wanted & 8) {
+    next({0});
+    if (rounded) next({0});
+  } else {
+    o.peak = data(next({2, p.B, p.H, p.L}));
+    o.total = o.peak + p.B * p.H * p.L;
+    if (rounded) o.exact = rows(next({p.B, p.H, p.L, p.E}), "out", p.B, p.H, p.L, p.E);
+  }
   const std::vector<int64_t> per_query{p.B, p.H, p.L};
   if (wanted & 1) o.lse = data(next(per_query));
   if (wanted & 2) o.largest = data(next(per_query));
@@ -394,6 +399,9 @@ std::string instructions() {
   return names;
 }
 
+// How many forward passes of the set in use were those of decoding: for tests.
+int64_t decoded() { return __atomic_load_n(kernels().decoded, __ATOMIC_RELAXED); }
+
 #define REGARD_WORDS                                                                                                                     \
   "Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? key_bias, Tensor? query_bias, Tensor? bias, Tensor? relative, Tensor? sink, Tensor[] mask_tensors, " \
   "int[] mask, float scale, float softcap, int normalizer, float dropout, int seed, bool pairs, "
@@ -406,6 +414,7 @@ STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("peak(Tensor buffer, int limit, int rounds) -> float");
   m.def("instructions() -> str");
   m.def("use(str name) -> ()");
+  m.def("decoded() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
@@ -419,6 +428,7 @@ STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(regard_native, CompositeExplicitAutograd, m) {
   m.impl("instructions", TORCH_BOX(&instructions));
   m.impl("use", TORCH_BOX(&use));
+  m.impl("decoded", TORCH_BOX(&decoded));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The kernels of one instruction set: this file is compiled once per set, with REGARD_SET its name.
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 #include "peak.h"
 #include "survey.h"
@@ -29,12 +30,44 @@ constexpr double kWorthAThread = 1.0;  // small problems find faults, too
 constexpr double kWorthAThread = 5e5;
 #endif
 
-int64_t workers(const Problem& p, int64_t tasks, const Pool& pool) {
-  const double work = static_cast<double>(p.B) * p.H * p.L * p.S * (p.D + p.E);
+int64_t workers(const Problem& p, int64_t rows, int64_t tasks, const Pool& pool) {
+  const double work = static_cast<double>(rows) * p.S * (p.D + p.E);
   return most(1, least(least(tasks, pool.threads), static_cast<int64_t>(work / kWorthAThread)));
+}
+int64_t workers(const Problem& p, int64_t tasks, const Pool& pool) { return workers(p, p.B * p.H * p.L, tasks, pool); }
+
+int64_t decoded = 0;
+
+bool decode(const Problem& p, const Outputs& o, const Pool& pool) {
+  struct Work {
+    const Problem& p;
+    const Outputs& o;
+    Decode::Deal deal;
+    float* partials;
+    int32_t* done;
+    Queue queue;
+  } work{p, o, Decode::Deal(p, o.top), nullptr, nullptr, {}};
+  __atomic_fetch_add(&decoded, 1, __ATOMIC_RELAXED);
+  Scratch partials(work.deal.partials() + work.deal.groups);
+  if (!partials) return false;
+  work.partials = partials.take(work.deal.partials());
+  work.done = reinterpret_cast<int32_t*>(partials.take(work.deal.groups));
+  for (int64_t n = 0; n < work.deal.groups; n++) work.done[n] = 0;
+  const auto task = [](void* context, int64_t) {
+    Work& w = *static_cast<Work*>(context);
+    Scratch scratch(Decode::scratch(w.deal, w.o.top));
+    if (!scratch) return w.queue.fail();
+    Decode decode(w.p, w.o, w.deal, scratch, w.partials, w.done);
+    // The next task is taken before, so that its keys can be fetched while the last values are read.
+    for (int64_t n = w.queue.take(), next; n < w.deal.tasks; n = next) decode.run(n, next = w.queue.take());
+  };
+  // To read a key takes as long as to multiply it with some four queries.
+  pool.run(workers(p, p.B * p.G * most(work.deal.rows, 4), work.deal.tasks, pool), task, &work);
+  return !work.queue.failed;
 }
 
 bool forward(const Problem& p, const Outputs& o, const Pool& pool) {
+  if (Decode::serves(p, o)) return decode(p, o, pool);
   struct Work {
     const Problem& p;
     const Outputs& o;
@@ -133,7 +166,7 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
 }  // namespace REGARD_SET
 
 const Kernels* REGARD_GETTER(REGARD_SET)() {
-  static const Kernels kernels{REGARD_NAME(REGARD_SET), REGARD_SET::forward, REGARD_SET::survey, REGARD_SET::backward, REGARD_SET::peak};
+  static const Kernels kernels{REGARD_NAME(REGARD_SET), REGARD_SET::forward, REGARD_SET::survey, REGARD_SET::backward, REGARD_SET::peak, &REGARD_SET::decoded};
   return &kernels;
 }
 

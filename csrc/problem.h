@@ -132,6 +132,7 @@ struct Kernels {
   bool (*survey)(const Problem&, const Views&, const Pool&);
   bool (*backward)(const Problem&, const Gradients&, const Pool&);
   double (*peak)(Limit, int64_t rounds, const float* buffer, int64_t numbers, const Pool&);
+  const int64_t* decoded;  // how many forward passes went by decode.h
 };
 
 }  // namespace regard

@@ -34,6 +34,9 @@ class Scores {
   static bool takes_pairs(const Problem& p) { return kHasPairs && p.pairs && !p.weight && in_pairs(p.q, p.D) && in_pairs(p.k, p.D) && in_pairs(p.v, p.E); }
   Additive& additive() { return additive_; }
 
+  // A scale below 0 would turn the largest score into the smallest.
+  bool is_plain() const { return p_.scale > 0.0f && !p_.key_bias && !p_.query_bias && !p_.bias.data && !p_.relative && p_.softcap <= 0.0f; }
+
   // 2^(unit * score) is what softmax sums up. Where nothing is added to the products of q and k, these are the scores, and
   // their scale is a part of the unit: no number is rounded for it.
   float unit() const { return is_plain() ? p_.scale * kLog2e : kLog2e; }
@@ -71,9 +74,6 @@ class Scores {
     const FloatRows k = as_floats(p_.k, q.b, q.g, keys.first, keys.count, p_.D, rows_);
     product<false>(keys.count, q.vectors, p_.D, Strided<float>{k.data, k.row, 1}, turned, q.lanes(), s, q.lanes(), finish);
   }
-
-  // A scale below 0 would turn the largest score into the smallest.
-  bool is_plain() const { return p_.scale > 0.0f && !p_.key_bias && !p_.query_bias && !p_.bias.data && !p_.relative && p_.softcap <= 0.0f; }
 
   void adjust(const Queries& q, const Keys& keys, float* s, Vec* best, float* slopes) {
     const int64_t lanes = q.lanes();

@@ -66,4 +66,47 @@ class Top {
   int32_t* keys_;
 };
 
+// The same of one query, whose scores lie side by side.
+class RowTop {
+ public:
+  RowTop(int64_t count, float* scores, int32_t* keys) : count_(count), scores_(scores), keys_(keys) {}
+
+  void clear() {
+    for (int64_t t = 0; t < count_; t++) scores_[t] = -kInfinity, keys_[t] = -1;
+  }
+
+  // Whole vectors of scores, of the keys from `first` on.
+  void add(const float* s, int64_t first, int64_t keys) {
+    for (int64_t n = 0; n < keys; n += kWidth)
+      for (Bits left = greater(load(s + n), fill(scores_[count_ - 1])); left; left &= left - 1) {
+        const int lane = __builtin_ctz(left);
+        insert(s[n + lane], static_cast<int32_t>(first + n + lane));
+      }
+  }
+
+  // What another one has found, among later keys.
+  void add(const RowTop& other) {
+    for (int64_t t = 0; t < count_; t++) insert(other.scores_[t], other.keys_[t]);
+  }
+
+  // The scores by what they are worth.
+  template <class Worth>
+  void give(Worth worth, float* weights, int64_t* keys) const {
+    for (int64_t t = 0; t < count_; t++) weights[t] = scores_[t] > -kInfinity ? worth(scores_[t]) : 0.0f, keys[t] = keys_[t];
+  }
+
+ private:
+  // Scores that are equal stay in the order of their keys.
+  void insert(float score, int32_t key) {
+    if (!(score > scores_[count_ - 1])) return;
+    int64_t t = count_ - 1;
+    for (; t && score > scores_[t - 1]; t--) scores_[t] = scores_[t - 1], keys_[t] = keys_[t - 1];
+    scores_[t] = score, keys_[t] = key;
+  }
+
+  int64_t count_;
+  float* scores_;
+  int32_t* keys_;
+};
+
 }  // namespace regard::REGARD_SET

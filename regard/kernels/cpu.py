@@ -25,6 +25,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the first pass over the scores tells, and what takes a second, in their order; and the bits that ask for it.
 _ONCE = {"lse": 1, "max": 2, "entropy": 4}
 _TWICE = {"received": 1, "full": 2, "rows": 0, "mass": 0}
+# The bit that says that nothing follows the first pass.
+_LAST = 8
 # The largest weights are kept in order while the scores go by: too many, and keeping them costs more than sorting.
 _MOST = 64
 
@@ -64,19 +66,22 @@ def _has(mask: Any, kind: type[Mask]) -> bool:
     return _has(mask.inner, kind) if isinstance(mask, Not) else isinstance(mask, kind)
 
 
-def forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """All outputs of a problem, in the order of `Plan.outputs`, and the extras."""
+def forward(plan: Plan, tensors: Sequence[Tensor], last: bool = False) -> tuple[Tensor, ...]:
+    """All outputs of a problem, in the order of `Plan.outputs`, and the extras: empty where this is the `last` pass, with
+    no backward pass to follow.
+    """
     if _has_nonfinite(plan, tensors):
         outputs = tiled.forward(plan, tensors)
         return *outputs, *empty_extras(sizes(*tensors[:2]), tensors[0].new_empty(0, dtype=torch.float32), tensors[2])
     summary, names = plan.summary, plan.outputs[1:]
     once = [name for name in _ONCE if name in names]
+    twice = [name for name in _TWICE if name in names]
     words = _words(plan, tensors)
     with torch.no_grad():
-        out, stats, *rest = native.ops.forward(*words, summary.top, sum(_ONCE[name] for name in once))
+        wanted = sum(_ONCE[name] for name in once) + (_LAST if last and not twice else 0)
+        out, stats, *rest = native.ops.forward(*words, summary.top, wanted)
         exact = rest.pop(0) if out.dtype != torch.float32 else out.new_empty(0)
         found = dict(zip((*once, *(("top_weights", "top_keys") if summary.top else ())), rest, strict=True))
-        twice = [name for name in _TWICE if name in names]
         if twice:
             mass = fill(summary, tensors).mass
             member = None if mass is None else mass if mass.dim() == 3 else mass[None]

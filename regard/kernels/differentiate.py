@@ -42,6 +42,8 @@ def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
         outputs = tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
     elif is_differentiated(tensors):
         outputs = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
+    elif kernel == "cpu":
+        outputs = cpu.forward(plan, tensors, last=True)
     else:
         outputs = _KERNELS[kernel].forward(plan, tensors)
     return outputs[: len(outputs) - _KERNELS[kernel].EXTRAS]
