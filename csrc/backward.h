@@ -11,6 +11,7 @@
 // bfloat16, where dO would be rounded once more: there P is divided by it.
 #pragma once
 
+#include "added.h"
 #include "dropout.h"
 #include "score.h"
 #include "scratch.h"
@@ -30,6 +31,7 @@ class Backward {
         E_(padded(p.E)),
         count_(tiles(p)),
         scores_(p, scratch.take(Scores::scratch(p, kKeys, true)), kKeys, true),
+        added_(p, g),
         pairs_(takes_pairs(p, g)),
         weights_(scratch.take(kKeys * kTile)),
         slopes_(scratch.take(kKeys * kTile)),
@@ -56,8 +58,9 @@ class Backward {
   // The gradients of key/value head g that come from every `shares`-th tile of queries. `sums` and `doubles` belong to this
   // task alone; `dbias` does not, unless the caller sees to it.
   void run(int64_t b, int64_t g, int64_t share, int64_t shares, float* sums, double* doubles, float* dbias) {
-    dk_ = sums, dv_ = sums + p_.S * D_, dkey_bias_ = dv_ + p_.S * E_, dbias_ = dbias;
-    drelative_ = g_.drelative ? doubles : nullptr, dweight_ = doubles + (g_.drelative ? p_.repeats() * relative_numbers(p_) : 0);
+    dk_ = sums, dv_ = sums + p_.S * D_;
+    added_.set(dv_ + p_.S * E_, g_.drelative ? doubles : nullptr, dbias);
+    dweight_ = doubles + (g_.drelative ? p_.repeats() * relative_numbers(p_) : 0);
     zero(sums, Backward::sums(p_));
     const int64_t step = shares * kTile;
     for (int64_t h = g * p_.repeats(); h < (g + 1) * p_.repeats(); h++) {
@@ -241,62 +244,8 @@ class Backward {
         store(at, softmax ? p * (dp - delta) : p * (fill(1.0f) - p) * dp);
       }
     }
-    if (g_.head_sums && p_.normalizer == Normalizer::Sigmoid) add_up(t.bias_sum, q, keys.count);
-    if (drelative_) add_relative(q, keys);
-    if (dbias_) add_table(q, keys);
-    if (caps_)
-      for (int64_t at = 0; at < keys.count * lanes; at += kWidth) store(slopes_ + at, load(slopes_ + at) * load(caps_ + at));
-    if (g_.dquery_bias) add_up(t.row_sum, q, keys.count);
-    if (g_.dkey_bias) {
-      float* to = dkey_bias_ + keys.first;
-      for (int64_t n = 0; n < keys.count; n++) {
-        Vec total{};
-        for (int i = 0; i < q.vectors; i++) total += load(slopes_ + n * lanes + i * kWidth);
-        to[n] += sum(total);
-      }
-    }
-  }
-
-  void add_up(float* to, const Queries& q, int64_t count) const {
-    for (int i = 0; i < q.vectors; i++) {
-      Vec total{};
-      for (int64_t n = 0; n < count; n++) total += load(slopes_ + n * q.lanes() + i * kWidth);
-      store(to + i * kWidth, load(to + i * kWidth) + total);
-    }
-  }
-
-  // In double: the slope of ALiBi sums these numbers up once more, each times its distance, and what is left is small.
-  void add_relative(const Queries& q, const Keys& keys) const {
-    using Double = double __attribute__((vector_size(8 * kWidth)));
-    using AnyDouble = double __attribute__((vector_size(8 * kWidth), aligned(8), may_alias));
-    double* table = drelative_ + (q.h % p_.repeats()) * relative_numbers(p_) + q.first + p_.S - 1;
-    for (int64_t n = 0; n < keys.count; n++)
-      for (int i = 0; i < q.vectors; i++) {
-        auto* at = reinterpret_cast<AnyDouble*>(table - (keys.first + n) + i * kWidth);
-        *at += __builtin_convertvector(load(slopes_ + n * q.lanes() + i * kWidth), Double);
-      }
-  }
-
-  void add_table(const Queries& q, const Keys& keys) const {
-    float* at = dbias_ + q.b * g_.dbias_batch + q.h * g_.dbias_head + q.first * g_.dbias_query + keys.first * g_.dbias_key;
-    if (g_.dbias_query && g_.dbias_key) {
-      for (int64_t n = 0; n < keys.count; n++)
-        for (int i = 0; i < q.count; i++) at[i * g_.dbias_query + n * g_.dbias_key] += slopes_[n * q.lanes() + i];
-      return;
-    }
-    // What goes to one number is summed up here first: one long sum would round more.
-    Vec sums[kMostVectors] = {};
-    for (int64_t n = 0; n < keys.count; n++) {
-      for (int i = 0; i < q.vectors; i++) sums[i] += load(slopes_ + n * q.lanes() + i * kWidth);
-      if (!g_.dbias_key && n + 1 < keys.count) continue;
-      if (g_.dbias_query) {
-        for (int i = 0; i < q.count; i++) at[i * g_.dbias_query] += sums[i / kWidth][i % kWidth];
-      } else {
-        for (int i = 1; i < q.vectors; i++) sums[0] += sums[i];
-        at[n * g_.dbias_key] += sum(sums[0]);
-      }
-      for (int i = 0; i < q.vectors; i++) sums[i] = Vec{};
-    }
+    if (g_.head_sums && p_.normalizer == Normalizer::Sigmoid) Added::add_up(t.bias_sum, q, keys.count, slopes_);
+    added_.add(q, keys, slopes_, caps_, t.row_sum);
   }
 
   void finish(Tile& t) {
@@ -326,12 +275,13 @@ class Backward {
   const int64_t D_, E_;  // widths in whole vectors
   const int count_;
   Scores scores_;
+  Added added_;
   const bool pairs_;
   float *weights_, *slopes_, *caps_;  // (keys, lanes)
   float* rows_;                       // O and dO, turned
   float *keys_, *values_;             // as floats, where they are of another type
-  float *dk_ = nullptr, *dv_ = nullptr, *dkey_bias_ = nullptr, *dbias_ = nullptr;
-  double *drelative_ = nullptr, *dweight_ = nullptr;
+  float *dk_ = nullptr, *dv_ = nullptr;
+  double* dweight_ = nullptr;
   Tile tiles_[kMostTiles];
 };
 
