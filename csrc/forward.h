@@ -60,7 +60,10 @@ class Forward {
       rise(q, before);
       for (int i = 0; i < q.vectors; i++) weigh(q, keys.count, i);
     } else {
-      for (int i = 0; i < q.vectors; i++) weigh_each(q, keys.count, i);
+      for (int i = 0; i < q.vectors; i++) {
+        if (o_.lse) follow(q, keys.count, before[i], i);
+        weigh_each(q, keys.count, i);
+      }
     }
     if (p_.drops) drop(q, keys);
     add_values(q, keys);
@@ -116,10 +119,24 @@ class Forward {
     total_[i] += total, moment_[i] += moment;
   }
 
+  // What a sigmoid makes of the scores does not tell their log-sum-exp.
+  void follow(const Queries& q, int64_t count, Vec before, int i) {
+    base_[i] = where(greater(best_[i], fill(-kInfinity)), best_[i], Vec{});
+    Vec total{};
+    for (int64_t n = 0; n < count; n++) total += exp2(load(weights_ + n * q.lanes() + i * kWidth) - base_[i], unit_);
+    total_[i] = fma(total_[i], exp2(before - base_[i], unit_), total);
+  }
+
   void weigh_each(const Queries& q, int64_t count, int i) {
+    Vec moment{};
     const Vec bias = fill(p_.sink ? p_.sink[q.h] * kLog2e : 0.0f);
     float* at = weights_ + i * kWidth;
-    for (int64_t n = 0; n < count; n++, at += q.lanes()) store(at, sigmoid(fma(load(at), unit_, bias)));
+    for (int64_t n = 0; n < count; n++, at += q.lanes()) {
+      const Vec weight = sigmoid(fma(load(at), unit_, bias));
+      if (o_.entropy) moment = fma(weight, log2(where(greater(weight, Vec{}), weight, fill(1.0f))), moment);
+      store(at, weight);
+    }
+    moment_[i] += moment;
   }
 
   void drop(const Queries& q, const Keys& keys) {
@@ -154,7 +171,7 @@ class Forward {
     const int64_t row = (q.b * p_.H + q.h) * p_.L + q.first;
     for (int i = 0; i < q.count; i++) {
       if (o_.peak) o_.peak[row + i] = peak[i], o_.total[row + i] = inverse[i];
-      if (o_.lse) o_.lse[row + i] = inverse[i] == 0.0f ? -kInfinity : static_cast<float>((static_cast<double>(peak[i]) * unit_[0] - __builtin_log2(inverse[i])) * kLn2);
+      if (o_.lse) o_.lse[row + i] = softmax ? log_sum(peak[i], inverse[i] == 0.0f ? 0.0 : 1.0 / inverse[i]) : log_sum(lane(base_, i), lane(total_, i));
       if (o_.largest) o_.largest[row + i] = softmax ? share[i] : largest_sigmoid(q, i);
       if (o_.entropy) {
         // -sum p log p, with p = share * 2^x and the sums of 2^x and of x 2^x.
@@ -168,6 +185,11 @@ class Forward {
       top_.each(i, [&](Vec score) { return softmax ? exp2(score - high, unit_) * rest : sigmoid(fma(score, unit_, bias)); });
     }
     top_.give(q.count, o_.top_weights + row * o_.top, o_.top_keys + row * o_.top);
+  }
+
+  // Of `total` times 2^(unit * base).
+  float log_sum(double base, double total) const {
+    return total == 0.0 ? -kInfinity : static_cast<float>((base * unit_[0] + __builtin_log2(total)) * kLn2);
   }
 
   float largest_sigmoid(const Queries& q, int i) const { return sigmoid(fill(lane(best_, i) * scores_.unit() + (p_.sink ? p_.sink[q.h] * kLog2e : 0.0f)))[0]; }
