@@ -97,7 +97,7 @@ class Backward {
   }
 
  private:
-  static bool takes_pairs(const Problem& p, const Gradients& g) { return Scores::takes_pairs(p) && in_pairs(g.dout, p.E); }
+  static bool takes_pairs(const Problem& p, const Gradients& g) { return Scores::takes_pairs(p) && in_pairs(g.dout, p.E) && p.normalizer != Normalizer::Entmax; }
   static int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
   static int64_t tile_numbers(const Problem& p) { return kTile * (2 * Scores::turned(p) + p.E + padded(p.D) + padded(p.E) + 5); }
   static int tiles(const Problem& p) { return static_cast<int>(most(1, least(kMostTiles, kSuperBytes / (tile_numbers(p) * 4)))); }

@@ -201,7 +201,7 @@ struct Call {
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& weight, const MaybeTensor& key_bias, const MaybeTensor& query_bias, const MaybeTensor& bias,
        const MaybeTensor& relative, const MaybeTensor& sink, const std::vector<Tensor>& mask_tensors, const std::vector<int64_t>& mask, double scale,
-       double softcap, int64_t normalizer, double dropout, int64_t seed, bool pairs) {
+       double softcap, int64_t normalizer, double alpha, double dropout, int64_t seed, bool pairs) {
     STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have four axes");
     Problem& p = problem;
     p.B = q.size(0), p.H = q.size(1), p.L = q.size(2), p.D = q.size(3), p.G = k.size(1), p.S = k.size(2), p.E = v.size(3);
@@ -224,8 +224,10 @@ struct Call {
       p.relative_head = relative->size(0) == 1 ? 0 : relative_numbers(p);
     }
     p.sink = floats(sink, "sink", p.H);
-    STD_TORCH_CHECK(normalizer == 0 || normalizer == 1, "normalizer must be 0 (softmax) or 1 (sigmoid)");
+    STD_TORCH_CHECK(normalizer >= 0 && normalizer <= 2, "normalizer must be 0 (softmax), 1 (sigmoid) or 2 (entmax)");
     p.normalizer = static_cast<Normalizer>(normalizer);
+    STD_TORCH_CHECK(alpha > 1.0 && alpha <= 2.0, "alpha must be above 1, and at most 2");
+    p.alpha = alpha;
     STD_TORCH_CHECK(dropout >= 0.0 && dropout <= 1.0, "dropout must be from 0 to 1");
     p.drops = dropout > 0.0;
     p.kept = dropout < 1.0 ? static_cast<float>(1.0 / (1.0 - dropout)) : 0.0f;
@@ -245,8 +247,8 @@ float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 // with top > 0 the largest weights and their keys (B, H, L, top).
 std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
                             MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer,
-                            double dropout, int64_t seed, bool pairs, int64_t top, int64_t wanted) {
-  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed, pairs);
+                            double alpha, double dropout, int64_t seed, bool pairs, int64_t top, int64_t wanted) {
+  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, alpha, dropout, seed, pairs);
   const Problem& p = call.problem;
   STD_TORCH_CHECK(top >= 0, "top must not be negative");
   std::vector<Tensor> results;
@@ -301,8 +303,8 @@ MaybeTensor plain(Tensor q, Tensor k, Tensor v) {
 // the groups that `member` (B|1, N, S) tells (B, H, L, N).
 std::vector<Tensor> survey(Tensor stats, Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias,
                            MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap,
-                           int64_t normalizer, double dropout, int64_t seed, bool pairs, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
-  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed, pairs);
+                           int64_t normalizer, double alpha, double dropout, int64_t seed, bool pairs, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
+  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, alpha, dropout, seed, pairs);
   const Problem& p = call.problem;
   std::vector<Tensor> results;
   const auto zeros = [&](std::vector<int64_t> shape) {
@@ -336,14 +338,14 @@ std::vector<Tensor> survey(Tensor stats, Tensor q, Tensor k, Tensor v, MaybeTens
 // set, an empty tensor stands in its place; the others are left out.
 std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias,
                              MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors,
-                             std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer, double dropout, int64_t seed, bool pairs, int64_t wanted) {
-  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, dropout, seed, pairs);
+                             std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer, double alpha, double dropout, int64_t seed, bool pairs, int64_t wanted) {
+  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, alpha, dropout, seed, pairs);
   const Problem& p = call.problem;
   const int64_t per_query = p.B * p.H * p.L;
   Gradients g;
   g.out = rows(out, "out", p.B, p.H, p.L, p.E);
   g.dout = rows(dout, "dout", p.B, p.H, p.L, p.E);
-  if (p.normalizer == Normalizer::Softmax) g.peak = floats(stats, "stats", 2 * per_query), g.total = g.peak + per_query;
+  if (p.normalizer != Normalizer::Sigmoid) g.peak = floats(stats, "stats", 2 * per_query), g.total = g.peak + per_query;
   g.dlse = floats(dlse, "dlse", per_query);
   std::vector<Tensor> results;
   const auto zeros = [&](std::vector<int64_t> shape) {
@@ -404,7 +406,7 @@ int64_t decoded() { return __atomic_load_n(kernels().decoded, __ATOMIC_RELAXED);
 
 #define REGARD_WORDS                                                                                                                     \
   "Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? key_bias, Tensor? query_bias, Tensor? bias, Tensor? relative, Tensor? sink, Tensor[] mask_tensors, " \
-  "int[] mask, float scale, float softcap, int normalizer, float dropout, int seed, bool pairs, "
+  "int[] mask, float scale, float softcap, int normalizer, float alpha, float dropout, int seed, bool pairs, "
 
 STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("forward(" REGARD_WORDS "int top, int wanted) -> Tensor[]");

@@ -50,7 +50,7 @@ class Decode {
   // Not where the backward pass or the second look follow: they compute the scores anew, in tiles, and these are rounded in
   // another way. What is left between their weights and the sums of this pass made errors of gradients up to seven times as
   // large, where scores are in the hundreds.
-  static bool serves(const Problem& p, const Outputs& o) { return !o.peak && !p.weight && !p.drops && (4 * p.L <= kWidth || (2 * p.L <= kWidth && p.S >= kTile)); }
+  static bool serves(const Problem& p, const Outputs& o) { return !o.peak && !p.weight && !p.drops && p.normalizer != Normalizer::Entmax && (4 * p.L <= kWidth || (2 * p.L <= kWidth && p.S >= kTile)); }
 
   static int64_t scratch(const Deal& deal, int64_t top) {
     return kMostRows * (deal.q_width + kSplit) + kRun * most(deal.q_width, deal.v_width) + deal.v_width + 2 * top;

@@ -3,6 +3,8 @@
 #include "decode.h"
 #include "forward.h"
 #include "peak.h"
+#include "sparse_backward.h"
+#include "sparse_forward.h"
 #include "survey.h"
 
 #define REGARD_TEXT(x) #x
@@ -66,8 +68,9 @@ bool decode(const Problem& p, const Outputs& o, const Pool& pool) {
   return !work.queue.failed;
 }
 
-bool forward(const Problem& p, const Outputs& o, const Pool& pool) {
-  if (Decode::serves(p, o)) return decode(p, o, pool);
+// `Way` is Forward or SparseForward.
+template <class Way>
+bool forward_by(const Problem& p, const Outputs& o, const Pool& pool) {
   struct Work {
     const Problem& p;
     const Outputs& o;
@@ -77,9 +80,9 @@ bool forward(const Problem& p, const Outputs& o, const Pool& pool) {
   work.tasks = p.B * p.H * work.tiles;
   const auto task = [](void* context, int64_t) {
     Work& w = *static_cast<Work*>(context);
-    Scratch scratch(Forward::scratch(w.p, w.o));
+    Scratch scratch(Way::scratch(w.p, w.o));
     if (!scratch) return w.queue.fail();
-    Forward forward(w.p, w.o, scratch);
+    Way forward(w.p, w.o, scratch);
     // Later tiles first: under a causal mask they have the most keys, and the last ones to be taken are the shortest.
     for (int64_t n; (n = w.queue.take()) < w.tasks;) {
       const int64_t head = n / w.tiles;
@@ -88,6 +91,11 @@ bool forward(const Problem& p, const Outputs& o, const Pool& pool) {
   };
   pool.run(workers(p, work.tasks, pool), task, &work);
   return !work.queue.failed;
+}
+
+bool forward(const Problem& p, const Outputs& o, const Pool& pool) {
+  if (Decode::serves(p, o)) return decode(p, o, pool);
+  return p.normalizer == Normalizer::Entmax ? forward_by<SparseForward>(p, o, pool) : forward_by<Forward>(p, o, pool);
 }
 
 bool survey(const Problem& p, const Views& views, const Pool& pool) {
@@ -107,7 +115,9 @@ bool survey(const Problem& p, const Views& views, const Pool& pool) {
   return !work.queue.failed;
 }
 
-bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
+// `Way` is Backward or SparseBackward.
+template <class Way>
+bool backward_by(const Problem& p, const Gradients& g, const Pool& pool) {
   struct Work {
     const Problem& p;
     const Gradients& g;
@@ -137,9 +147,9 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
 
   const auto task = [](void* context, int64_t worker) {
     Work& w = *static_cast<Work*>(context);
-    Scratch scratch(Backward::scratch(w.p));
+    Scratch scratch(Way::scratch(w.p));
     if (!scratch) return w.queue.fail();
-    Backward backward(w.p, w.g, scratch);
+    Way backward(w.p, w.g, scratch);
     float* dbias = w.in_order && worker ? w.dbias + (worker - 1) * w.g.dbias_numbers : w.g.dbias;
     int64_t n = w.in_order ? worker * w.tasks / w.workers : w.queue.take();
     const int64_t end = w.in_order ? (worker + 1) * w.tasks / w.workers : w.tasks;
@@ -160,6 +170,10 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
   for (int64_t n = 0; n < work.tasks; n++) Backward::add_doubles(p, g, n / work.shares % p.G, work.double_sums + n * work.doubles);
   for (int64_t n = 0; n < copies; n++) g.dbias[n % g.dbias_numbers] += work.dbias[n];
   return true;
+}
+
+bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
+  return p.normalizer == Normalizer::Entmax ? backward_by<SparseBackward>(p, g, pool) : backward_by<Backward>(p, g, pool);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ struct MaskNode {
   Table table;
 };
 
-enum class Normalizer : int64_t { Softmax, Sigmoid };
+enum class Normalizer : int64_t { Softmax, Sigmoid, Entmax };
 
 struct Problem {
   int64_t B, H, G, L, S, D, E;
@@ -59,6 +59,7 @@ struct Problem {
   int64_t mask_nodes = 0;
   Normalizer normalizer = Normalizer::Softmax;
   const float* sink = nullptr;  // (H); for a sigmoid, its bias
+  double alpha = 2.0;           // of an entmax: above 1, to 2, which is sparsemax
   bool drops = false;
   uint32_t threshold = 0;  // a weight is dropped where its hash is below
   float kept = 1.0f;       // what the others are multiplied by
@@ -75,8 +76,11 @@ inline int64_t relative_numbers(const Problem& p) { return p.L + p.S - 1 + 64; }
 struct Outputs {
   Rows out;                     // (B, H, L, E)
   Rows exact;                   // the same as floats, where out is of another type; for the backward pass
-  float* peak = nullptr;        // (B, H, L): the largest score, or the sink; 0 for an empty row
-  float* total = nullptr;       // (B, H, L): 1 / sum of e^(score - peak); 0 for an empty row
+  // What the weights are made of once more, from the scores: the largest score, or the sink; 0 for an empty row. Of an
+  // entmax: the score at the threshold; inf for an empty row.
+  float* peak = nullptr;        // (B, H, L)
+  // 1 / sum of e^(score - peak); 0 for an empty row. Of an entmax: what is missing from the threshold.
+  float* total = nullptr;       // (B, H, L)
   float* lse = nullptr;         // (B, H, L)
   float* largest = nullptr;     // (B, H, L): the largest weight
   float* entropy = nullptr;     // (B, H, L)

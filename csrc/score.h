@@ -39,7 +39,10 @@ class Scores {
 
   // 2^(unit * score) is what softmax sums up. Where nothing is added to the products of q and k, these are the scores, and
   // their scale is a part of the unit: no number is rounded for it.
-  float unit() const { return is_plain() ? p_.scale * kLog2e : kLog2e; }
+  float unit() const { return scale() * kLog2e; }
+
+  // What they are still to be multiplied by.
+  float scale() const { return is_plain() ? p_.scale : 1.0f; }
 
   // The sink of a head, as a score.
   float sink(int64_t h) const { return is_plain() ? p_.sink[h] / p_.scale : p_.sink[h]; }

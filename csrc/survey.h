@@ -3,8 +3,8 @@
 // Received attention, the mass of groups of keys, whole rows, and all weights; a task is a head.
 #pragma once
 
-#include "score.h"
 #include "scratch.h"
+#include "threshold.h"
 
 namespace regard::REGARD_SET {
 
@@ -14,6 +14,7 @@ class Survey {
       : p_(p),
         views_(views),
         scores_(p, scratch.take(Scores::scratch(p, kTile)), kTile),
+        threshold_(p, scores_.scale()),
         turned_(scratch.take(kTile * Scores::turned(p))),
         weights_(scratch.take(kTile * kTile)),
         received_(scratch.take(views.received ? p.S * kWidth : 0)),
@@ -78,16 +79,17 @@ class Survey {
     Vec unused[kMostVectors] = {};
     scores_.fill(q, turned_, keys, weights_, unused);
     const int64_t row = (q.b * p_.H + q.h) * p_.L + q.first;
-    const bool softmax = p_.normalizer == Normalizer::Softmax;
+    const bool softmax = p_.normalizer == Normalizer::Softmax, entmax = p_.normalizer == Normalizer::Entmax;
     const Vec bias = fill(!softmax && p_.sink ? p_.sink[q.h] * kLog2e : 0.0f), unit = fill(scores_.unit());
     for (int i = 0; i < q.vectors; i++) {
       const int lanes = q.count - i * kWidth;
       // Lanes without a query have no weights.
       const Vec peak = load_some(views_.peak + row + i * kWidth, lanes), inverse = load_some(views_.total + row + i * kWidth, lanes);
+      const Vec threshold = where(below(lanes), peak, fill(kInfinity));
       for (int64_t n = 0; n < keys.count; n++) {
         float* at = weights_ + n * q.lanes() + i * kWidth;
         const Vec x = load(at);
-        store(at, (softmax ? exp2(x - peak, unit) : sigmoid(fma(x, unit, bias))) * inverse);
+        store(at, entmax ? threshold_.weight(threshold_.gap(x, threshold, inverse)) : (softmax ? exp2(x - peak, unit) : sigmoid(fma(x, unit, bias))) * inverse);
       }
     }
   }
@@ -95,6 +97,7 @@ class Survey {
   const Problem& p_;
   const Views& views_;
   Scores scores_;
+  Threshold threshold_;
   float *turned_, *weights_;
   float* received_;  // (S, lanes of one vector)
   float* mass_;      // (groups, lanes)

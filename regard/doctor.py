@@ -81,5 +81,6 @@ def kernels() -> dict[str, Explanation]:
         "cosine": explain(q, k, v, score=score.Cosine(0.1)),
         "additive": explain(q, k, v, score=additive),
         "sparsemax": explain(q, k, v, normalizer=normalizer.Sparsemax()),
+        "your own": explain(q, k, v, score=lambda q, k: -torch.cdist(q, k, p=1)),
         "summaries": explain(q, k, v, summary=Summary(entropy=True, top=8)),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,22 +24,11 @@ def test_they_are_there() -> None:
     assert _SETS[-1] == "baseline" or _SETS[0] == "baseline"
 
 
-@pytest.fixture(params=_SETS)
-def instructions(request: Any) -> Iterator[str]:
-    native.ops.use(request.param)
-    assert native.instructions()[0] == request.param
-    yield request.param
-    native.ops.use("")
-
-
 # What the native kernels leave to others, by a part of the reason.
 _LEFT = {
     "float64": {"dtype": torch.float64},
     "Python": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
-    "Sparsemax": {"normalizer": "sparsemax"},
-    "Entmax": {"normalizer": "entmax"},
     "masks in Python": {"mask": "a", "mask a": "where"},
-    "no log-sum-exp and no entropy": {"normalizer": "sigmoid", "summary": "entropy"},
     "64 largest": {"summary": "top", "top": 90},
     "NaN or inf": {"mask": "a", "mask a": "causal", "wild": "masked", "align": -3},
 }
@@ -114,7 +102,7 @@ def test_pairs_are_what_runs(dropout: float) -> None:
 
 _NATIVE = {
     "score": ("scaled_dot", "dot", "cosine", "bilinear", "gaussian", "distance", "additive"),
-    "normalizer": ("softmax", "softmax", "sigmoid"),
+    "normalizer": ("softmax", "softmax", "sigmoid", "sparsemax", "entmax"),
     "dtype": (torch.float32, torch.float32, torch.bfloat16, torch.float16),
     "summary": (None, None, "lse", "all"),
 }
@@ -256,7 +244,10 @@ def test_additive_in_every_range(name: str, heads: int, instructions: str) -> No
     _check(*_additive(q, k, weight))
 
 
-@pytest.mark.parametrize("words", [{}, {"softcap": 2.0}, {"normalizer": normalizer.Sigmoid()}])
+_SPARSE = [{"normalizer": normalizer.Sparsemax()}, {"normalizer": normalizer.Entmax(1.2)}]
+
+
+@pytest.mark.parametrize("words", [{}, {"softcap": 2.0}, {"normalizer": normalizer.Sigmoid()}, *_SPARSE])
 @pytest.mark.parametrize("kind", ["scaled_dot", "additive"])
 def test_nan_is_not_lost(kind: str, words: dict[str, Any], instructions: str) -> None:
     """Where nothing is masked, what attends to NaN is NaN, whichever key it is; and the rest is as it would be."""
@@ -312,6 +303,8 @@ def test_it_is_what_runs() -> None:
         ({"dropout": 2.0}, "dropout must be from 0 to 1"),
         ({"weight": torch.zeros(3)}, "weight must be"),
         ({"weight": torch.zeros(4), "scale": 0.5}, "scale 1"),
+        ({"normalizer": 3}, "normalizer must be"),
+        ({"normalizer": 2, "alpha": 1.0}, "alpha must be"),
     ],
 )
 def test_an_operator_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
@@ -327,6 +320,7 @@ def test_an_operator_refuses_what_does_not_fit(change: dict[str, Any], message: 
         "scale": 1.0,
         "softcap": 0.0,
         "normalizer": 0,
+        "alpha": 2.0,
     }
     words |= {"dropout": 0.0, "seed": 0, "pairs": True, "top": 0, "wanted": 0}
     native.ops.forward(**words)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regard.kernels import native, tiled
 from regard.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or, Where
-from regard.normalizer import Sigmoid, Softmax
+from regard.normalizer import Entmax, Normalizer, Sigmoid, Softmax, Sparsemax
 from regard.position import T5, Added, ALiBi, Bias
 from regard.problem import Plan, sizes
 from regard.score import Additive, Product
@@ -40,8 +40,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return f"the tensors are on {q.device.type}"
     if not isinstance(plan.score, Product | Additive):
         return f"it has no score but the dot product and the additive one, and {type(plan.score).__name__} is neither"
-    if not isinstance(plan.normalizer, Softmax | Sigmoid):
-        return f"it has no normalizer but softmax and sigmoid, and {type(plan.normalizer).__name__} is neither"
+    if not isinstance(plan.normalizer, tuple(_NORMALIZERS)):
+        return f"it has none of the normalizers in Python, and {type(plan.normalizer).__name__} is one"
     if any(x.dtype not in _DTYPES for x in (q, k, v)):
         return "it computes in float32, and float64 was given"
     if not (q.numel() and k.numel() and v.numel()):
@@ -55,8 +55,6 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return "it has no masks in Python"
     if plan.summary.top > _MOST:
         return f"it gives no more than the {_MOST} largest weights"
-    if isinstance(plan.normalizer, Sigmoid) and (plan.summary.lse or plan.summary.entropy):
-        return "of a sigmoid, it gives no log-sum-exp and no entropy"
     return None
 
 
@@ -110,7 +108,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
     given = {name: g for name, g in zip(plan.outputs, gradients, strict=True) if g is not None and name != "top_keys"}
-    if not given.keys() <= {"out", "lse"} or "out" not in given or _has_nonfinite(plan, tensors):
+    # The log-sum-exp of the scores is no part of what else than a softmax tells of them.
+    simple = {"out", "lse"} if isinstance(plan.normalizer, Softmax) else {"out"}
+    if not given.keys() <= simple or "out" not in given or _has_nonfinite(plan, tensors):
         return tiled.backward(plan, tensors, (), gradients, wanted)
     out, stats, exact = kept
     out = exact if exact.numel() else out
@@ -158,7 +158,7 @@ class _Needed:
         self.added = index(bias.tensor) if isinstance(bias, Added) else None
         parts = [] if bias is None or isinstance(bias, Added) else [index(part) for part in vars(bias).values()]
         self.relative = [part for part in parts if part is not None]
-        self.normalizer = index(normalizer.sink if isinstance(normalizer, Softmax) else normalizer.bias)  # type: ignore[attr-defined]
+        self.normalizer = index(_number(normalizer))
 
 
 def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -181,7 +181,7 @@ def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     elif bias is not None:
         with torch.no_grad():
             relative = _relative(bias, size, torch.float32)
-    number = normalizer.sink if isinstance(normalizer, Softmax) else normalizer.bias  # type: ignore[attr-defined]
+    number = _number(normalizer)
     if number is not None and (isinstance(number, Tensor) or number or isinstance(normalizer, Softmax)):
         sink = _per_head(number, q)
     nodes: list[int] = []
@@ -191,10 +191,26 @@ def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return (
         q, k, v, weight, key_bias, query_bias, added, relative, sink, found, nodes, scale,
         0.0 if plan.softcap is None else plan.softcap,
-        int(isinstance(normalizer, Sigmoid)), plan.dropout, int(plan.seed) if plan.dropout else 0,
+        _kind(normalizer), normalizer.alpha if isinstance(normalizer, Entmax) else 2.0,
+        plan.dropout, int(plan.seed) if plan.dropout else 0,
         # Rounded to bfloat16, weights would do for the gradients of q, k and v, but not for those of parameters.
         not any(x.is_floating_point() for x in tensors[3:]),
     )  # fmt: skip
+
+
+# In the order of `Normalizer` in csrc/problem.h; sparsemax is the entmax of order 2.
+_NORMALIZERS: dict[type[Normalizer], int] = {Softmax: 0, Sigmoid: 1, Entmax: 2, Sparsemax: 2}
+
+
+def _kind(normalizer: Normalizer) -> int:
+    return next(kind for word, kind in _NORMALIZERS.items() if isinstance(normalizer, word))
+
+
+def _number(normalizer: Normalizer) -> Any:
+    """The sink of a softmax, the bias of a sigmoid."""
+    if isinstance(normalizer, Softmax):
+        return normalizer.sink
+    return normalizer.bias if isinstance(normalizer, Sigmoid) else None
 
 
 def _rows(x: Tensor) -> Tensor:
