@@ -214,7 +214,7 @@ class Additive {
       for (int c = 0; c < width; c++) {
         const int64_t d = from + c;
         const Vec sign = regard::REGARD_SET::fill(weight_[d] < 0.0f ? -0.5f : 0.5f);
-        Vec total = load(dweight_ + d * kWidth), column[kKeys] = {}, key[kKeys];
+        Vec total{}, column[kKeys] = {}, key[kKeys];
 #pragma GCC unroll 4
         for (int r = 0; r < kKeys; r++) key[r] = regard::REGARD_SET::fill(kFast ? powers_[(n + r) * D_ + d] : row(q, keys.first + n + r)[d]);
         for (int i = 0; i < q.vectors; i++) {
@@ -237,7 +237,7 @@ class Additive {
           }
           store(dq_ + at, dq);
         }
-        store(dweight_ + d * kWidth, total);
+        store(dweight_ + d * kWidth, load(dweight_ + d * kWidth) + total);
 #pragma GCC unroll 4
         for (int r = 0; r < kKeys; r++) store(columns_ + (r * kWidth + c) * kWidth, column[r]);
       }

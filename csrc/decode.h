@@ -50,7 +50,11 @@ class Decode {
   // Not where the backward pass or the second look follow: they compute the scores anew, in tiles, and these are rounded in
   // another way. What is left between their weights and the sums of this pass made errors of gradients up to seven times as
   // large, where scores are in the hundreds.
-  static bool serves(const Problem& p, const Outputs& o) { return !o.peak && !p.weight && !p.drops && p.normalizer != Normalizer::Entmax && (4 * p.L <= kWidth || (2 * p.L <= kWidth && p.S >= kTile)); }
+  static bool serves(const Problem& p, const Outputs& o) {
+    const bool few = 4 * p.L <= kWidth || (2 * p.L <= kWidth && p.S >= kTile);
+    const bool told = p.normalizer == Normalizer::Softmax || (p.normalizer == Normalizer::Sigmoid && !o.lse && !o.entropy);
+    return few && told && !o.peak && !p.weight && !p.drops;
+  }
 
   static int64_t scratch(const Deal& deal, int64_t top) {
     return kMostRows * (deal.q_width + kSplit) + kRun * most(deal.q_width, deal.v_width) + deal.v_width + 2 * top;
@@ -306,11 +310,11 @@ class Decode {
     if (o_.entropy) o_.entropy[at] = share > 0.0f ? static_cast<float>(-kLn2 * share * (moment + __builtin_log2(share) * total)) : 0.0f;
     const float bias = p_.sink && !softmax ? p_.sink[row.h] * kLog2e : 0.0f;
     if (o_.largest) o_.largest[at] = softmax ? share : sigmoid(fill(best * unit_[0] + bias))[0];
-    const auto worth = [&](float score) { return softmax ? exp2(fill(score - high), unit_)[0] * rest : sigmoid(fill(score * unit_[0] + bias))[0]; };
+    const auto worth = [&](float score) { return softmax ? exp2_far(fill(score - high), unit_)[0] * rest : sigmoid(fill(score * unit_[0] + bias))[0]; };
     if (o_.top) top_.give(worth, o_.top_weights + at * o_.top, o_.top_keys + at * o_.top);
   }
 
-  static float two_to(float x) { return exp2(fill(x))[0]; }
+  static float two_to(float x) { return exp2_far(fill(x), fill(1.0f))[0]; }
 
   static constexpr double kLn2 = 0.6931471805599453;
 

@@ -16,6 +16,8 @@ namespace regard::REGARD_SET {
 
 // Keys a block: scores of 48 KB, as much as the first cache holds.
 constexpr int64_t kBlock = 192;
+// Weights that are summed up before their sum is added to others.
+constexpr int64_t kPart = 32;
 
 class Forward {
  public:
@@ -108,7 +110,7 @@ class Forward {
     float* at = weights_ + i * kWidth;
     for (int64_t n = 0; n < count;) {
       Vec part{};
-      for (const int64_t end = least(n + 32, count); n < end; n++, at += q.lanes()) {
+      for (const int64_t end = least(n + kPart, count); n < end; n++, at += q.lanes()) {
         const Vec x = load(at) - base, weight = exp2(x, unit);
         part += weight;
         if (o_.entropy) moment = fma(weight, max(x * unit, fill(-200.0f)), moment);
@@ -123,7 +125,11 @@ class Forward {
   void follow(const Queries& q, int64_t count, Vec before, int i) {
     base_[i] = where(greater(best_[i], fill(-kInfinity)), best_[i], Vec{});
     Vec total{};
-    for (int64_t n = 0; n < count; n++) total += exp2(load(weights_ + n * q.lanes() + i * kWidth) - base_[i], unit_);
+    for (int64_t n = 0; n < count;) {
+      Vec part{};
+      for (const int64_t end = least(n + kPart, count); n < end; n++) part += exp2(load(weights_ + n * q.lanes() + i * kWidth) - base_[i], unit_);
+      total += part;
+    }
     total_[i] = fma(total_[i], exp2(before - base_[i], unit_), total);
   }
 
@@ -158,7 +164,7 @@ class Forward {
         high = max(best_[i], sink);
         const Bits none = bits_of(high == fill(-kInfinity));
         high = where(none, Vec{}, high);
-        factor = exp2(best_[i] - high, unit_);
+        factor = exp2_far(best_[i] - high, unit_);  // the sink may be so much larger than all keys
         rest = where(none, Vec{}, fill(1.0f) / fma(total_[i], factor, exp2(sink - high, unit_)));
       }
       store(peak + i * kWidth, high);
@@ -182,7 +188,7 @@ class Forward {
     if (!o_.top) return;
     for (int i = 0; i < q.vectors; i++) {
       const Vec high = load(peak + i * kWidth), rest = load(inverse + i * kWidth), bias = fill(p_.sink && !softmax ? p_.sink[q.h] * kLog2e : 0.0f);
-      top_.each(i, [&](Vec score) { return softmax ? exp2(score - high, unit_) * rest : sigmoid(fma(score, unit_, bias)); });
+      top_.each(i, [&](Vec score) { return softmax ? exp2_far(score - high, unit_) * rest : sigmoid(fma(score, unit_, bias)); });
     }
     top_.give(q.count, o_.top_weights + row * o_.top, o_.top_keys + row * o_.top);
   }

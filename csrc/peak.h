@@ -12,34 +12,21 @@ namespace regard::REGARD_SET {
 constexpr int kChains = 12;
 constexpr int kSums = 8;  // of a loop that waits for memory anyhow
 
-// Each gives the sum of all that it computed, so that the compiler must compute it.
-inline float multiply(int64_t rounds, float a, float b) {
+REGARD_INLINE Vec step(Vec total, Vec a, Vec b) { return fma(total, a, b); }
+REGARD_INLINE Vec step(Vec total, Word a, Word b) { return fma(a, b, total); }
+
+// Each gives the sum of all that it computed, so that the compiler must compute it. Numbers are floats, or pairs of bfloat16.
+template <class Numbers>
+inline float multiply(int64_t rounds, Numbers a, Numbers b) {
   Vec sums[kChains];
-  for (int i = 0; i < kChains; i++) sums[i] = fill(a * static_cast<float>(i));
-  const Vec factor = fill(a), term = fill(b);
+  for (int i = 0; i < kChains; i++) sums[i] = fill(static_cast<float>(i));
   for (int64_t n = 0; n < rounds; n++)
 #pragma GCC unroll 12
-    for (int i = 0; i < kChains; i++) sums[i] = fma(sums[i], factor, term);
+    for (int i = 0; i < kChains; i++) sums[i] = step(sums[i], a, b);
   Vec total{};
   for (int i = 0; i < kChains; i++) total += sums[i];
   return sum(total);
 }
-
-#if defined(__AVX512F__)
-#define REGARD_PAIRS 1
-// The set itself does without the instruction, which not all machines with AVX-512 have.
-__attribute__((target("avx512bf16"))) inline float multiply_pairs(int64_t rounds, uint32_t a, uint32_t b) {
-  __m512 sums[kChains];
-  for (int i = 0; i < kChains; i++) sums[i] = _mm512_set1_ps(static_cast<float>(i));
-  const __m512bh left = reinterpret_cast<__m512bh>(fill_word(a)), right = reinterpret_cast<__m512bh>(fill_word(b));
-  for (int64_t n = 0; n < rounds; n++)
-#pragma GCC unroll 12
-    for (int i = 0; i < kChains; i++) sums[i] = _mm512_dpbf16_ps(sums[i], left, right);
-  __m512 total = _mm512_setzero_ps();
-  for (int i = 0; i < kChains; i++) total += sums[i];
-  return sum(reinterpret_cast<Vec>(total));
-}
-#endif
 
 inline float read_all(const float* from, int64_t numbers) {
   Vec sums[kSums] = {};
@@ -61,23 +48,14 @@ inline double peak(Limit limit, int64_t rounds, const float* buffer, int64_t num
     int64_t numbers;
   } work{limit, rounds, buffer, numbers / pool.threads / (kSums * kWidth) * (kSums * kWidth)};
   double each = 2.0 * kChains * kWidth * static_cast<double>(rounds);
-  if (limit == Limit::MultiplyPairs) {
-#ifdef REGARD_PAIRS
-    if (!__builtin_cpu_supports("avx512bf16")) return 0.0;
-    each *= 2.0;
-#else
-    return 0.0;
-#endif
-  }
+  if (limit == Limit::MultiplyPairs) each *= kHasPairs ? 2.0 : 0.0;
   if (limit == Limit::Read) each = 4.0 * static_cast<double>(work.numbers) * static_cast<double>(rounds);
   const auto task = [](void* context, int64_t worker) {
     const Work& w = *static_cast<const Work*>(context);
     // What the compiler cannot know before, and must not leave out.
     volatile float seen = 0.5f;
-    if (w.limit == Limit::Multiply) seen = multiply(w.rounds, seen, 1.0f);
-#ifdef REGARD_PAIRS
-    if (w.limit == Limit::MultiplyPairs) seen = multiply_pairs(w.rounds, 0x3f803f80u, 0x3a803a80u);
-#endif
+    if (w.limit == Limit::Multiply) seen = multiply(w.rounds, fill(seen), fill(1.0f));
+    if (w.limit == Limit::MultiplyPairs && kHasPairs) seen = multiply(w.rounds, fill_word(0x3f803f80u), fill_word(0x3a803a80u));
     for (int64_t n = 0; n < w.rounds && w.limit == Limit::Read; n++) seen = read_all(w.buffer + worker * w.numbers, w.numbers);
   };
   pool.run(pool.threads, task, &work);

@@ -227,6 +227,12 @@ REGARD_INLINE Vec log2(Vec x) {
   return fma(p, s, __builtin_convertvector(bits >> 23, Vec));
 }
 
+// The same down to the smallest numbers there are: for what may have nothing larger beside it.
+REGARD_INLINE Vec exp2_far(Vec x, Vec unit) {
+  const Vec exponent = x * unit;
+  return where(greater(fill(-63.0f), exponent), exp2(fma(x, unit, fill(63.0f))) * fill(0x1p-63f), exp2(x, unit));
+}
+
 // tanh and its derivative 1 - tanh^2, of an angle given as x = 2 log2(e) times it, so that 2^x = e^(2 angle). By 2^x - 1,
 // which is exact near 0; the derivative not by a difference, which would cancel where tanh is near 1.
 struct Tanh {
@@ -234,13 +240,17 @@ struct Tanh {
 };
 
 REGARD_INLINE Tanh tanh(Vec x) {
+  const Word sign = reinterpret_cast<Word>(x) & 0x80000000u;
   // Beyond, the value is 1 to the last bit and the derivative nothing.
-  x = max(fill(-120.0f), min(fill(120.0f), x));
+  x = min(fill(120.0f), reinterpret_cast<Vec>(reinterpret_cast<Word>(x) ^ sign));
   const Vec n = round(x), fraction = exp2_fraction(x - n);
   const Vec power = scale_by_power(fill(1.0f), n);
   const Vec grown = fma(power, fraction, power - fill(1.0f));
   const Vec inverse = fill(1.0f) / (grown + fill(2.0f));
-  return {grown * inverse, fill(4.0f) * fma(power, fraction, power) * (inverse * inverse)};
+  // Near 1, what is missing from it is told better than the number itself: scores under a cap may all be of that size, and
+  // then err alike.
+  const Vec value = where(greater(grown, fill(1.0f)), fma(fill(-2.0f), inverse, fill(1.0f)), grown * inverse);
+  return {reinterpret_cast<Vec>(reinterpret_cast<Word>(value) | sign), fill(4.0f) * fma(power, fraction, power) * (inverse * inverse)};
 }
 
 // 1 / (1 + 2^-x), down to the smallest numbers there are: a row may have no larger weights, unlike that of a softmax. -inf

@@ -89,7 +89,7 @@ class Survey {
       for (int64_t n = 0; n < keys.count; n++) {
         float* at = weights_ + n * q.lanes() + i * kWidth;
         const Vec x = load(at);
-        store(at, entmax ? threshold_.weight(threshold_.gap(x, threshold, inverse)) : (softmax ? exp2(x - peak, unit) : sigmoid(fma(x, unit, bias))) * inverse);
+        store(at, entmax ? threshold_.weight(threshold_.gap(x, threshold, inverse)) : (softmax ? exp2_far(x - peak, unit) : sigmoid(fma(x, unit, bias))) * inverse);
       }
     }
   }

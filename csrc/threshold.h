@@ -44,7 +44,7 @@ class Threshold {
   // Runs what is compiled for this power: 1 and 2 need no powers at all.
   template <class Run>
   void by_power(Run run) const {
-    power_ == 1.0f ? run(Number<1>{}) : power_ == 2.0f ? run(Number<2>{}) : run(Number<0>{});
+    power_ == 1.0f ? run(Constant<1>{}) : power_ == 2.0f ? run(Constant<2>{}) : run(Constant<0>{});
   }
 
   // The threshold of each lane, from the scores s[n * row] of `count` keys and the largest of them. `few` has room for as

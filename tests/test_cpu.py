@@ -270,6 +270,24 @@ def test_the_same_bits_every_time() -> None:
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("L", [1, 70])
+@pytest.mark.parametrize("sink", [60.0, 80.0, 100.0])
+def test_a_sink_far_above_all_scores(sink: float, L: int, instructions: str) -> None:
+    """What is left of the weights is told down to the smallest numbers there are."""
+    q, k, v = (x.detach() for x in _qkv(L, 9))
+    words = {"normalizer": normalizer.Softmax(sink=sink), "kernel": "cpu"}
+    out, seen = regard.attention(q, k, v.abs(), **words, summary=Summary(top=2, received=True))
+    told, known = regard.attention(
+        q.double(),
+        k.double(),
+        v.abs().double(),
+        **{**words, "kernel": "reference"},
+        summary=Summary(top=2, received=True),
+    )
+    for got, expected in ((out, told), (seen.top.weights, known.top.weights), (seen.received, known.received)):
+        torch.testing.assert_close(got.double(), expected, rtol=4e-5, atol=1e-43)
+
+
 @pytest.mark.parametrize("bias", [-60.0, -75.0, -90.0, -110.0])
 def test_a_row_of_small_weights(bias: float, instructions: str) -> None:
     """The weights of a sigmoid are small beside nothing: they are told down to the smallest numbers there are."""

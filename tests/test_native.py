@@ -28,7 +28,16 @@ def _call(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
         "v": _random(2, 2, 7, 6, dtype=dtype),
     }
     call |= dict.fromkeys(("weight", "key_bias", "query_bias", "bias", "relative", "sink"))
-    call |= {"mask_tensors": [], "mask": [], "scale": 0.5, "softcap": 0.0, "normalizer": 0, "dropout": 0.0, "seed": 0}
+    call |= {
+        "mask_tensors": [],
+        "mask": [],
+        "scale": 0.5,
+        "softcap": 0.0,
+        "normalizer": 0,
+        "alpha": 2.0,
+        "dropout": 0.0,
+        "seed": 0,
+    }
     call["pairs"] = True
     return {**call, **changes}
 
@@ -41,6 +50,7 @@ _CALLS = {
         sink=_random(4), softcap=2.0, dropout=0.3, seed=7, mask=[0, 2, 3, 1, 0, 0, -1, -1],
     ),
     "additive": _call(weight=_random(4, 3), scale=1.0, bias=_random(7)[None, None, None]),
+    "entmax": _call(normalizer=2, alpha=1.5),
     "sigmoid": _call(normalizer=1, sink=_random(4)),
     "dense": _call(mask_tensors=[_random(2, 1, 5, 7) > 0], mask=[4, 0, 0, 0, 0, 0, 0, -1]),
     "gaps": _call(q=_random(2, 5, 4, 3).transpose(1, 2), v=_random(2, 2, 7, 8)[..., 1:7]),
@@ -54,7 +64,7 @@ def _check(name: str, *arguments: Any) -> None:
 @pytest.mark.parametrize("name", _CALLS)
 def test_forward(name: str) -> None:
     call = _CALLS[name]
-    for top, wanted in ((0, 0), (3, 7 if not call["normalizer"] else 2), (0, 2)):
+    for top, wanted in ((0, 0), (3, 7), (0, 2), (3, 15)):
         _check("forward", *call.values(), top, wanted)
 
 

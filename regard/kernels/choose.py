@@ -76,7 +76,7 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """
     if (
         native.missing or torch.compiler.is_compiling()
-        or not (type(q) is type(k) is type(v) is Tensor and q.is_cpu)
+        or not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu)
         or (q.dtype != torch.float32 and (_MATRIX_UNITS or not q.is_floating_point()))
         or differentiate.is_differentiated((q, k, v))
     ):  # fmt: skip

@@ -44,9 +44,10 @@ def instructions() -> list[str]:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *words: Any) -> list[Tensor]:
     top, wanted = words[-2:]
     rows, E = q.shape[:3], v.shape[-1]
-    results = [q.new_empty((*rows, E), dtype=v.dtype), q.new_empty((2, *rows), dtype=torch.float32)]
-    if v.dtype != torch.float32:
-        results.append(q.new_empty((*rows, E), dtype=torch.float32))
+    # With bit 8 nothing is kept for what may follow.
+    kept = ((0,), (0,)) if wanted & 8 else ((2, *rows), (*rows, E))
+    results = [q.new_empty((*rows, E), dtype=v.dtype)]
+    results += [q.new_empty(shape, dtype=torch.float32) for shape in kept[: 1 + (v.dtype != torch.float32)]]
     results += [q.new_empty(rows, dtype=torch.float32) for bit in (1, 2, 4) if wanted & bit]
     if top:
         results += [q.new_empty((*rows, top), dtype=dtype) for dtype in (torch.float32, torch.int64)]
