@@ -48,14 +48,14 @@ class Additive {
       }
   }
 
-  // The scores (keys, lanes), each vector given to `finish(key, i, x)` before it is stored.
+  // The scores (keys, lanes), which are given to `finish(key, i, x)`, as by a product, before they are stored.
   template <class Finish>
   void fill(const Queries& q, const float* turned, const Keys& keys, float* s, Finish finish) {
     weigh(q.h);
     if (!prepare(q, keys) || !in_range(q, turned)) return fill_by_tanh(q, keys, s, finish);
     int64_t n = 0;
-    for (; n + kTogether <= keys.count; n += kTogether) merge<kTogether>(q, turned, n, s, finish);
-    for (; n < keys.count; n++) merge<1>(q, turned, n, s, finish);
+    for (; n + kTogether <= keys.count; n += kTogether) merge<kTogether>(q, turned, keys, n, s, finish);
+    for (; n < keys.count; n++) merge<1>(q, turned, keys, n, s, finish);
   }
 
   // Adds what the slopes dS (keys, lanes) of the same queries and keys give to dq (D, lanes), to dk (keys, `dk_row` numbers
@@ -152,10 +152,10 @@ class Additive {
   const float* row(const Queries& q, int64_t j) const { return reinterpret_cast<const float*>(p_.k.at(q.b, q.g, j)); }
 
   template <int kKeys, class Finish>
-  REGARD_INLINE void merge(const Queries& q, const float* turned, int64_t n, float* s, Finish finish) {
+  REGARD_INLINE void merge(const Queries& q, const float* turned, const Keys& keys, int64_t n, float* s, Finish finish) {
     const int64_t lanes = q.lanes();
     const Vec most = regard::REGARD_SET::fill(kMost);
-    for (int i = 0; i < q.vectors; i++) {
+    for (int i = keys.from; i < keys.upto; i++) {
       Vec sums[kKeys] = {};
       const float *at = turned + i * kWidth, *key = merged_ + n * D_;
       for (int64_t d = 0; d < D_; d += kMerged, at += kMerged * lanes, key += kMerged) {
@@ -173,11 +173,10 @@ class Additive {
         }
       }
 #pragma GCC unroll 4
-      for (int r = 0; r < kKeys; r++) {
-        Vec x = sums[r] * regard::REGARD_SET::fill(factor_);
-        finish(n + r, i, x);
-        store(s + (n + r) * lanes + i * kWidth, x);
-      }
+      for (int r = 0; r < kKeys; r++) sums[r] *= regard::REGARD_SET::fill(factor_);
+      finish(n, i, sums);
+#pragma GCC unroll 4
+      for (int r = 0; r < kKeys; r++) store(s + (n + r) * lanes + i * kWidth, sums[r]);
     }
   }
 
@@ -188,15 +187,16 @@ class Additive {
     turn_angles(q);
     for (int64_t n = 0; n < keys.count; n++) {
       const float* k = row(q, keys.first + n);
-      for (int i = 0; i < q.vectors; i++) {
+      for (int i = keys.from; i < keys.upto; i++) {
         Vec total{};
         for (int64_t d = 0; d < p_.D; d += kWidth) {
           Vec part{};
           for (int64_t c = d; c < least(d + kWidth, p_.D); c++) part = fma(regard::REGARD_SET::fill(weight_[c]), tanh_of(load(angles_ + c * q.lanes() + i * kWidth), k[c]).value, part);
           total += part;
         }
-        finish(n, i, total);
-        store(s + n * q.lanes() + i * kWidth, total);
+        Vec x[1] = {total};
+        finish(n, i, x);
+        store(s + n * q.lanes() + i * kWidth, x[0]);
       }
     }
   }
@@ -217,7 +217,7 @@ class Additive {
         Vec total{}, column[kKeys] = {}, key[kKeys];
 #pragma GCC unroll 4
         for (int r = 0; r < kKeys; r++) key[r] = regard::REGARD_SET::fill(kFast ? powers_[(n + r) * D_ + d] : row(q, keys.first + n + r)[d]);
-        for (int i = 0; i < q.vectors; i++) {
+        for (int i = keys.from; i < keys.upto; i++) {
           const int64_t at = d * lanes + i * kWidth;
           Vec x = load((kFast ? turned : angles_) + at), dq = load(dq_ + at);
 #pragma GCC unroll 4
@@ -261,7 +261,7 @@ class Additive {
   float *merged_ = nullptr, *powers_ = nullptr;                   // c e^2k and e^2k (keys, D)
   float *angles_ = nullptr;                                       // q itself (D, lanes), for the long way
   float *dq_ = nullptr, *dweight_ = nullptr, *columns_ = nullptr;
-  Keys ready_{0, 0, false};  // the keys that merged_ and powers_ hold
+  Keys ready_{};  // the keys that merged_ and powers_ hold
   int64_t ready_b_ = 0, ready_g_ = 0;
   bool ready_in_range_ = false;
 };

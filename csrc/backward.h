@@ -33,8 +33,9 @@ class Backward {
         scores_(p, scratch.take(Scores::scratch(p, kKeys, true)), kKeys, true),
         added_(p, g),
         pairs_(takes_pairs(p, g)),
+        softmax_(p.normalizer == Normalizer::Softmax),
         weights_(scratch.take(kKeys * kTile)),
-        slopes_(scratch.take(kKeys * kTile)),
+        slopes_(scratch.take((kKeys + 1) * kTile)),
         caps_(p.softcap > 0.0f ? scratch.take(kKeys * kTile) : nullptr),
         rows_(scratch.take(2 * kTile * p.E)),
         keys_(scratch.take(kKeys * D_)),
@@ -44,7 +45,7 @@ class Backward {
   }
 
   static int64_t scratch(const Problem& p) {
-    return Scores::scratch(p, kKeys, true) + (p.softcap > 0.0f ? 3 : 2) * kKeys * kTile + 2 * kTile * p.E + kKeys * (padded(p.D) + padded(p.E)) + tiles(p) * tile_numbers(p);
+    return Scores::scratch(p, kKeys, true) + ((p.softcap > 0.0f ? 3 : 2) * kKeys + 1) * kTile + 2 * kTile * p.E + kKeys * (padded(p.D) + padded(p.E)) + tiles(p) * tile_numbers(p);
   }
 
   // The sums of dK and dV of a task, S rows of whole vectors each, and those of the bias of the keys.
@@ -62,6 +63,7 @@ class Backward {
     added_.set(dv_ + p_.S * E_, g_.drelative ? doubles : nullptr, dbias);
     dweight_ = doubles + (g_.drelative ? p_.repeats() * relative_numbers(p_) : 0);
     zero(sums, Backward::sums(p_));
+    paired_ = -1;
     const int64_t step = shares * kTile;
     for (int64_t h = g * p_.repeats(); h < (g + 1) * p_.repeats(); h++) {
       for (int64_t first = share * kTile; first < p_.L;) {
@@ -97,9 +99,13 @@ class Backward {
   }
 
  private:
-  static bool takes_pairs(const Problem& p, const Gradients& g) { return Scores::takes_pairs(p) && in_pairs(g.dout, p.E) && p.normalizer != Normalizer::Entmax; }
+  // The gradients of parameters are sums of what may cancel: slopes that were rounded to bfloat16 would not do for them.
+  static bool takes_pairs(const Problem& p, const Gradients& g) {
+    const bool added = g.dbias || g.drelative || g.dkey_bias || g.dquery_bias || (g.head_sums && p.normalizer == Normalizer::Sigmoid);
+    return Scores::takes_pairs(p) && in_pairs(g.dout, p.E) && p.normalizer != Normalizer::Entmax && !added;
+  }
   static int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
-  static int64_t tile_numbers(const Problem& p) { return kTile * (2 * Scores::turned(p) + p.E + padded(p.D) + padded(p.E) + 5); }
+  static int64_t tile_numbers(const Problem& p) { return kTile * (2 * Scores::turned(p) + p.E + padded(p.D) + padded(p.E) + 6); }
   static int tiles(const Problem& p) { return static_cast<int>(most(1, least(kMostTiles, kSuperBytes / (tile_numbers(p) * 4)))); }
 
   static void zero(float* at, int64_t numbers) {
@@ -110,14 +116,14 @@ class Backward {
   struct Tile {
     Queries q;
     float *turned, *dout_turned, *dq_turned, *rows, *dout;
-    float *peak, *total, *delta, *row_sum, *bias_sum;  // (lanes)
+    float *peak, *total, *share, *delta, *row_sum, *bias_sum;  // (lanes)
     Dropout dropout;
 
     void lay(const Problem& p, float* at) {
       auto take = [&](int64_t numbers) { return (at += numbers) - numbers; };
       turned = take(kTile * Scores::turned(p)), dq_turned = take(kTile * Scores::turned(p)), dout_turned = take(kTile * p.E);
       rows = take(kTile * padded(p.D)), dout = take(kTile * padded(p.E));
-      peak = take(kTile), total = take(kTile), delta = take(kTile), row_sum = take(kTile), bias_sum = take(kTile);
+      peak = take(kTile), total = take(kTile), share = take(kTile), delta = take(kTile), row_sum = take(kTile), bias_sum = take(kTile);
     }
   };
 
@@ -126,39 +132,29 @@ class Backward {
     const Queries& q = t.q;
     const int64_t row = (b * p_.H + h) * p_.L + first, lanes = q.lanes();
     scores_.turn_queries(q, t.turned);
-    alignas(64) float scale[kTile], share[kTile];
+    alignas(64) float scale[kTile], scale_out[kTile];
     for (int i = 0; i < q.count; i++) {
       const float total = g_.total ? g_.total[row + i] : 1.0f;
       scale[i] = p_.scale;
-      share[i] = total * p_.kept;
+      scale_out[i] = total * p_.kept;
       t.peak[i] = g_.peak ? g_.peak[row + i] : 0.0f;
-      t.total[i] = total;
+      t.total[i] = total, t.share[i] = pairs_ ? total : 1.0f;
     }
     // Lanes without a query have no weights.
-    for (int64_t i = q.count; i < lanes; i++) t.peak[i] = kInfinity, t.total[i] = 0.0f;
+    for (int64_t i = q.count; i < lanes; i++) t.peak[i] = kInfinity, t.total[i] = t.share[i] = 0.0f;
     if (pairs_) {
       pair_rows(p_.q, b, h, first, q.count, p_.D, t.rows, lanes, D_);
       pair_rows(g_.dout, b, h, first, q.count, p_.E, t.dout, lanes, E_);
       turn_pairs(g_.dout, b, h, first, q.count, p_.E, t.dout_turned, lanes);
     } else {
       if (!p_.weight) copy_rows(p_.q, b, h, first, q.count, p_.D, scale, t.rows, D_);
-      copy_rows(g_.dout, b, h, first, q.count, p_.E, share, t.dout, E_);
+      copy_rows(g_.dout, b, h, first, q.count, p_.E, scale_out, t.dout, E_);
       turn({reinterpret_cast<char*>(t.dout), 0, 0, E_, Type::Float}, 0, 0, 0, q.count, p_.E, t.dout_turned, lanes);
     }
-    if (p_.normalizer == Normalizer::Softmax) take_delta(t);
+    if (softmax_) take_delta(t);
     zero(t.dq_turned, p_.D * lanes);
     zero(t.row_sum, lanes), zero(t.bias_sum, lanes);
     if (p_.drops) t.dropout.set(p_, b, h, first, q.count);
-  }
-
-  // dP of a block.
-  void pull(Tile& t, const Keys& keys) {
-    if (pairs_) {
-      const Strided<Pair> v{pairs_at(p_.v, t.q.b, t.q.g, keys.first), p_.v.row / 2, 1};
-      return product<false>(keys.count, t.q.vectors, p_.E / 2, v, pairs(t.dout_turned), t.q.lanes(), slopes_, t.q.lanes());
-    }
-    const FloatRows v = as_floats(p_.v, t.q.b, t.q.g, keys.first, keys.count, p_.E, values_);
-    product<false>(keys.count, t.q.vectors, p_.E, Strided<float>{v.data, v.row, 1}, t.dout_turned, t.q.lanes(), slopes_, t.q.lanes());
   }
 
   // delta = rowsum(dO O), as dP is summed up: where a row has one key the two are equal to the last bit, and nothing is left.
@@ -184,68 +180,104 @@ class Backward {
   }
 
   void add(Tile& t, const Keys& keys) {
-    const Queries& q = t.q;
-    const int64_t lanes = q.lanes();
     weigh(t, keys);
-    pull(t, keys);
-    slope(t, keys);  // dS in the place of dP
     if (pairs_) return add_pairs(t, keys);
-    product<true>(keys.count, static_cast<int>(E_ / kWidth), q.count, Strided<float>{weights_, lanes, 1}, t.dout, E_, dv_ + keys.first * E_, E_);
+    const Queries& q = t.q;
+    const int64_t lanes = q.lanes(), from = keys.from * kWidth, queries = keys.queries(q);
+    const FloatRows v = as_floats(p_.v, q.b, q.g, keys.first, keys.count, p_.E, values_);
+    product<false>(keys.count, keys.vectors(), p_.E, Strided<float>{v.data, v.row, 1}, t.dout_turned + from, lanes, slopes_ + from, lanes, [&](int64_t first, int i, auto& x) __attribute__((always_inline)) {
+      each_row(first, x, [&](int64_t n, Vec& dp) __attribute__((always_inline)) {
+        const Pull one = pull(t, keys, n, keys.from + i, dp);
+        if (p_.drops) store(weights_ + n * lanes + from + i * kWidth, one.weight);
+        dp = one.slope;
+      });
+    });
+    if (g_.head_sums && !softmax_) Added::add_up(t.bias_sum, q, keys, slopes_);
+    added_.add(q, keys, slopes_, caps_, t.row_sum);
+    product<true>(keys.count, static_cast<int>(E_ / kWidth), queries, Strided<float>{weights_ + from, lanes, 1}, t.dout + from * E_, E_, dv_ + keys.first * E_, E_);
     if (p_.weight) return scores_.additive().pull(q, t.turned, keys, slopes_, t.dq_turned, dk_ + keys.first * D_, D_, dweight_ + q.h % p_.repeats() * p_.D);
-    product<true>(keys.count, static_cast<int>(D_ / kWidth), q.count, Strided<float>{slopes_, lanes, 1}, t.rows, D_, dk_ + keys.first * D_, D_);
+    product<true>(keys.count, static_cast<int>(D_ / kWidth), queries, Strided<float>{slopes_ + from, lanes, 1}, t.rows + from * D_, D_, dk_ + keys.first * D_, D_);
     const FloatRows k = as_floats(p_.k, q.b, q.g, keys.first, keys.count, p_.D, keys_);
-    product<true>(p_.D, q.vectors, keys.count, Strided<float>{k.data, 1, k.row}, slopes_, lanes, t.dq_turned, lanes);
+    product<true>(p_.D, keys.vectors(), keys.count, Strided<float>{k.data, 1, k.row}, slopes_ + from, lanes, t.dq_turned + from, lanes);
   }
 
-  // The last three products, of pairs: of queries for dV and dK, of keys for dQ.
+  // The same by products of pairs: of columns for dP, of queries for dV and dK, of keys for dQ. Weights and slopes are rounded
+  // as soon as they are there: the weights in their place, and the slopes twice, in both orders.
   void add_pairs(Tile& t, const Keys& keys) {
     const Queries& q = t.q;
-    const int64_t lanes = q.lanes(), two = (keys.count + 1) / 2;
-    pair_lanes(weights_, keys.count, lanes, weights_);
-    product<true>(keys.count, static_cast<int>(E_ / kWidth), lanes / 2, Strided<Pair>{pairs(weights_), lanes / 2, 1}, pairs(t.dout), E_, dv_ + keys.first * E_, E_);
-    pair_lanes(slopes_, keys.count, lanes, weights_);
-    product<true>(keys.count, static_cast<int>(D_ / kWidth), lanes / 2, Strided<Pair>{pairs(weights_), lanes / 2, 1}, pairs(t.rows), D_, dk_ + keys.first * D_, D_);
-    pair_keys(slopes_, keys.count, lanes);
-    pair_rows(p_.k, q.b, q.g, keys.first, keys.count, p_.D, keys_, 2 * two, D_);
-    product<true>(p_.D, q.vectors, two, Strided<Pair>{pairs(keys_), 1, D_}, pairs(slopes_), lanes, t.dq_turned, lanes);
+    const int64_t lanes = q.lanes(), from = keys.from * kWidth, depth = keys.vectors() * kWidth / 2;
+    float* slope_pairs = slopes_ + kKeys * kTile / 2;
+    const Strided<Pair> v{pairs_at(p_.v, q.b, q.g, keys.first), p_.v.row / 2, 1};
+    multiply(keys.count, keys.vectors(), p_.E / 2, v, pairs(t.dout_turned) + from, lanes, [&](int64_t row, int vector, auto& sums) __attribute__((always_inline)) {
+      constexpr int kVectors = kCountOf<decltype(sums[0])>, kRows = kCountOf<decltype(sums)> / kVectors;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r += 2) {
+        const int64_t n = row + r;
+        // All of two rows before the first is stored: it lies where the weights of others are read.
+        Pull even[kVectors], odd[kVectors];
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; i++) {
+          even[i] = pull(t, keys, n, keys.from + vector + i, sums[r][i]);
+          if (r + 1 < kRows) odd[i] = pull(t, keys, n + 1, keys.from + vector + i, sums[r + 1 < kRows ? r + 1 : r][i]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; i++) {
+          const int64_t at = n * lanes + (keys.from + vector + i) * kWidth;
+          store_rounded(weights_, at, even[i].weight), store_rounded(slopes_, at, even[i].slope);
+          if (r + 1 < kRows) store_rounded(weights_, at + lanes, odd[i].weight), store_rounded(slopes_, at + lanes, odd[i].slope);
+          store(pairs(slope_pairs) + n / 2 * lanes + (keys.from + vector + i) * kWidth, pair_up(even[i].slope, odd[i].slope));
+        }
+      }
+    });
+    product<true>(keys.count, static_cast<int>(E_ / kWidth), depth, Strided<Pair>{pairs(weights_) + from / 2, lanes / 2, 1}, pairs(t.dout) + from / 2 * E_, E_, dv_ + keys.first * E_, E_);
+    product<true>(keys.count, static_cast<int>(D_ / kWidth), depth, Strided<Pair>{pairs(slopes_) + from / 2, lanes / 2, 1}, pairs(t.rows) + from / 2 * D_, D_, dk_ + keys.first * D_, D_);
+    // The keys of a block are paired once for all tiles of a super-tile.
+    const int64_t block = keys.first / kKeys * kKeys, count = least(kKeys, p_.S - block);
+    if (block != paired_) pair_rows(p_.k, q.b, q.g, block, count, p_.D, keys_, count + count % 2, D_);
+    paired_ = block;
+    product<true>(p_.D, keys.vectors(), (keys.count + 1) / 2, Strided<Pair>{pairs(keys_) + (keys.first - block) / 2 * D_, 1, D_}, pairs(slope_pairs) + from, lanes, t.dq_turned + from, lanes);
   }
+
+  static REGARD_INLINE void store_rounded(float* to, int64_t place, Vec x) { reinterpret_cast<AnyShort*>(reinterpret_cast<uint16_t*>(to) + place)[0] = to_bfloat16(x); }
 
   // The weights of a block; divided by the sum of the row for pairs alone.
   void weigh(Tile& t, const Keys& keys) {
-    const Queries& q = t.q;
-    Vec unused[kMostVectors] = {};
-    scores_.fill(q, t.turned, keys, weights_, unused, caps_);
-    const bool softmax = p_.normalizer == Normalizer::Softmax;
-    const Vec bias = fill(!softmax && p_.sink ? p_.sink[q.h] * kLog2e : 0.0f), unit = fill(scores_.unit());
-    for (int i = 0; i < q.vectors; i++) {
-      const Vec peak = load(t.peak + i * kWidth), total = pairs_ ? load(t.total + i * kWidth) : fill(1.0f);
-      float* at = weights_ + i * kWidth;
-      for (int64_t n = 0; n < keys.count; n++, at += q.lanes()) store(at, softmax ? exp2(load(at) - peak, unit) * total : sigmoid(fma(load(at), unit, bias - peak)));
+    const Vec bias = fill(!softmax_ && p_.sink ? p_.sink[t.q.h] * kLog2e : 0.0f), unit = fill(scores_.unit());
+    const float *peak = t.peak, *share = t.share;
+    if (softmax_ && pairs_ && !g_.dlse) {
+      scores_.fill(t.q, t.turned, keys, weights_, [&](int64_t, int i, auto& x) __attribute__((always_inline)) {
+        const Vec high = load(peak + i * kWidth), times = load(share + i * kWidth);
+        each_row(0, x, [&](int64_t, Vec& score) __attribute__((always_inline)) { score = exp2_rounded((score - high) * unit) * times; });
+      }, caps_);
+    } else if (softmax_) {
+      scores_.fill(t.q, t.turned, keys, weights_, [&](int64_t, int i, auto& x) __attribute__((always_inline)) {
+        const Vec high = load(peak + i * kWidth), times = load(share + i * kWidth);
+        each_row(0, x, [&](int64_t, Vec& score) __attribute__((always_inline)) { score = exp2(score - high, unit) * times; });
+      }, caps_);
+    } else {
+      scores_.fill(t.q, t.turned, keys, weights_, [&](int64_t, int i, auto& x) __attribute__((always_inline)) {
+        const Vec shift = bias - load(peak + i * kWidth);
+        each_row(0, x, [&](int64_t, Vec& score) __attribute__((always_inline)) { score = sigmoid(fma(score, unit, shift)); });
+      }, caps_);
     }
   }
 
-  // dS from dP, and the gradients of all that is added to the scores.
-  void slope(Tile& t, const Keys& keys) {
-    const Queries& q = t.q;
-    const int64_t lanes = q.lanes();
-    const bool softmax = p_.normalizer == Normalizer::Softmax;
-    const Vec kept_times = fill(pairs_ ? p_.kept : 1.0f);  // otherwise a part of dO
-    for (int i = 0; i < q.vectors; i++) {
-      const Vec delta = load(t.delta + i * kWidth);
-      for (int64_t n = 0; n < keys.count; n++) {
-        float *weight = weights_ + n * lanes + i * kWidth, *at = slopes_ + n * lanes + i * kWidth;
-        const Vec p = load(weight);
-        Vec dp = load(at);
-        if (p_.drops) {
-          const Bits kept = t.dropout.kept(keys.first + n, i);
-          dp = where(kept, dp * kept_times, Vec{});
-          store(weight, where(kept, p * kept_times, Vec{}));
-        }
-        store(at, softmax ? p * (dp - delta) : p * (fill(1.0f) - p) * dp);
-      }
+  // dS from dP; and the weight, of which dropout may leave nothing.
+  struct Pull {
+    Vec weight{}, slope{};
+  };
+
+  REGARD_INLINE Pull pull(const Tile& t, const Keys& keys, int64_t n, int i, Vec dp) const {
+    const int64_t at = n * t.q.lanes() + i * kWidth;
+    const Vec p = load(weights_ + at);
+    Vec weight = p;
+    if (p_.drops) {
+      const Vec times = fill(pairs_ ? p_.kept : 1.0f);  // otherwise a part of dO
+      const Bits kept = t.dropout.kept(keys.first + n, i);
+      dp = where(kept, dp * times, Vec{}), weight = where(kept, p * times, Vec{});
     }
-    if (g_.head_sums && p_.normalizer == Normalizer::Sigmoid) Added::add_up(t.bias_sum, q, keys.count, slopes_);
-    added_.add(q, keys, slopes_, caps_, t.row_sum);
+    const Vec slope = softmax_ ? p * (dp - load(t.delta + i * kWidth)) : p * (fill(1.0f) - p) * dp;
+    return {weight, pairs_ && caps_ ? slope * load(caps_ + at) : slope};
   }
 
   void finish(Tile& t) {
@@ -258,7 +290,7 @@ class Backward {
     }
     for (int i = 0; i < q.count; i++) {
       if (g_.dquery_bias) g_.dquery_bias[row + i] = t.row_sum[i];
-      if (g_.head_sums && p_.normalizer == Normalizer::Sigmoid) g_.head_sums[row + i] = t.bias_sum[i];
+      if (g_.head_sums && !softmax_) g_.head_sums[row + i] = t.bias_sum[i];
     }
   }
 
@@ -276,10 +308,11 @@ class Backward {
   const int count_;
   Scores scores_;
   Added added_;
-  const bool pairs_;
+  const bool pairs_, softmax_;
+  int64_t paired_ = -1;  // the first of the keys that keys_ holds in pairs
   float *weights_, *slopes_, *caps_;  // (keys, lanes)
   float* rows_;                       // O and dO, turned
-  float *keys_, *values_;             // as floats, where they are of another type
+  float *keys_, *values_;             // as floats, where they are of another type; keys in pairs
   float *dk_ = nullptr, *dv_ = nullptr;
   double* dweight_ = nullptr;
   Tile tiles_[kMostTiles];

@@ -243,11 +243,12 @@ Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) { 
 float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 // -> out (B, H, L, E); for the backward pass, the rows' numbers (2, B, H, L), peak and total, and, unless it is of floats,
-// out as floats, both empty where nothing is to follow (bit 8); then what is wanted of lse, max, entropy (bits 1, 2, 4), and
-// with top > 0 the largest weights and their keys (B, H, L, top).
+// out as floats, both empty where nothing is to follow (bit 8); then what is wanted of lse, max, entropy (bits 1, 2, 4), with
+// top > 0 the largest weights and their keys (B, H, L, top), of received (B, H, S) and full (B, H, L, S) (bits 16, 32), the
+// rows `numbers` (B, H, R, S), and the mass of the groups that `member` (B|1, N, S) tells (B, H, L, N).
 std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
                             MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer,
-                            double alpha, double dropout, int64_t seed, bool pairs, int64_t top, int64_t wanted) {
+                            double alpha, double dropout, int64_t seed, bool pairs, int64_t top, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
   const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, alpha, dropout, seed, pairs);
   const Problem& p = call.problem;
   STD_TORCH_CHECK(top >= 0, "top must not be negative");
@@ -275,6 +276,25 @@ std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor weight, Ma
     o.top_weights = data(next({p.B, p.H, p.L, top}));
     o.top_keys = static_cast<int64_t*>(next({p.B, p.H, p.L, top}, ScalarType::Long).data_ptr());
   }
+  const auto zeros = [&](std::vector<int64_t> shape) {
+    results.push_back(torch::stable::new_zeros(q, shape, ScalarType::Float));
+    return data(results.back());
+  };
+  if (wanted & 16) o.received = zeros({p.B, p.H, p.S});
+  if (wanted & 32) o.full = zeros({p.B, p.H, p.L, p.S});
+  if (!numbers.empty()) {
+    for (int64_t number : numbers) STD_TORCH_CHECK(number >= 0 && number < p.L, "a number of a row is out of range");
+    o.row_numbers = numbers.data(), o.row_count = static_cast<int64_t>(numbers.size());
+    o.rows = zeros({p.B, p.H, o.row_count, p.S});
+  }
+  if (member) {
+    STD_TORCH_CHECK(member->scalar_type() == ScalarType::Bool && member->dim() == 3 && (member->size(0) == 1 || member->size(0) == p.B) && member->size(2) == p.S,
+                    "member must be bool of shape (B, N, S)");
+    o.member = static_cast<const char*>(member->data_ptr());
+    o.member_batch = member->size(0) == 1 ? 0 : member->stride(0), o.member_group = member->stride(1), o.member_key = member->stride(2);
+    o.groups = member->size(1);
+    o.mass = zeros({p.B, p.H, p.L, o.groups});
+  }
   STD_TORCH_CHECK(kernels().forward(p, o, pool()), "out of memory");
   return results;
 }
@@ -297,40 +317,6 @@ MaybeTensor plain(Tensor q, Tensor k, Tensor v) {
   o.out = rows(out, "out", p.B, p.H, p.L, p.E);
   STD_TORCH_CHECK(kernels().forward(p, o, pool()), "out of memory");
   return out;
-}
-
-// -> what is wanted of received (B, H, S), full (B, H, L, S) (bits 1, 2), the rows `numbers` (B, H, R, S), and the mass of
-// the groups that `member` (B|1, N, S) tells (B, H, L, N).
-std::vector<Tensor> survey(Tensor stats, Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias,
-                           MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap,
-                           int64_t normalizer, double alpha, double dropout, int64_t seed, bool pairs, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
-  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, alpha, dropout, seed, pairs);
-  const Problem& p = call.problem;
-  std::vector<Tensor> results;
-  const auto zeros = [&](std::vector<int64_t> shape) {
-    results.push_back(torch::stable::new_zeros(q, shape, ScalarType::Float));
-    return data(results.back());
-  };
-  Views views;
-  views.peak = floats(stats, "stats", 2 * p.B * p.H * p.L);
-  views.total = views.peak + p.B * p.H * p.L;
-  if (wanted & 1) views.received = zeros({p.B, p.H, p.S});
-  if (wanted & 2) views.full = zeros({p.B, p.H, p.L, p.S});
-  if (!numbers.empty()) {
-    for (int64_t number : numbers) STD_TORCH_CHECK(number >= 0 && number < p.L, "a number of a row is out of range");
-    views.row_numbers = numbers.data(), views.row_count = static_cast<int64_t>(numbers.size());
-    views.rows = zeros({p.B, p.H, views.row_count, p.S});
-  }
-  if (member) {
-    STD_TORCH_CHECK(member->scalar_type() == ScalarType::Bool && member->dim() == 3 && (member->size(0) == 1 || member->size(0) == p.B) && member->size(2) == p.S,
-                    "member must be bool of shape (B, N, S)");
-    views.member = static_cast<const char*>(member->data_ptr());
-    views.member_batch = member->size(0) == 1 ? 0 : member->stride(0), views.member_group = member->stride(1), views.member_key = member->stride(2);
-    views.groups = member->size(1);
-    views.mass = zeros({p.B, p.H, p.L, views.groups});
-  }
-  STD_TORCH_CHECK(kernels().survey(p, views, pool()), "out of memory");
-  return results;
 }
 
 // -> those of the gradients that are wanted: of q, k, v (bits 1, 2, 4), of key_bias and query_bias (8, 16), of bias (32),
@@ -409,9 +395,8 @@ int64_t decoded() { return __atomic_load_n(kernels().decoded, __ATOMIC_RELAXED);
   "int[] mask, float scale, float softcap, int normalizer, float alpha, float dropout, int seed, bool pairs, "
 
 STABLE_TORCH_LIBRARY(regard_native, m) {
-  m.def("forward(" REGARD_WORDS "int top, int wanted) -> Tensor[]");
+  m.def("forward(" REGARD_WORDS "int top, Tensor? member, int[] numbers, int wanted) -> Tensor[]");
   m.def("plain(Tensor q, Tensor k, Tensor v) -> Tensor?");
-  m.def("survey(Tensor stats, " REGARD_WORDS "Tensor? member, int[] numbers, int wanted) -> Tensor[]");
   m.def("backward(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_WORDS "int wanted) -> Tensor[]");
   m.def("peak(Tensor buffer, int limit, int rounds) -> float");
   m.def("instructions() -> str");
@@ -422,7 +407,6 @@ STABLE_TORCH_LIBRARY(regard_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("plain", TORCH_BOX(&plain));
-  m.impl("survey", TORCH_BOX(&survey));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("peak", TORCH_BOX(&peak));
 }

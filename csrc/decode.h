@@ -53,7 +53,7 @@ class Decode {
   static bool serves(const Problem& p, const Outputs& o) {
     const bool few = 4 * p.L <= kWidth || (2 * p.L <= kWidth && p.S >= kTile);
     const bool told = p.normalizer == Normalizer::Softmax || (p.normalizer == Normalizer::Sigmoid && !o.lse && !o.entropy);
-    return few && told && !o.peak && !p.weight && !p.drops;
+    return few && told && !o.peak && !o.looks() && !p.weight && !p.drops;
   }
 
   static int64_t scratch(const Deal& deal, int64_t top) {
@@ -141,11 +141,11 @@ class Decode {
     Keys runs[kSplit / kTile];
     int found = 0;
     const Cover whole = cover(first, count);
-    if (whole == Cover::All) runs[found++] = {first, count, false};
+    if (whole == Cover::All) runs[found++] = {first, count, false, 0, 1, nullptr};
     for (int64_t j = first; whole == Cover::Some && j < first + count; j += kTile) {
-      const Keys keys{j, least(kTile, first + count - j), false};
+      const Keys keys{j, least(kTile, first + count - j), false, 0, 1, nullptr};
       const Cover some = cover(keys.first, keys.count);
-      if (some != Cover::None) runs[found++] = {keys.first, keys.count, some == Cover::Some};
+      if (some != Cover::None) runs[found++] = {keys.first, keys.count, some == Cover::Some, 0, 1, nullptr};
     }
     for (int n = 0; n < found; n++) score(runs[n], weights_ + runs[n].first - first);
     bool any = false;

@@ -5,7 +5,6 @@
 #include "peak.h"
 #include "sparse_backward.h"
 #include "sparse_forward.h"
-#include "survey.h"
 
 #define REGARD_TEXT(x) #x
 #define REGARD_NAME(x) REGARD_TEXT(x)
@@ -68,51 +67,53 @@ bool decode(const Problem& p, const Outputs& o, const Pool& pool) {
   return !work.queue.failed;
 }
 
+// In how many shares each of some heads is dealt out: their tiles go to them in turns.
+int64_t deal(int64_t heads, int64_t tiles, int64_t threads) {
+  int64_t shares = 1;
+  while (heads * shares % threads && heads * shares < 4 * threads && shares < tiles) shares++;
+  return shares;
+}
+
 // `Way` is Forward or SparseForward.
 template <class Way>
 bool forward_by(const Problem& p, const Outputs& o, const Pool& pool) {
   struct Work {
     const Problem& p;
     const Outputs& o;
-    int64_t tiles, tasks;
+    int64_t tiles, shares;
+    float* received;
     Queue queue;
-  } work{p, o, (p.L + kTile - 1) / kTile, 0, {}};
-  work.tasks = p.B * p.H * work.tiles;
+  } work{p, o, (p.L + kTile - 1) / kTile, 0, nullptr, {}};
+  const int64_t heads = p.B * p.H, threads = workers(p, heads * work.tiles, pool);
+  // A task is a tile; but what keys receive is summed up over some tiles first.
+  work.shares = o.received ? deal(heads, work.tiles, threads) : work.tiles;
+  const int64_t tasks = heads * work.shares;
+  Scratch sums(o.received && work.shares > 1 ? tasks * p.S : 0);
+  if (!sums) return false;
+  work.received = work.shares > 1 ? sums.take(o.received ? tasks * p.S : 0) : o.received;
   const auto task = [](void* context, int64_t) {
     Work& w = *static_cast<Work*>(context);
     Scratch scratch(Way::scratch(w.p, w.o));
     if (!scratch) return w.queue.fail();
     Way forward(w.p, w.o, scratch);
-    // Later tiles first: under a causal mask they have the most keys, and the last ones to be taken are the shortest.
-    for (int64_t n; (n = w.queue.take()) < w.tasks;) {
-      const int64_t head = n / w.tiles;
-      forward.tile(head / w.p.H, head % w.p.H, (w.tiles - 1 - n % w.tiles) * kTile);
+    for (int64_t n; (n = w.queue.take()) < w.p.B * w.p.H * w.shares;) {
+      const int64_t head = n / w.shares;
+      forward.views().start();
+      // Later tiles first: under a causal mask they have the most keys, and the last ones to be taken are the shortest.
+      for (int64_t t = w.tiles - 1 - n % w.shares; t >= 0; t -= w.shares) forward.tile(head / w.p.H, head % w.p.H, t * kTile);
+      if (w.o.received) forward.views().give(w.received + n * w.p.S);
     }
   };
-  pool.run(workers(p, work.tasks, pool), task, &work);
-  return !work.queue.failed;
+  pool.run(least(threads, tasks), task, &work);
+  if (work.queue.failed) return false;
+  for (int64_t n = 0; o.received && work.shares > 1 && n < tasks; n++)
+    for (int64_t j = 0; j < p.S; j++) o.received[n / work.shares * p.S + j] += work.received[n * p.S + j];
+  return true;
 }
 
 bool forward(const Problem& p, const Outputs& o, const Pool& pool) {
   if (Decode::serves(p, o)) return decode(p, o, pool);
   return p.normalizer == Normalizer::Entmax ? forward_by<SparseForward>(p, o, pool) : forward_by<Forward>(p, o, pool);
-}
-
-bool survey(const Problem& p, const Views& views, const Pool& pool) {
-  struct Work {
-    const Problem& p;
-    const Views& views;
-    Queue queue;
-  } work{p, views, {}};
-  const auto task = [](void* context, int64_t) {
-    Work& w = *static_cast<Work*>(context);
-    Scratch scratch(Survey::scratch(w.p, w.views));
-    if (!scratch) return w.queue.fail();
-    Survey survey(w.p, w.views, scratch);
-    for (int64_t n; (n = w.queue.take()) < w.p.B * w.p.H;) survey.head(n / w.p.H, n % w.p.H);
-  };
-  pool.run(workers(p, p.B * p.H, pool), task, &work);
-  return !work.queue.failed;
 }
 
 // `Way` is Backward or SparseBackward.
@@ -129,7 +130,7 @@ bool backward_by(const Problem& p, const Gradients& g, const Pool& pool) {
   } work{p, g, 1, p.B * p.G, 1, 0, false, nullptr, nullptr, nullptr, {}};
   const int64_t heads = p.B * p.G, tiles = (p.L + kTile - 1) / kTile, threads = workers(p, heads * tiles, pool);
   // Heads that do not go evenly into the threads are dealt out by shares of their queries.
-  while (heads * work.shares % threads && heads * work.shares < 4 * threads && work.shares < tiles) work.shares++;
+  work.shares = deal(heads, tiles, threads);
   work.tasks = heads * work.shares;
   work.workers = least(threads, work.tasks);
   work.doubles = Backward::doubles(p, g);
@@ -180,7 +181,7 @@ bool backward(const Problem& p, const Gradients& g, const Pool& pool) {
 }  // namespace REGARD_SET
 
 const Kernels* REGARD_GETTER(REGARD_SET)() {
-  static const Kernels kernels{REGARD_NAME(REGARD_SET), REGARD_SET::forward, REGARD_SET::survey, REGARD_SET::backward, REGARD_SET::peak, &REGARD_SET::decoded};
+  static const Kernels kernels{REGARD_NAME(REGARD_SET), REGARD_SET::forward, REGARD_SET::backward, REGARD_SET::peak, &REGARD_SET::decoded};
   return &kernels;
 }
 

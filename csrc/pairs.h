@@ -10,6 +10,17 @@ namespace regard::REGARD_SET {
 // Two rows are neighbours along the depth: (a, b) of each lane.
 REGARD_INLINE Word pair_up(Short a, Short b) { return __builtin_convertvector(a, Word) | __builtin_convertvector(b, Word) << 16; }
 
+// The same of floats, which are rounded.
+REGARD_INLINE Word pair_up(Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+  const __m512i turns = _mm512_add_epi32(_mm512_set1_epi32(0x00100000), reinterpret_cast<__m512i>(lanes() * 0x00010001));
+  return reinterpret_cast<Word>(_mm512_permutexvar_epi16(turns, both));
+#else
+  return pair_up(to_bfloat16(a), to_bfloat16(b));
+#endif
+}
+
 REGARD_INLINE Short read_short(const char* p, int count) {
   if (count >= kWidth) return *reinterpret_cast<const AnyShort*>(p);
   Short x{};
@@ -38,20 +49,7 @@ inline void pair_rows(const Rows& x, int64_t b, int64_t h, int64_t first, int64_
     }
 }
 
-// Floats (keys, lanes) as pairs of keys, in their own place.
-inline void pair_keys(float* x, int64_t keys, int64_t lanes) {
-  for (int64_t n = 0; n < keys; n += 2)
-    for (int64_t i = 0; i < lanes; i += kWidth) {
-      const Vec a = load(x + n * lanes + i), b = n + 1 < keys ? load(x + (n + 1) * lanes + i) : Vec{};
-      store(reinterpret_cast<Pair*>(x) + n / 2 * lanes + i, pair_up(to_bfloat16(a), to_bfloat16(b)));
-    }
-}
-
-// Floats (keys, lanes) rounded: pairs of lanes. `to` may be their own place.
-inline void pair_lanes(const float* x, int64_t keys, int64_t lanes, float* to) {
-  for (int64_t at = 0; at < keys * lanes; at += kWidth) write(reinterpret_cast<char*>(to) + at * 2, Type::BFloat16, load(x + at), kWidth);
-}
-
 REGARD_INLINE const Pair* pairs(const float* x) { return reinterpret_cast<const Pair*>(x); }
+REGARD_INLINE Pair* pairs(float* x) { return reinterpret_cast<Pair*>(x); }
 
 }  // namespace regard::REGARD_SET

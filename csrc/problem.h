@@ -87,20 +87,17 @@ struct Outputs {
   float* top_weights = nullptr;  // (B, H, L, top)
   int64_t* top_keys = nullptr;
   int64_t top = 0;
-};
-
-// What a second look at the weights is to tell; all are floats, contiguous, 0 at the start.
-struct Views {
-  const float* peak;   // (B, H, L), of the forward pass
-  const float* total;  // (B, H, L)
+  // What all weights are needed for, of a row or of a key: 0 at the start.
   float* received = nullptr;  // (B, H, S)
   float* full = nullptr;      // (B, H, L, S)
   float* rows = nullptr;      // (B, H, row_count, S)
   const int64_t* row_numbers = nullptr;
   int64_t row_count = 0;
-  float* mass = nullptr;  // (B, H, L, groups)
+  float* mass = nullptr;         // (B, H, L, groups)
   const char* member = nullptr;  // bool (B, groups, S)
   int64_t member_batch = 0, member_group = 0, member_key = 0, groups = 0;
+
+  bool looks() const { return received || full || row_count || groups; }
 };
 
 // What a backward pass takes and gives. A null pointer is not asked for.
@@ -133,7 +130,6 @@ enum class Limit : int64_t { Multiply, MultiplyPairs, Read };
 struct Kernels {
   const char* name;
   bool (*forward)(const Problem&, const Outputs&, const Pool&);
-  bool (*survey)(const Problem&, const Views&, const Pool&);
   bool (*backward)(const Problem&, const Gradients&, const Pool&);
   double (*peak)(Limit, int64_t rounds, const float* buffer, int64_t numbers, const Pool&);
   const int64_t* decoded;  // how many forward passes went by decode.h

@@ -126,7 +126,7 @@ class SparseBackward {
   void spread(const Queries& q) {
     const int64_t lanes = q.lanes();
     for (int64_t n = 0; n < strip_.count();) {
-      const Keys keys{strip_.key(n) / kKeys * kKeys, least(kKeys, p_.S - strip_.key(n) / kKeys * kKeys), false};
+      const Keys keys{strip_.key(n) / kKeys * kKeys, least(kKeys, p_.S - strip_.key(n) / kKeys * kKeys), false, 0, q.vectors, nullptr};
       zero(block_, keys.count * lanes);
       if (has_caps(p_)) zero(block_caps_, keys.count * lanes);
       for (; n < strip_.count() && strip_.key(n) < keys.first + keys.count; n++) {

@@ -10,13 +10,14 @@
 #include "scratch.h"
 #include "strip.h"
 #include "top.h"
+#include "views.h"
 
 namespace regard::REGARD_SET {
 
 class SparseForward {
  public:
   static int64_t scratch(const Problem& p, const Outputs& o) {
-    return Scores::scratch(p, kRun) + Strip::scratch(p, false) + p.S * kWidth + kRun * padded(p.E) + kTile * (Scores::turned(p) + p.E + 2 * o.top) + padded(p.E);
+    return Scores::scratch(p, kRun) + Strip::scratch(p, false) + p.S * kWidth + kRun * padded(p.E) + kTile * (Scores::turned(p) + p.E + 2 * o.top) + padded(p.E) + Views::scratch(p, o);
   }
 
   SparseForward(const Problem& p, const Outputs& o, Scratch& scratch)
@@ -30,7 +31,10 @@ class SparseForward {
         values_(scratch.take(kRun * padded(p.E))),
         sums_(scratch.take(kTile * p.E)),
         lost_(scratch.take(padded(p.E))),
-        top_(o.top, scratch.take(kTile * o.top), reinterpret_cast<int32_t*>(scratch.take(kTile * o.top))) {}
+        top_(o.top, scratch.take(kTile * o.top), reinterpret_cast<int32_t*>(scratch.take(kTile * o.top))),
+        views_(p, o, scratch) {}
+
+  Views& views() { return views_; }
 
   void tile(int64_t b, int64_t h, int64_t first) {
     const Queries q(p_, b, h, first);
@@ -39,9 +43,10 @@ class SparseForward {
     for (int64_t at = 0; at < padded(p_.E); at += kWidth) store(lost_ + at, Vec{});
     for (int i = 0; i < q.vectors; i++) moment_[i] = Vec{};
     top_.clear(q.lanes());
+    views_.start(q);
     scores_.turn_queries(q, turned_);
     strip_.fill(scores_, q, turned_, kRun, best_, [&](const Keys& keys, const float* s) {
-      if (o_.top) top_.add(s, keys.first, keys.count, q.vectors);
+      if (o_.top) top_.add(s, keys);
     });
     for (int i = 0; i < q.vectors; i++) {
       Vec at, rest;
@@ -83,6 +88,8 @@ class SparseForward {
     threshold_.by_power([&](auto power) {
       for (int i = 0; i < q.vectors; i++) weigh<decltype(power)::kValue>(first, count, i);
     });
+    if (views_) look(q, first, count);
+    if (p_.drops) drop(q, first, count);
     const FloatRows v = strip_.gather(p_.v, q, first, count, p_.E, values_);
     product<true>(p_.E, q.vectors, count, Strided<float>{v.data, 1, v.row}, strip_.row(first), q.lanes(), sums_, q.lanes());
   }
@@ -93,12 +100,28 @@ class SparseForward {
     for (int64_t n = first; n < first + count; n++) {
       float* at = strip_.row(n) + i * kWidth;
       const Vec gap = load(at);
-      Vec weight = threshold_.worth<kPower>(gap).weight;
+      const Vec weight = threshold_.worth<kPower>(gap).weight;
       if (o_.entropy) moment = fma(weight, log2(where(greater(gap, Vec{}), gap, fill(1.0f))), moment);
-      if (p_.drops) weight = where(dropout_.kept(strip_.key(n), i), weight, Vec{});
       store(at, weight);
     }
     moment_[i] += moment;
+  }
+
+  void look(const Queries& q, int64_t first, int64_t count) {
+    Vec ones[kMostVectors];
+    for (Vec& one : ones) one = fill(1.0f);
+    for (int64_t n = first, run; n < first + count; n += run) {
+      run = strip_.run(n, first + count - n);
+      views_.add(q, {strip_.key(n), run, false, 0, q.vectors, nullptr}, strip_.row(n), ones);
+    }
+  }
+
+  void drop(const Queries& q, int64_t first, int64_t count) {
+    for (int64_t n = first; n < first + count; n++)
+      for (int i = 0; i < q.vectors; i++) {
+        float* at = strip_.row(n) + i * kWidth;
+        store(at, where(dropout_.kept(strip_.key(n), i), load(at), Vec{}));
+      }
   }
 
   void finish(const Queries& q) {
@@ -122,6 +145,7 @@ class SparseForward {
         o_.lse[row + i] = total == 0.0f ? -kInfinity : static_cast<float>(static_cast<double>(lane(best_, i)) * scores_.scale() + kLn2 * __builtin_log2(total));
       }
     }
+    if (views_) views_.finish(q);
     if (!o_.top) return;
     for (int i = 0; i < q.vectors; i++) top_.each(i, [&](Vec score) { return weight(i, score); });
     top_.give(q.count, o_.top_weights + row * o_.top, o_.top_keys + row * o_.top);
@@ -141,6 +165,7 @@ class SparseForward {
   float* sums_;    // (E, lanes)
   float* lost_;    // (E)
   Top top_;
+  Views views_;
   Dropout dropout_;
   alignas(64) float at_[kTile], rest_[kTile];
   // Of each query: the largest score, the sum of e^(score - the largest), and that of p log2(gap).

@@ -28,7 +28,10 @@ class Strip {
     lanes_ = q.lanes(), count_ = 0;
     for (int i = 0; i < q.vectors; i++) best[i] = regard::REGARD_SET::fill(-kInfinity);
     visit_keys(scores.mask(), q, 0, p_.S, longest, [&](const Keys& keys) {
-      scores.fill(q, turned, keys, row(count_), best, caps_ ? caps_ + count_ * lanes_ : nullptr);
+      scores.fill(q, turned, keys, row(count_), [&](int64_t, int i, auto& x) __attribute__((always_inline)) { raise(best[i], x); }, caps_ ? caps_ + count_ * lanes_ : nullptr);
+      for (int64_t n = 0; n < keys.count; n++)
+        for (int i = 0; i < q.vectors; i++)
+          if (i < keys.from || i >= keys.upto) store(row(count_ + n) + i * kWidth, regard::REGARD_SET::fill(-kInfinity));
       visit(keys, row(count_));
       for (int64_t n = 0; n < keys.count; n++) keys_[count_++] = static_cast<int32_t>(keys.first + n);
     });
@@ -58,6 +61,13 @@ class Strip {
 
   // Do these rows belong to keys that follow one another?
   bool is_run(int64_t first, int64_t count) const { return keys_[first + count - 1] - keys_[first] == count - 1; }
+
+  // How many rows from the first on do so, at most `count`.
+  int64_t run(int64_t first, int64_t count) const {
+    int64_t n = 1;
+    while (n < count && keys_[first + n] == keys_[first] + n) n++;
+    return n;
+  }
 
   // The rows of keys or values that belong to rows [first, first + count), as floats.
   FloatRows gather(const Rows& x, const Queries& q, int64_t first, int64_t count, int64_t width, float* copy) const {

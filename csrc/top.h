@@ -14,13 +14,13 @@ class Top {
     for (int64_t at = 0; at < count_ * lanes; at++) scores_[at] = -kInfinity, keys_[at] = -1;
   }
 
-  void add(const float* s, int64_t first, int64_t keys, int vectors) {
-    for (int i = 0; i < vectors; i++) {
+  void add(const float* s, const Keys& keys) {
+    for (int i = keys.from; i < keys.upto; i++) {
       Vec least = last(i);
-      for (int64_t n = 0; n < keys; n++) {
+      for (int64_t n = 0; n < keys.count; n++) {
         const Vec x = load(s + n * lanes_ + i * kWidth);
         if (__builtin_expect(greater(x, least), 0)) {
-          insert(x, static_cast<int32_t>(first + n), i);
+          insert(x, static_cast<int32_t>(keys.first + n), i);
           least = last(i);
         }
       }

@@ -340,7 +340,7 @@ def test_an_operator_refuses_what_does_not_fit(change: dict[str, Any], message: 
         "normalizer": 0,
         "alpha": 2.0,
     }
-    words |= {"dropout": 0.0, "seed": 0, "pairs": True, "top": 0, "wanted": 0}
+    words |= {"dropout": 0.0, "seed": 0, "pairs": True, "top": 0, "member": None, "numbers": [], "wanted": 0}
     native.ops.forward(**words)
     with pytest.raises(RuntimeError, match=message):
         native.ops.forward(**{**words, **change})

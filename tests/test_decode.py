@@ -202,7 +202,8 @@ def test_what_is_masked_is_not_read(instructions: str) -> None:
             "sink": None,
         }
         words |= {"mask_tensors": [n.view(2, 1)], "mask": [1, 0, 0, 0, 0, 0, -1, 0], "scale": 0.1, "softcap": 0.0}
-        words |= {"normalizer": 0, "alpha": 2.0, "dropout": 0.0, "seed": 0, "top": 0, "wanted": 7 + 8}
+        words |= {"normalizer": 0, "alpha": 2.0, "dropout": 0.0, "seed": 0, "top": 0}
+        words |= {"member": None, "numbers": [], "wanted": 7 + 8}
         before = _decoded()
         clean, dirty_ = (native.ops.forward(q, *pair, **words) for pair in ((k, v), (bad_k, bad_v)))
         assert _decoded() == before + 2

@@ -21,7 +21,7 @@ def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _call(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
-    """Arguments that forward, survey and backward take alike; L = 5, S = 7, two query heads for each of two others."""
+    """Arguments that forward and backward take alike; L = 5, S = 7, two query heads for each of two others."""
     call = {
         "q": _random(2, 4, 5, 3, dtype=dtype),
         "k": _random(2, 2, 7, 3, dtype=dtype),
@@ -65,21 +65,20 @@ def _check(name: str, *arguments: Any) -> None:
 def test_forward(name: str) -> None:
     call = _CALLS[name]
     for top, wanted in ((0, 0), (3, 7), (0, 2), (3, 15)):
-        _check("forward", *call.values(), top, wanted)
+        _check("forward", *call.values(), top, None, [], wanted)
 
 
 @pytest.mark.parametrize("name", _CALLS)
-def test_survey(name: str) -> None:
+def test_forward_with_all_weights(name: str) -> None:
     call = _CALLS[name]
-    stats = native.ops.forward(*call.values(), 0, 0)[1]
-    for member, numbers, wanted in ((None, [], 1), (_random(1, 3, 7) > 0, [4, 0], 3), (None, [2], 0)):
-        _check("survey", stats, *call.values(), member, numbers, wanted)
+    for member, numbers, wanted in ((None, [], 16), (_random(1, 3, 7) > 0, [4, 0], 48), (None, [2], 8)):
+        _check("forward", *call.values(), 2, member, numbers, wanted)
 
 
 @pytest.mark.parametrize("name", _CALLS)
 def test_backward(name: str) -> None:
     call = _CALLS[name]
-    out, stats, *exact = native.ops.forward(*call.values(), 0, 0)
+    out, stats, *exact = native.ops.forward(*call.values(), 0, None, [], 0)
     there = sum(
         bit
         for bit, word in ((8, "key_bias"), (16, "q"), (32, "bias"), (64, "relative"), (128, "sink"), (256, "weight"))
@@ -105,7 +104,7 @@ def test_none_is_left_out() -> None:
     """Whatever gives tensors can be part of a graph."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("regard_native::")}
     giving = {name for name in names if "Tensor" in str(getattr(native.ops, name[15:]).default._schema).split("->")[1]}
-    assert {f"regard_native::{name}" for name in ("forward", "plain", "survey", "backward")} <= giving
+    assert {f"regard_native::{name}" for name in ("forward", "plain", "backward")} <= giving
     assert [name for name in giving if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")] == []
 
 

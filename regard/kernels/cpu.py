@@ -22,10 +22,10 @@ from regard.word import Slot, fill
 EXTRAS = 2
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What the first pass over the scores tells, and what takes a second, in their order; and the bits that ask for it.
-_ONCE = {"lse": 1, "max": 2, "entropy": 4}
-_TWICE = {"received": 1, "full": 2, "rows": 0, "mass": 0}
-# The bit that says that nothing follows the first pass.
+# What the forward pass tells beside the largest weights, in its order, before them and after; and the bits that ask for it.
+_BEFORE = {"lse": 1, "max": 2, "entropy": 4}
+_AFTER = {"received": 16, "full": 32, "rows": 0, "mass": 0}
+# The bit that says that no backward pass follows.
 _LAST = 8
 # The largest weights are kept in order while the scores go by: too many, and keeping them costs more than sorting.
 _MOST = 64
@@ -72,20 +72,17 @@ def forward(plan: Plan, tensors: Sequence[Tensor], last: bool = False) -> tuple[
         outputs = tiled.forward(plan, tensors)
         return *outputs, *empty_extras(sizes(*tensors[:2]), tensors[0].new_empty(0, dtype=torch.float32), tensors[2])
     summary, names = plan.summary, plan.outputs[1:]
-    once = [name for name in _ONCE if name in names]
-    twice = [name for name in _TWICE if name in names]
-    words = _words(plan, tensors)
+    bits = _BEFORE | _AFTER
+    wanted = sum(bits[name] for name in names if name in bits) + (_LAST if last else 0)
     with torch.no_grad():
-        wanted = sum(_ONCE[name] for name in once) + (_LAST if last and not twice else 0)
-        out, stats, *rest = native.ops.forward(*words, summary.top, wanted)
-        exact = rest.pop(0) if out.dtype != torch.float32 else out.new_empty(0)
-        found = dict(zip((*once, *(("top_weights", "top_keys") if summary.top else ())), rest, strict=True))
-        if twice:
-            mass = fill(summary, tensors).mass
-            member = None if mass is None else mass if mass.dim() == 3 else mass[None]
-            numbers = [row % out.shape[2] for row in summary.row_numbers]
-            views = native.ops.survey(stats, *words, member, numbers, sum(_TWICE[name] for name in twice))
-            found |= dict(zip(twice, views, strict=True))
+        mass = fill(summary, tensors).mass
+        member = None if mass is None else mass if mass.dim() == 3 else mass[None]
+        numbers = [row % tensors[0].shape[2] for row in summary.row_numbers]
+        out, stats, *rest = native.ops.forward(*_words(plan, tensors), summary.top, member, numbers, wanted)
+    exact = rest.pop(0) if out.dtype != torch.float32 else out.new_empty(0)
+    top = ("top_weights", "top_keys") if summary.top else ()
+    order = [*[name for name in _BEFORE if name in names], *top, *[name for name in _AFTER if name in names]]
+    found = dict(zip(order, rest, strict=True))
     return out, *[found[name] for name in names], stats, exact
 
 

@@ -42,8 +42,8 @@ def instructions() -> list[str]:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *words: Any) -> list[Tensor]:
-    top, wanted = words[-2:]
-    rows, E = q.shape[:3], v.shape[-1]
+    top, member, numbers, wanted = words[-4:]
+    rows, E, S = q.shape[:3], v.shape[-1], k.shape[2]
     # With bit 8 nothing is kept for what may follow.
     kept = ((0,), (0,)) if wanted & 8 else ((2, *rows), (*rows, E))
     results = [q.new_empty((*rows, E), dtype=v.dtype)]
@@ -51,7 +51,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *words: Any) -> list[Tensor]:
     results += [q.new_empty(rows, dtype=torch.float32) for bit in (1, 2, 4) if wanted & bit]
     if top:
         results += [q.new_empty((*rows, top), dtype=dtype) for dtype in (torch.float32, torch.int64)]
-    return results
+    shapes = [shape for bit, shape in ((16, (*rows[:2], S)), (32, (*rows, S))) if wanted & bit]
+    if numbers:
+        shapes.append((*rows[:2], len(numbers), S))
+    if member is not None:
+        shapes.append((*rows, member.shape[1]))
+    return [*results, *[q.new_empty(shape, dtype=torch.float32) for shape in shapes]]
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -60,17 +65,6 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     (B, H, L, D), (G, S), E = q.shape, k.shape[1:3], v.shape[-1]
     fit = k.shape == (B, G, S, D) and v.shape == (B, G, S, E) and all((B, G, L, S, D, E)) and not H % G
     return q.new_empty(B, H, L, E) if fit and all(x.stride(3) == 1 for x in (q, k, v)) else None
-
-
-def _survey(stats: Tensor, q: Tensor, k: Tensor, v: Tensor, *words: Any) -> list[Tensor]:
-    member, numbers, wanted = words[-3:]
-    (B, H, L), S = q.shape[:3], k.shape[2]
-    shapes = [shape for bit, shape in ((1, (B, H, S)), (2, (B, H, L, S))) if wanted & bit]
-    if numbers:
-        shapes.append((B, H, len(numbers), S))
-    if member is not None:
-        shapes.append((B, H, L, member.shape[1]))
-    return [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 def _backward(
@@ -94,7 +88,6 @@ def _backward(
 _FAKES: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "plain": _plain,
-    "survey": _survey,
     "backward": _backward,
 }
 for _name in () if missing else _FAKES:
