@@ -11,29 +11,32 @@
 // way, by tanh itself.
 #pragma once
 
+#include "product.h"
 #include "tile.h"
 
 namespace regard::REGARD_SET {
 
 class Additive {
  public:
-  // Numbers of scratch for blocks of `longest` keys; `pulls` where gradients are wanted.
-  static int64_t scratch(const Problem& p, int64_t longest, bool pulls) {
+  // Numbers of scratch; `pulls` where gradients are wanted.
+  static int64_t scratch(const Problem& p, bool pulls) {
     if (!p.weight) return 0;
-    const int64_t D = padded(p.D);
-    return (longest + kTile + 4) * D + (pulls ? (longest + kTile + kWidth) * D + kTogether * kWidth * kWidth : 0) + kSlack;
+    const int64_t D = padded(p.D), keys = fours(p.S);
+    return (keys + kTile + 4) * D + tiles(p.S) + (pulls ? (keys + kTile + kWidth) * D + kTogether * kWidth * kWidth : 0) + kSlack;
   }
 
   // Widths are filled up to whole fours.
-  static int64_t padded(int64_t D) { return (D + kMerged - 1) / kMerged * kMerged; }
+  static int64_t padded(int64_t D) { return fours(D); }
 
-  Additive(const Problem& p, float* scratch, int64_t longest, bool pulls) : p_(p), D_(padded(p.D)) {
+  Additive(const Problem& p, float* scratch, bool pulls) : p_(p), D_(padded(p.D)) {
     if (!p.weight) return;
     const auto take = [&](int64_t numbers) { return (scratch += (numbers + 15) / 16 * 16) - (numbers + 15) / 16 * 16; };
     inverse_ = take(D_), mean_ = take(D_ / 2), unit_ = take(D_);
-    merged_ = take(longest * D_), angles_ = take(kTile * D_);
+    merged_ = take(fours(p.S) * D_), angles_ = take(kTile * D_);
+    ready_ = reinterpret_cast<int32_t*>(take(tiles(p.S)));
+    for (int64_t t = 0; t < tiles(p.S); t++) ready_[t] = 0;
     if (!pulls) return;
-    powers_ = take(longest * D_), dq_ = take(kTile * D_);
+    powers_ = take(fours(p.S) * D_), dq_ = take(kTile * D_);
     dweight_ = take(D_ * kWidth), columns_ = take(kTogether * kWidth * kWidth);
   }
 
@@ -53,9 +56,7 @@ class Additive {
   void fill(const Queries& q, const float* turned, const Keys& keys, float* s, Finish finish) {
     weigh(q.h);
     if (!prepare(q, keys) || !in_range(q, turned)) return fill_by_tanh(q, keys, s, finish);
-    int64_t n = 0;
-    for (; n + kTogether <= keys.count; n += kTogether) merge<kTogether>(q, turned, keys, n, s, finish);
-    for (; n < keys.count; n++) merge<1>(q, turned, keys, n, s, finish);
+    by_fours(keys, [&](auto count, int64_t n) { merge<decltype(count)::kValue>(q, turned, keys, n, s, finish); });
   }
 
   // Adds what the slopes dS (keys, lanes) of the same queries and keys give to dq (D, lanes), to dk (keys, `dk_row` numbers
@@ -67,11 +68,10 @@ class Additive {
     // Gathered by blocks: the sum of sums rounds less than one long sum.
     for (int64_t at = 0; at < p_.D * q.lanes(); at += kWidth) store(dq_ + at, Vec{});
     for (int64_t at = 0; at < p_.D * kWidth; at += kWidth) store(dweight_ + at, Vec{});
-    int64_t n = 0;
-    for (; n + kTogether <= keys.count; n += kTogether)
-      fast ? pull_some<kTogether, true>(q, turned, keys, n, slopes, dk, dk_row) : pull_some<kTogether, false>(q, turned, keys, n, slopes, dk, dk_row);
-    for (; n < keys.count; n++)
-      fast ? pull_some<1, true>(q, turned, keys, n, slopes, dk, dk_row) : pull_some<1, false>(q, turned, keys, n, slopes, dk, dk_row);
+    by_fours(keys, [&](auto count, int64_t n) {
+      constexpr int kKeys = decltype(count)::kValue;
+      fast ? pull_some<kKeys, true>(q, turned, keys, n, slopes, dk, dk_row) : pull_some<kKeys, false>(q, turned, keys, n, slopes, dk, dk_row);
+    });
     for (int64_t d = 0; d < p_.D; d++) {
       const Vec factor = regard::REGARD_SET::fill(weight_[d] * 4.0f);
       for (int64_t at = d * q.lanes(); at < (d + 1) * q.lanes(); at += kWidth) store(dq + at, fma(load(dq_ + at), factor, load(dq + at)));
@@ -88,11 +88,23 @@ class Additive {
   static constexpr float kTwice = 2.0f * kLog2e;
   static constexpr float kTwiceLost = static_cast<float>((2.8853900817779268 / kTwice - 1.0) * 0.6931471805599453);
 
+  static int64_t fours(int64_t count) { return (count + 3) / 4 * 4; }
+  static int64_t tiles(int64_t S) { return (S + kTile - 1) / kTile; }
+
+  // Four keys at a time, as they lie together; before and after, one.
+  template <class Work>
+  static REGARD_INLINE void by_fours(const Keys& keys, Work work) {
+    int64_t n = 0;
+    for (; n < keys.count && (keys.first + n) % kTogether; n++) work(Constant<1>{}, n);
+    for (; n + kTogether <= keys.count; n += kTogether) work(Constant<kTogether>{}, n);
+    for (; n < keys.count; n++) work(Constant<1>{}, n);
+  }
+
   // The numbers that stand for the weights of a head.
   void weigh(int64_t h) {
     const float* weight = p_.weight + h * p_.weight_head;
     if (weight == weight_) return;
-    weight_ = weight, ready_.count = 0;
+    weight_ = weight, generation_++;
     float largest = 0.0f;
     bool some = true;
     for (int64_t d = 0; d < p_.D; d++) {
@@ -108,7 +120,7 @@ class Additive {
       inverse_[d] = size * 0x1p26f > largest ? largest / size : 0x1p26f;
       unit_[d] = d < p_.D && weight[d] < 0.0f ? -kTwice : kTwice;
     }
-    for (int64_t d = 0; d < D_; d += 2) mean_[d / 2] = mean(d) + mean(d + 1);
+    for (int64_t d = 0; d < D_; d += 2) mean_[d / 2] = -mean(d) - mean(d + 1);
   }
 
   // Half of 1 / c; but past the width, where t is c, the whole of it.
@@ -128,26 +140,48 @@ class Additive {
     return all == kAll;
   }
 
-  // c e^2k of a block of keys, and e^2k for the gradients; false where a number is out of range. The queries that look at
-  // the block one after another find it ready.
+  // c e^2k of some keys, and e^2k for the gradients; false where a number is out of range. They are made once for all queries
+  // of a head, a tile of keys at a time.
   bool prepare(const Queries& q, const Keys& keys) {
     if (!usable_) return false;
-    const bool ready = ready_.count == keys.count && ready_.first == keys.first && ready_b_ == q.b && ready_g_ == q.g;
-    if (ready) return ready_in_range_;
-    ready_ = keys, ready_b_ = q.b, ready_g_ = q.g;
+    if (q.b != ready_b_ || q.g != ready_g_) ready_b_ = q.b, ready_g_ = q.g, generation_++;
+    bool all = true;
+    for (int64_t t = keys.first / kTile; t * kTile < keys.first + keys.count; t++) {
+      if (ready_[t] != generation_ && ready_[t] != -generation_) ready_[t] = take_keys(q, t * kTile) ? generation_ : -generation_;
+      all &= ready_[t] > 0;
+    }
+    return all;
+  }
+
+  bool take_keys(const Queries& q, int64_t first) {
     Bits all = kAll;
-    for (int64_t n = 0; n < keys.count; n++) {
-      const float* k = row(q, keys.first + n);
+    for (int64_t n = first; n < least(first + kTile, p_.S); n += kTogether)
       for (int64_t d = 0; d < D_; d += kWidth) {
         const int width = static_cast<int>(least(kWidth, p_.D - d)), room = static_cast<int>(least(kWidth, D_ - d));
-        const Vec x = power(load_some(k + d, width), load_some(unit_ + d, room));
-        all &= greater(x, Vec{}) | ~below(width);
-        if (powers_) store_some(powers_ + n * D_ + d, x, room);
-        store_some(merged_ + n * D_ + d, where(below(width), x * load_some(inverse_ + d, room), Vec{}), room);
+        Vec x[kTogether];
+        for (int r = 0; r < kTogether; r++) {
+          x[r] = power(load_some(row(q, least(n + r, p_.S - 1)) + d, width), load_some(unit_ + d, room));
+          all &= greater(x[r], Vec{}) | ~below(width);
+        }
+        if (powers_) store_fours(powers_ + n * D_ + d * kTogether, x, room);
+        for (Vec& number : x) number = where(below(width), number * load_some(inverse_ + d, room), Vec{});
+        store_fours(merged_ + n * D_ + d * kTogether, x, room);
       }
-    }
-    return ready_in_range_ = all == kAll;
+    return all == kAll;
   }
+
+  // to[c * 4 + r] = x[r][c], so that four keys are read side by side.
+  static REGARD_INLINE void store_fours(float* to, const Vec (&x)[kTogether], int count) {
+    static_assert(kTogether == 4);
+    const Vec even[2] = {zip<0>(x[0], x[2]), zip<1>(x[0], x[2])}, odd[2] = {zip<0>(x[1], x[3]), zip<1>(x[1], x[3])};
+    for (int half = 0; half < 2; half++) {
+      store_some(to + 2 * half * kWidth, zip<0>(even[half], odd[half]), 4 * count - 2 * half * kWidth);
+      store_some(to + (2 * half + 1) * kWidth, zip<1>(even[half], odd[half]), 4 * count - (2 * half + 1) * kWidth);
+    }
+  }
+
+  // Where the number of a key is, for the first column.
+  int64_t place(const Keys& keys, int64_t n) const { return (keys.first + n) / kTogether * kTogether * D_ + (keys.first + n) % kTogether; }
 
   const float* row(const Queries& q, int64_t j) const { return reinterpret_cast<const float*>(p_.k.at(q.b, q.g, j)); }
 
@@ -157,18 +191,18 @@ class Additive {
     const Vec most = regard::REGARD_SET::fill(kMost);
     for (int i = keys.from; i < keys.upto; i++) {
       Vec sums[kKeys] = {};
-      const float *at = turned + i * kWidth, *key = merged_ + n * D_;
-      for (int64_t d = 0; d < D_; d += kMerged, at += kMerged * lanes, key += kMerged) {
+      const float *at = turned + i * kWidth, *key = merged_ + place(keys, n);
+      for (int64_t d = 0; d < D_; d += kMerged, at += kMerged * lanes, key += kMerged * kTogether) {
         const Vec a = load(at), b = load(at + lanes), c = load(at + 2 * lanes), e = load(at + 3 * lanes);
         const auto term = [&](int r, int m, Vec x) __attribute__((always_inline)) {
-          return min(fma(regard::REGARD_SET::fill(key[r * D_ + m]), x, regard::REGARD_SET::fill(inverse_[d + m])), most);
+          return min(fma(regard::REGARD_SET::fill(key[m * kTogether + r]), x, regard::REGARD_SET::fill(inverse_[d + m])), most);
         };
         const Vec left = regard::REGARD_SET::fill(mean_[d / 2]), right = regard::REGARD_SET::fill(mean_[d / 2 + 1]);
 #pragma GCC unroll 4
         for (int r = 0; r < kKeys; r++) {
           const Vec t = term(r, 0, a), u = term(r, 1, b), v = term(r, 2, c), w = term(r, 3, e);
           const Vec tu = t * u, vw = v * w;
-          const Vec first = fma(-left, tu, t + u), second = fma(-right, vw, v + w);
+          const Vec first = fma(left, tu, t + u), second = fma(right, vw, v + w);
           sums[r] += fma(first, vw, second * tu) / (tu * vw);
         }
       }
@@ -216,7 +250,7 @@ class Additive {
         const Vec sign = regard::REGARD_SET::fill(weight_[d] < 0.0f ? -0.5f : 0.5f);
         Vec total{}, column[kKeys] = {}, key[kKeys];
 #pragma GCC unroll 4
-        for (int r = 0; r < kKeys; r++) key[r] = regard::REGARD_SET::fill(kFast ? powers_[(n + r) * D_ + d] : row(q, keys.first + n + r)[d]);
+        for (int r = 0; r < kKeys; r++) key[r] = regard::REGARD_SET::fill(kFast ? powers_[place(keys, n) + d * kTogether + r] : row(q, keys.first + n + r)[d]);
         for (int i = keys.from; i < keys.upto; i++) {
           const int64_t at = d * lanes + i * kWidth;
           Vec x = load((kFast ? turned : angles_) + at), dq = load(dq_ + at);
@@ -257,13 +291,14 @@ class Additive {
   const float* weight_ = nullptr;  // of the head at hand
   bool usable_ = false;
   float factor_ = 0.0f;
-  float *inverse_ = nullptr, *mean_ = nullptr, *unit_ = nullptr;  // c; what each pair of 1 / t is where tanh is 0; +-2 log2 e
-  float *merged_ = nullptr, *powers_ = nullptr;                   // c e^2k and e^2k (keys, D)
+  float *inverse_ = nullptr, *mean_ = nullptr, *unit_ = nullptr;  // c; less what each pair of 1 / t is where tanh is 0; +-2 log2 e
+  float *merged_ = nullptr, *powers_ = nullptr;                   // c e^2k and e^2k (keys / 4, D, 4)
   float *angles_ = nullptr;                                       // q itself (D, lanes), for the long way
   float *dq_ = nullptr, *dweight_ = nullptr, *columns_ = nullptr;
-  Keys ready_{};  // the keys that merged_ and powers_ hold
-  int64_t ready_b_ = 0, ready_g_ = 0;
-  bool ready_in_range_ = false;
+  // Of which keys, batch rows and weights the numbers of a tile of keys are, counted from 1; negative where they are no use.
+  int32_t* ready_ = nullptr;
+  int32_t generation_ = 0;
+  int64_t ready_b_ = -1, ready_g_ = -1;
 };
 
 }  // namespace regard::REGARD_SET

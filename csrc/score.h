@@ -22,7 +22,7 @@ class Scores {
  public:
   // Numbers of scratch for blocks of `longest` keys; `pulls` where gradients are wanted.
   static int64_t scratch(const Problem& p, int64_t longest, bool pulls = false) {
-    return rows(p, longest) + Additive::scratch(p, longest, pulls);
+    return rows(p, longest) + Additive::scratch(p, pulls);
   }
 
   // Numbers a lane of turned queries.
@@ -31,7 +31,7 @@ class Scores {
   Scores(const Problem& p, float* scratch, int64_t longest, bool pulls = false)
       : p_(p),
         mask_(p.mask, p.mask_nodes),
-        additive_(p, scratch + rows(p, longest), longest, pulls),
+        additive_(p, scratch + rows(p, longest), pulls),
         pairs_(takes_pairs(p)),
         rows_(scratch) {}
 

@@ -297,6 +297,16 @@ REGARD_INLINE void swap_halves(Vec& a, Vec& b, Lanes<kLane...>) {
   a = low;
 }
 
+// The lower (0) or upper (1) halves of two vectors, number by number in turns.
+template <int kHalf, int... kLane>
+REGARD_INLINE Vec zip(Vec a, Vec b, Lanes<kLane...>) {
+  return __builtin_shufflevector(a, b, (kHalf * kWidth / 2 + kLane / 2 + kLane % 2 * kWidth)...);
+}
+template <int kHalf>
+REGARD_INLINE Vec zip(Vec a, Vec b) {
+  return zip<kHalf>(a, b, typename Count<kWidth>::Type{});
+}
+
 template <int kStep>
 REGARD_INLINE void transpose_step(Vec (&x)[kWidth]) {
 #pragma GCC unroll 16
