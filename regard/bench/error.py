@@ -17,6 +17,8 @@ _ROUNDINGS = 4.0
 _MANY = 256
 # Inputs are drawn so often, and the worst counts.
 _DRAWS = 2
+# So often is the plain way measured again where a result is over budget: it may have been right by luck.
+_AGAIN = 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ def error(function: Callable[..., Sequence[Tensor]], inputs: Callable[[], Sequen
     """Measure a function of some inputs, which takes the name of a `kernel` beside them.
 
     The truth is the materialised equation in float64; the budget, twice the error of the same in float32, which all
-    kernels keep their sums in, and a few roundings to the type of the result.
+    kernels keep their sums in, and a few roundings to the type of the result. The largest error is often that of a single
+    number, which the plain way may have right by luck: where a result is over budget, that way is measured again, on inputs
+    that are off by up to half a unit of the last place.
     """
     worst = Error(0.0, 0.0, "")
     for seed in range(_DRAWS):
@@ -50,19 +54,48 @@ def error(function: Callable[..., Sequence[Tensor]], inputs: Callable[[], Sequen
         drawn = list(inputs())
         with chosen() as ran:
             found, given = _outcome(function, drawn, None, backward)
-        truth, _ = _outcome(function, [x.double() for x in drawn], "reference", backward, given)
-        straight, _ = _outcome(function, [x.float() for x in drawn], "reference", backward, given)
-        for x, y, plain in zip(found, truth, straight, strict=True):
-            relative, share = _compare(x, y, plain)
+        truth = _equation(function, [x.double() for x in drawn], backward, given)
+        plain = _plain(function, drawn, truth, backward, given)
+        if any(not _compare(*each)[1] <= 1.0 for each in zip(found, truth, plain, strict=True)):
+            blur = torch.Generator().manual_seed(seed)
+            for _ in range(_AGAIN):
+                blurred = [_blurred(x.float(), blur) for x in drawn]
+                again = _plain(function, blurred, truth, backward, given)
+                plain = [max(pair) for pair in zip(plain, again, strict=True)]
+        for each in zip(found, truth, plain, strict=True):
+            relative, share = _compare(*each)
             if not share <= worst.share:
                 worst = Error(relative, share, "")
     return Error(worst.relative, worst.share, ran[0])
 
 
-def _compare(found: Tensor, truth: Tensor, straight: Tensor) -> tuple[float, float]:
+def _equation(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], backward: bool, given: Sequence[Tensor]
+) -> list[Tensor]:
+    return _outcome(function, inputs, "reference", backward, given)[0]
+
+
+def _plain(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    backward: bool,
+    given: Sequence[Tensor],
+) -> list[float]:
+    """The largest errors of the equation in float32."""
+    found = _equation(function, [x.float() for x in inputs], backward, given)
+    return [float((x.double() - y).abs().max()) for x, y in zip(found, truth, strict=True)]
+
+
+def _blurred(x: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.rand(x.shape, generator=generator) - 0.5
+    return x + x * noise * torch.finfo(x.dtype).eps
+
+
+def _compare(found: Tensor, truth: Tensor, plain: float) -> tuple[float, float]:
     """The error relative to the largest number, and relative to the budget."""
     scale = float(truth.abs().max())
-    off, plain = (float((x.double() - truth).abs().max()) for x in (found, straight))
+    off = float((found.double() - truth).abs().max())
     budget = (2 if truth.numel() >= _MANY else 4) * plain + _ROUNDINGS * torch.finfo(found.dtype).eps * scale
     if math.isnan(off):
         return math.nan, math.inf
