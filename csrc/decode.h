@@ -19,9 +19,9 @@ namespace regard::REGARD_SET {
 constexpr int64_t kMostRows = 32;
 // Keys a split: the sums that each one leaves behind are 1/512 of what 512 keys and values are, for each row.
 constexpr int64_t kSplit = 512;
-// Keys that all rows go over before the next ones, which are fetched meanwhile, 8 to 32 KB ahead: without that, memory waits
+// Keys that all rows go over before the next ones, which are fetched meanwhile, 4 to 16 KB ahead: without that, memory waits
 // for arithmetic and arithmetic for memory (10 GB/s on a core that reads 20; with it, 18).
-constexpr int64_t kRun = 64;
+constexpr int64_t kRun = 32;
 
 class Decode {
  public:

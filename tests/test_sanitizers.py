@@ -62,7 +62,8 @@ import numpy, torch
 from regard.kernels import native
 
 def forward(q, sink=None):
-    return native.ops.forward(q, q, q, None, None, None, None, sink, [], [], 1.0, 0.0, 0, 0.0, 0, 0, 0)
+    words = [None, None, None, None, None, sink, [], [], 1.0, 0.0, 0, 2.0, 0.0, 0, False]
+    return native.ops.forward(q, q, q, *words, 0, None, [], 0)
 
 """
 # Faults of the caller, which a library without sanitizers would not notice.
