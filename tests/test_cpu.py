@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -145,6 +147,16 @@ def _qkv(L: int = 300, S: int = 300, heads: tuple[int, int] = (4, 2), D: int = 2
     return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # Several blocks of keys, several super-tiles of queries, and shares of a head: what short problems do not reach.
 _LONG: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -180,15 +192,36 @@ def test_long(name: str, heads: tuple[int, int], threads: int) -> None:
         parameters = {"bias": torch.randn(900, generator=generator)}
     elif name == "additive":
         parameters = {"score": torch.randn(heads[0], 24, generator=generator)}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with _threads(threads):
         answers = [
             _with_gradients([*tensors, *parameters.values()], name, kernel, dtype)
             for kernel, dtype in (("tiled", torch.float64), ("tiled", torch.float32), ("cpu", torch.float32))
         ]
-    finally:
-        torch.set_num_threads(before)
+    _check(*answers)
+
+
+_MASKS: dict[str, mask.Mask | None] = {
+    "none": None,
+    "causal": mask.causal(align="end"),
+    "window": mask.window(30, 5, align="end"),
+    "lengths": mask.lengths(torch.tensor([37, 300])),
+    "stripes": mask.dense(torch.arange(300) % 100 < 3),
+}
+
+
+@pytest.mark.parametrize("name", _MASKS)
+@pytest.mark.parametrize("kind", [normalizer.Softmax(sink=0.5), normalizer.Sigmoid(), normalizer.Entmax(1.5)])
+@pytest.mark.parametrize("threads", [1, 3])  # three share out a single head: what a key receives comes of three sums
+def test_all_weights(name: str, kind: Any, threads: int, instructions: str) -> None:
+    q, k, v = (x.detach() for x in _qkv(150, 300, (2, 1) if threads == 1 else (1, 1)))
+    groups = torch.arange(300) % 7 == torch.arange(3)[:, None]
+    words = {"normalizer": kind, "mask": _MASKS[name], "dropout": 0.2, "seed": 1}
+    asked = Summary(received=True, mass=groups, rows=(0, 70, -1), full=True)
+    answers = []
+    for kernel, dtype in (("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32)):
+        with _threads(threads):
+            out, seen = regard.attention(*(x.to(dtype) for x in (q, k, v)), **words, kernel=kernel, summary=asked)
+        answers.append([out, seen.received, seen.mass, seen.rows, seen.full])
     _check(*answers)
 
 
