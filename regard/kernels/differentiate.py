@@ -41,7 +41,7 @@ def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
         text = word.describe(plan, numbers)
         outputs = tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
     elif is_differentiated(tensors):
-        outputs = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
+        outputs = (Forward if _is_transformed() else Eager).apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
     elif kernel == "cpu":
         outputs = cpu.forward(plan, tensors, last=True)
     else:
@@ -53,6 +53,10 @@ def is_differentiated(tensors: Sequence[Tensor]) -> bool:
     """Does autograd or a transform of torch.func have to know? If not, half of the time of a short call is saved."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True
+    return _is_transformed()
+
+
+def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -84,12 +88,31 @@ class Forward(torch.autograd.Function):
         gradients = gradients[: len(gradients) - _KERNELS[ctx.kernel].EXTRAS]
         given = tuple(g is not None for g in gradients)
         present = [g for g in gradients if g is not None]
-        results = Backward.apply(ctx.kernel, ctx.plan, wanted, given, *present, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
-        return None, None, *_spread(results, wanted)
+        saved = ctx.saved_tensors
+        if is_differentiated((*present, *saved)):
+            results = Backward.apply(ctx.kernel, ctx.plan, wanted, given, *present, *saved)  # type: ignore[no-untyped-call]
+            return None, None, *_spread(results, wanted)
+        # Nobody asks for a second derivative, or maps the first: no graph has to know of it.
+        tensors, kept = saved[: len(wanted)], saved[len(wanted) :]
+        return None, None, *_KERNELS[ctx.kernel].backward(ctx.plan, tensors, kept, gradients, wanted)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         return _one_by_one(Forward.apply, info.batch_size, in_dims, inputs)
+
+
+class Eager(torch.autograd.Function):
+    """The same, for calls that no transform sees. Those want the context apart from `forward`, and for a Function of that
+    form torch looks up its signature in every call, which takes longer than a short one computes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kernel: str, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = Forward.forward(kernel, plan, *tensors)
+        Forward.setup_context(ctx, (kernel, plan, *tensors), outputs)
+        return outputs
+
+    backward = Forward.backward
 
 
 class Backward(torch.autograd.Function):
