@@ -370,6 +370,53 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor 
   return results;
 }
 
+// Have all numbers of a row a finite exponent? One is added to it at its lowest bit: only what has all bits set carries over
+// into the sign. No sum of floats, which may overflow where all are finite.
+template <class Bits>
+bool is_finite(const char* row, int64_t width, Bits lowest) {
+  const Bits* x = reinterpret_cast<const Bits*>(row);
+  const Bits sign = static_cast<Bits>(Bits{1} << (8 * sizeof(Bits) - 1));
+  Bits carried = 0;
+  for (int64_t i = 0; i < width; i++) carried |= static_cast<Bits>((x[i] & static_cast<Bits>(~sign)) + lowest);
+  return !(carried & sign);
+}
+
+bool is_finite(const char* row, int64_t width, Type type) {
+  if (type == Type::Float) return is_finite<uint32_t>(row, width, 0x00800000);
+  return is_finite<uint16_t>(row, width, type == Type::Half ? 0x0400 : 0x0080);
+}
+
+// -> is there neither NaN nor inf in q, k and v? False also where they are of no type or layout that the kernels read.
+bool finite(Tensor q, Tensor k, Tensor v) {
+  struct Work {
+    Rows x;
+    int64_t H, R, W, rows, tasks;
+    std::atomic<bool> fine{true};
+  };
+  const Pool threads = pool();
+  for (const Tensor& x : {q, k, v}) {
+    const auto type = x.scalar_type();
+    const bool known = type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+    if (!known || x.dim() != 4 || (x.size(3) > 1 && x.stride(3) != 1)) return false;
+    Work work;
+    work.H = x.size(1), work.R = x.size(2), work.W = x.size(3);
+    work.x = rows(x, "x", x.size(0), work.H, work.R, work.W);
+    if (work.x.row == work.W) work.W *= work.R, work.R = 1;  // without gaps, the rows of a head are one long row
+    work.rows = x.size(0) * work.H * work.R;
+    // A thread for some 100,000 numbers: below, waking it takes longer.
+    work.tasks = std::max<int64_t>(1, std::min<int64_t>(threads.threads, work.rows * work.W / 100000));
+    const auto task = [](void* context, int64_t i) {
+      Work& w = *static_cast<Work*>(context);
+      const int64_t end = w.rows * (i + 1) / w.tasks;
+      for (int64_t n = w.rows * i / w.tasks; n < end; n++)
+        if (!is_finite(w.x.at(n / (w.H * w.R), n / w.R % w.H, n % w.R), w.W, w.x.type)) return w.fine.store(false, std::memory_order_relaxed);
+    };
+    threads.run(work.tasks, task, &work);
+    if (!work.fine.load(std::memory_order_relaxed)) return false;
+  }
+  return true;
+}
+
 // -> how many operations, or bytes read of the buffer, so many rounds of a loop of nothing else were: for the benchmark.
 double peak(Tensor buffer, int64_t limit, int64_t rounds) {
   STD_TORCH_CHECK(limit >= 0 && limit <= 2 && rounds >= 0, "limit must be 0 (multiply-adds of floats), 1 (of pairs of bfloat16) or 2 (reads)");
@@ -398,6 +445,7 @@ STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("forward(" REGARD_WORDS "int top, Tensor? member, int[] numbers, int wanted) -> Tensor[]");
   m.def("plain(Tensor q, Tensor k, Tensor v) -> Tensor?");
   m.def("backward(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_WORDS "int wanted) -> Tensor[]");
+  m.def("finite(Tensor q, Tensor k, Tensor v) -> bool");
   m.def("peak(Tensor buffer, int limit, int rounds) -> float");
   m.def("instructions() -> str");
   m.def("use(str name) -> ()");
@@ -408,6 +456,7 @@ STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("plain", TORCH_BOX(&plain));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("finite", TORCH_BOX(&finite));
   m.impl("peak", TORCH_BOX(&peak));
 }
 
