@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from regard.kernels import choose
+from regard.kernels import choose, native
 from regard.kernels.choose import Explanation
 from regard.mask import Mask
 from regard.normalizer import Normalizer
@@ -122,7 +122,7 @@ def attention(
             return out
     with_summary = summary is not None
     with precision:
-        problem = pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary)
+        problem = pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary, native.are_finite)
         outputs = choose.run(problem, kernel)
     out = problem.restore(outputs[0])
     if not with_summary:

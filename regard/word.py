@@ -12,11 +12,12 @@ import ast
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.nn import Parameter
 
 W = TypeVar("W")
 
@@ -56,6 +57,28 @@ def slots(word: Any) -> list[int]:
 
     rebuild(word, note)
     return found
+
+
+def read(word: Any, kinds: Collection[type], text: list[Any], tensors: list[Tensor]) -> bool:
+    """Append to `text` all that a word says but the numbers in its tensors, and those, in the order of `split`, to
+    `tensors`; two words that read alike are alike. False where that cannot be told: the word holds a function, a tensor of
+    a class of its own, or a word that is not of these kinds.
+    """
+    kind = type(word)
+    if kind in _ATOMS:
+        text.append(repr(word))  # 1, 1.0 and True are equal, and so are 0.0 and -0.0, but they are not the same
+    elif kind is Tensor or kind is Parameter:
+        if word.is_nested:
+            return False
+        text += (word.shape, word.dtype, word.layout, word.device)
+        tensors.append(word)
+    elif kind is tuple or kind in kinds:
+        parts = word if kind is tuple else [getattr(word, name) for name in kind.__dataclass_fields__]
+        text += (kind, len(parts))
+        return all(read(part, kinds, text, tensors) for part in parts)
+    else:
+        return False
+    return True
 
 
 # What no word is made of and nothing changes.

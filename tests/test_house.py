@@ -29,7 +29,7 @@ LAYERS = [
     {"check"},
     {"rotary"},
     {"dropout", "score", "normalizer", "mask", "position", "summary"},
-    {"function"},
+    {"function", "arguments"},
     {"problem", "merge"},
     {"kernels.equation"},
     {"kernels.strip"},
@@ -124,6 +124,7 @@ def test_no_file_is_long(path: Path) -> None:
 # Modules whose tests bear another name, because they are tested through what uses them.
 TESTED_BY = {
     "__init__": "house",
+    "arguments": "errors",
     "attention": "kernels",
     "check": "errors",
     "problem": "errors",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,15 @@ from regard.word import Slot, fill
 EXTRAS = 2
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What the forward pass tells beside the largest weights, in its order, before them and after; and the bits that ask for it.
-_BEFORE = {"lse": 1, "max": 2, "entropy": 4}
-_AFTER = {"received": 16, "full": 32, "rows": 0, "mass": 0}
+# What the forward pass gives beside its output, in its order, and the bits that ask for it. What has none is asked for by a
+# number, or by what it is to be of.
+_BITS = {
+    "lse": 1, "max": 2, "entropy": 4, "top_weights": 0, "top_keys": 0, "received": 16, "full": 32, "rows": 0, "mass": 0,
+}  # fmt: skip
 # The bit that says that no backward pass follows.
 _LAST = 8
+# How many plans are remembered, with what they come to.
+_REMEMBERED = 1024
 # The largest weights are kept in order while the scores go by: too many, and keeping them costs more than sorting.
 _MOST = 64
 
@@ -71,23 +76,18 @@ def forward(plan: Plan, tensors: Sequence[Tensor], last: bool = False) -> tuple[
     if _has_nonfinite(plan, tensors):
         outputs = tiled.forward(plan, tensors)
         return *outputs, *empty_extras(sizes(*tensors[:2]), tensors[0].new_empty(0, dtype=torch.float32), tensors[2])
-    summary, names = plan.summary, plan.outputs[1:]
-    bits = _BEFORE | _AFTER
-    wanted = sum(bits[name] for name in names if name in bits) + (_LAST if last else 0)
-    with torch.no_grad():
-        mass = fill(summary, tensors).mass
-        member = None if mass is None else mass if mass.dim() == 3 else mass[None]
-        numbers = [row % tensors[0].shape[2] for row in summary.row_numbers]
-        out, stats, *rest = native.ops.forward(*_words(plan, tensors), summary.top, member, numbers, wanted)
+    told, words = _words(plan, tensors)
+    member = told.member and told.member(tensors)
+    wanted = told.wanted + (_LAST if last else 0)
+    out, stats, *rest = native.ops.forward(*words, plan.summary.top, member, told.rows, wanted)
     exact = rest.pop(0) if out.dtype != torch.float32 else out.new_empty(0)
-    top = ("top_weights", "top_keys") if summary.top else ()
-    order = [*[name for name in _BEFORE if name in names], *top, *[name for name in _AFTER if name in names]]
-    found = dict(zip(order, rest, strict=True))
-    return out, *[found[name] for name in names], stats, exact
+    return out, *[rest[place] for place in told.places], stats, exact
 
 
 def _has_nonfinite(plan: Plan, tensors: Sequence[Tensor]) -> bool:
-    return any(bool(tensors[slot.index].any()) for slot in (plan.bad_q, plan.bad_k) if slot is not None)
+    if plan.bad_q is None:
+        return False
+    return any(bool(tensors[slot.index].any()) for slot in (plan.bad_q, plan.bad_k))
 
 
 def empty_extras(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:
@@ -112,25 +112,19 @@ def backward(
     out, stats, exact = kept
     out = exact if exact.numel() else out
     dout, dlse = _rows(given["out"]), given.get("lse")
-    with_tensors = fill(plan, tensors)
-    needed = _Needed(plan, wanted)
-    parts = (
-        needed.key_bias, needed.query_bias, needed.added, needed.relative or None, needed.normalizer, needed.weight,
-    )  # fmt: skip
-    bits = [*wanted[:3], *[part is not None for part in parts]]
-    with torch.no_grad():
-        found = native.ops.backward(
-            out, dout, stats, None if dlse is None else dlse.contiguous(), *_words(plan, tensors),
-            sum(bit << i for i, bit in enumerate(bits)),
-        )  # fmt: skip
+    needed = _needed(plan, tuple(wanted))
+    found = native.ops.backward(
+        out, dout, stats, None if dlse is None else dlse.contiguous(), *_words(plan, tensors)[1], needed.bits
+    )
     results: list[Tensor | None] = [None] * len(tensors)
     results[:3] = [g if want else None for g, want in zip(found, wanted[:3], strict=False)]
+    if needed.bits < 8:
+        return tuple(results)
     rest = iter(found[3:])
-    for index in (needed.key_bias, needed.query_bias, needed.added):
-        if index is not None:
-            results[index] = next(rest).to(tensors[index].dtype)
+    for index in needed.added:
+        results[index] = next(rest).to(tensors[index].dtype)
     if needed.relative:
-        for index, gradient in _through_relative(with_tensors, plan, tensors, next(rest), needed.relative):
+        for index, gradient in _through_relative(plan, tensors, next(rest), needed.relative):
             results[index] = gradient
     if needed.normalizer is not None:
         per_head, like = next(rest).sum((0, 2)), tensors[needed.normalizer]
@@ -141,57 +135,98 @@ def backward(
     return tuple(results)
 
 
-class _Needed:
-    """The indices of the words' tensors whose gradients are wanted; None for those that are not there or not wanted."""
+class _Needed(NamedTuple):
+    """The indices of the words' tensors whose gradients are wanted, and the bits that ask for all gradients."""
 
-    def __init__(self, plan: Plan, wanted: Sequence[bool]) -> None:
-        def index(slot: Any) -> int | None:
-            return slot.index if isinstance(slot, Slot) and wanted[slot.index] else None
-
-        score, bias, normalizer = plan.score, plan.bias, plan.normalizer
-        self.weight = index(score.v) if isinstance(score, Additive) else None
-        dot = score if isinstance(score, Product) else Product()
-        self.key_bias, self.query_bias = index(dot.key_bias), index(dot.query_bias)
-        self.added = index(bias.tensor) if isinstance(bias, Added) else None
-        parts = [] if bias is None or isinstance(bias, Added) else [index(part) for part in vars(bias).values()]
-        self.relative = [part for part in parts if part is not None]
-        self.normalizer = index(_number(normalizer))
+    added: list[int]
+    relative: list[int]
+    normalizer: int | None
+    weight: int | None
+    bits: int
 
 
-def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What the operators take between q and what is asked for, in their order."""
-    q, k, v = (_rows(x.detach()) for x in tensors[:3])
-    size = sizes(q, k)
-    plan = fill(plan, tensors)
-    score, normalizer, bias = plan.score, plan.normalizer, plan.bias
-    added = relative = sink = None
-    weight = key_bias = query_bias = None
+@lru_cache(_REMEMBERED)
+def _needed(plan: Plan, wanted: tuple[bool, ...]) -> _Needed:
+    def index(slot: Any) -> int | None:
+        return slot.index if isinstance(slot, Slot) and wanted[slot.index] else None
+
+    score, bias = plan.score, plan.bias
+    dot = score if isinstance(score, Product) else Product()
+    added = [index(dot.key_bias), index(dot.query_bias), index(bias.tensor) if isinstance(bias, Added) else None]
+    parts = [] if bias is None or isinstance(bias, Added) else [index(part) for part in vars(bias).values()]
+    relative = [part for part in parts if part is not None]
+    normalizer, weight = index(_number(plan.normalizer)), index(score.v) if isinstance(score, Additive) else None
+    bits = [*wanted[:3], *[part is not None for part in (*added, relative or None, normalizer, weight)]]
+    asked = sum(bit << i for i, bit in enumerate(bits))
+    return _Needed([part for part in added if part is not None], relative, normalizer, weight, asked)
+
+
+_Shapes = tuple[tuple[int, ...], ...]
+# Of the tensors of a call, what an operator takes.
+_Make = Callable[[Sequence[Tensor]], Tensor]
+
+
+class _Told(NamedTuple):
+    """What the operators are told of a plan, whatever numbers its tensors hold."""
+
+    words: tuple[_Make | None, ...]  # weight, key_bias, query_bias, bias, relative, sink
+    masks: list[_Make]
+    nodes: list[int]
+    numbers: tuple[Any, ...]  # scale, softcap, normalizer, alpha, dropout
+    member: _Make | None
+    rows: list[int]
+    wanted: int
+    names: tuple[str, ...]  # of all outputs but the first
+    places: tuple[int, ...]  # of the same in what the operator gives
+
+
+# For a short sequence, to find out anew what a plan says would take longer than to compute it. Plans hold no tensors.
+@lru_cache(_REMEMBERED)
+def _told(plan: Plan, shapes: _Shapes) -> _Told:
+    score, normalizer, bias, summary = plan.score, plan.normalizer, plan.bias, plan.summary
+    (B, H, L, D), (_, G, S, _) = shapes[:2]
+    size = Sizes(B, H, G, L, S)
+    weight = key_bias = query_bias = added = relative = sink = None
     scale = 1.0
     if isinstance(score, Additive):
-        weight = _floats(score.v)
+        weight = _made(_floats, score.v)
     elif isinstance(score, Product):
-        key_bias, query_bias = _floats(score.key_bias), _floats(score.query_bias)
-        scale = q.shape[-1] ** -0.5 if score.scale is None else score.scale
+        key_bias, query_bias = _made(_floats, score.key_bias), _made(_floats, score.query_bias)
+        scale = D**-0.5 if score.scale is None else score.scale
     if isinstance(bias, Added):
-        added = bias.tensor.detach()
-        added = added if added.dtype in _DTYPES else added.float()
+        added = _made(_known_type, bias.tensor)
     elif bias is not None:
-        with torch.no_grad():
-            relative = _relative(bias, size, torch.float32)
+        relative = partial(_relative, bias, size, torch.float32)
     number = _number(normalizer)
-    if number is not None and (isinstance(number, Tensor) or number or isinstance(normalizer, Softmax)):
-        sink = _per_head(number, q)
+    if number is not None and (isinstance(number, Slot) or number or isinstance(normalizer, Softmax)):
+        sink = partial(_per_head, number, H)
     nodes: list[int] = []
-    found: list[Tensor] = []
+    masks: list[_Make] = []
     if plan.mask is not None:
-        _lay(plan.mask, size, nodes, found)
-    return (
-        q, k, v, weight, key_bias, query_bias, added, relative, sink, found, nodes, scale,
-        0.0 if plan.softcap is None else plan.softcap,
-        _kind(normalizer), normalizer.alpha if isinstance(normalizer, Entmax) else 2.0,
-        plan.dropout, int(plan.seed) if plan.dropout else 0,
+        _lay(plan.mask, size, shapes, nodes, masks)
+    names = plan.outputs[1:]
+    given = [name for name in _BITS if name in names]
+    return _Told(
+        (weight, key_bias, query_bias, added, relative, sink), masks, nodes,
+        (
+            scale, plan.softcap or 0.0, _kind(normalizer), normalizer.alpha if isinstance(normalizer, Entmax) else 2.0,
+            plan.dropout,
+        ),
+        _made(_groups, summary.mass), [row % L for row in summary.row_numbers], sum(_BITS[name] for name in given), names,
+        tuple(given.index(name) for name in names),
+    )  # fmt: skip
+
+
+def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[_Told, tuple[Any, ...]]:
+    """What the operators take between q and what is asked for, in their order."""
+    told = _told(plan, tuple([x.shape for x in tensors]))
+    q, k, v = tensors[:3]
+    return told, (
+        _rows(q), _rows(k), _rows(v), *[make and make(tensors) for make in told.words],
+        [make(tensors) for make in told.masks], told.nodes, *told.numbers,
+        int(tensors[plan.seed.index]) if plan.dropout else 0,
         # Rounded to bfloat16, weights would do for the gradients of q, k and v, but not for those of parameters.
-        not any(x.is_floating_point() for x in tensors[3:]),
+        len(tensors) == 3 or not any(x.is_floating_point() for x in tensors[3:]),
     )  # fmt: skip
 
 
@@ -215,34 +250,46 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().float().contiguous()
+def _made(how: Callable[[Tensor], Tensor], slot: Any) -> _Make | None:
+    """A tensor of a word, as the operators take it; None where there is none."""
+    return None if slot is None else lambda tensors: how(tensors[slot.index].detach())
 
 
-def _per_head(number: float | Tensor, q: Tensor) -> Tensor:
-    if isinstance(number, Tensor):
-        return number.detach().float().expand(q.shape[1]).contiguous()
-    return torch.full((q.shape[1],), number, dtype=torch.float32)
+def _floats(x: Tensor) -> Tensor:
+    return x.float().contiguous()
 
 
-def _relative(bias: Bias, size: Sizes, dtype: torch.dtype) -> Tensor:
+def _known_type(x: Tensor) -> Tensor:
+    return x if x.dtype in _DTYPES else x.float()
+
+
+def _groups(member: Tensor) -> Tensor:
+    return member if member.dim() == 3 else member[None]
+
+
+def _per_head(number: float | Slot, heads: int, tensors: Sequence[Tensor]) -> Tensor:
+    if isinstance(number, Slot):
+        return tensors[number.index].detach().float().expand(heads).contiguous()
+    return torch.full((heads,), number, dtype=torch.float32)
+
+
+def _relative(bias: Bias, size: Sizes, dtype: torch.dtype, tensors: Sequence[Tensor]) -> Tensor:
     """A bias that depends on the distance alone, as a table (H, L + S - 1 + 64) of query - key + S - 1: memory linear in
     length. The kernels read whole vectors, past the last query.
     """
     # Query 0 has key -n at the distance that query n has key 0.
     tile = Tile((0, 1), (0, size.H), (0, 1), (1 - size.L, size.S), size, torch.device("cpu"))
-    table = bias.bias(tile, dtype)[0, :, 0].flip(-1)
+    table = fill(bias, tensors).bias(tile, dtype)[0, :, 0].flip(-1)
     return torch.nn.functional.pad(table, (0, 64)).contiguous()
 
 
 def _through_relative(
-    plan: Plan, split: Plan, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[int]
+    plan: Plan, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[int]
 ) -> list[tuple[int, Tensor]]:
     """From the gradient of the table by distance to those of what it is made of."""
     leaves = [x.detach().requires_grad_() if i in needed else x for i, x in enumerate(tensors)]
-    bias = fill(split.bias, leaves)
     with torch.enable_grad():
-        table = _relative(bias, sizes(*tensors[:2]), gradient.dtype)  # type: ignore[arg-type]
+        table = _relative(plan.bias, sizes(*tensors[:2]), gradient.dtype, leaves)  # type: ignore[arg-type]
     found = torch.autograd.grad(table, [leaves[i] for i in needed], gradient.sum_to_size(table.shape))
     return list(zip(needed, found, strict=True))
 
@@ -253,9 +300,9 @@ def _through_relative(
 _FAR = 1 << 40
 
 
-def _lay(mask: Mask, size: Sizes, nodes: list[int], tensors: list[Tensor]) -> int:
-    """Append a mask to `nodes` and its tensors to `tensors`; give the number of its node."""
-    parameters, inside, places = _NODES[type(mask)](mask, size, nodes, tensors)
+def _lay(mask: Mask, size: Sizes, shapes: _Shapes, nodes: list[int], tensors: list[_Make]) -> int:
+    """Append a mask to `nodes` and what makes its tensors to `tensors`; give the number of its node."""
+    parameters, inside, places = _NODES[type(mask)](mask, size, shapes, nodes, tensors)
     kind = list(_NODES).index(type(mask))
     nodes += [kind, *parameters, *inside, *places]
     return len(nodes) // 8 - 1
@@ -264,35 +311,37 @@ def _lay(mask: Mask, size: Sizes, nodes: list[int], tensors: list[Tensor]) -> in
 _Node = tuple[tuple[int, int, int], tuple[int, int], tuple[int, int]]
 
 
-def _band(mask: Band, size: Sizes, nodes: list[int], tensors: list[Tensor]) -> _Node:
+def _band(mask: Band, size: Sizes, shapes: _Shapes, nodes: list[int], tensors: list[_Make]) -> _Node:
     left, right = (_FAR if n is None else n for n in (mask.left, mask.right))
     return (size.offset(mask.align), min(left, _FAR), min(right, _FAR)), (0, 0), (-1, -1)
 
 
-def _before(mask: Before, size: Sizes, nodes: list[int], tensors: list[Tensor]) -> _Node:
-    return (0, 0, 0), (0, 0), (-1, _place(mask.n.reshape(-1, 1).long(), tensors))
+def _before(mask: Before, size: Sizes, shapes: _Shapes, nodes: list[int], tensors: list[_Make]) -> _Node:
+    return (0, 0, 0), (0, 0), (-1, _place(lambda n: n.reshape(-1, 1).long(), mask.n, tensors))
 
 
-def _documents(mask: Documents, size: Sizes, nodes: list[int], tensors: list[Tensor]) -> _Node:
-    queries, keys = (_place(ids.long().contiguous(), tensors) for ids in (mask.queries, mask.keys))
+def _documents(mask: Documents, size: Sizes, shapes: _Shapes, nodes: list[int], tensors: list[_Make]) -> _Node:
+    queries, keys = (_place(lambda ids: ids.long().contiguous(), ids, tensors) for ids in (mask.queries, mask.keys))
     return (0, 0, 0), (0, 0), (queries, keys)
 
 
-def _blocks(mask: Blocks, size: Sizes, nodes: list[int], tensors: list[Tensor]) -> _Node:
-    return (0, *mask.size(size)), (0, 0), (_place(mask.table, tensors), -1)
+def _blocks(mask: Blocks, size: Sizes, shapes: _Shapes, nodes: list[int], tensors: list[_Make]) -> _Node:
+    table: Any = mask.table
+    like = Blocks(torch.empty(shapes[table.index], device="meta"), mask.rows, mask.columns)
+    return (0, *like.size(size)), (0, 0), (_place(_as_it_is, table, tensors), -1)
 
 
-def _dense(mask: Dense, size: Sizes, nodes: list[int], tensors: list[Tensor]) -> _Node:
-    return (0, 0, 0), (0, 0), (_place(mask.table, tensors), -1)
+def _dense(mask: Dense, size: Sizes, shapes: _Shapes, nodes: list[int], tensors: list[_Make]) -> _Node:
+    return (0, 0, 0), (0, 0), (_place(_as_it_is, mask.table, tensors), -1)
 
 
-def _pair(mask: And | Or, size: Sizes, nodes: list[int], tensors: list[Tensor]) -> _Node:
-    left = _lay(mask.left, size, nodes, tensors)
-    return (0, 0, 0), (left, _lay(mask.right, size, nodes, tensors)), (-1, -1)
+def _pair(mask: And | Or, size: Sizes, shapes: _Shapes, nodes: list[int], tensors: list[_Make]) -> _Node:
+    left = _lay(mask.left, size, shapes, nodes, tensors)
+    return (0, 0, 0), (left, _lay(mask.right, size, shapes, nodes, tensors)), (-1, -1)
 
 
-def _not(mask: Not, size: Sizes, nodes: list[int], tensors: list[Tensor]) -> _Node:
-    inner = _lay(mask.inner, size, nodes, tensors)
+def _not(mask: Not, size: Sizes, shapes: _Shapes, nodes: list[int], tensors: list[_Make]) -> _Node:
+    inner = _lay(mask.inner, size, shapes, nodes, tensors)
     return (0, 0, 0), (inner, inner), (-1, -1)
 
 
@@ -309,6 +358,10 @@ _NODES: dict[type[Mask], Callable[..., _Node]] = {
 }
 
 
-def _place(tensor: Tensor, tensors: list[Tensor]) -> int:
-    tensors.append(tensor)
+def _place(how: Callable[[Tensor], Tensor], slot: Any, tensors: list[_Make]) -> int:
+    tensors.append(lambda given: how(given[slot.index]))
     return len(tensors) - 1
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x

@@ -40,8 +40,10 @@ def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
         numbers = word.Numbers()
         text = word.describe(plan, numbers)
         outputs = tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
+    elif _is_transformed():
+        outputs = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
     elif is_differentiated(tensors):
-        outputs = (Forward if _is_transformed() else Eager).apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
+        return Eager.apply(kernel, plan, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     elif kernel == "cpu":
         outputs = cpu.forward(plan, tensors, last=True)
     else:
@@ -57,6 +59,7 @@ def is_differentiated(tensors: Sequence[Tensor]) -> bool:
 
 
 def _is_transformed() -> bool:
+    """Is a transform of torch.func, or forward mode, under way?"""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -84,17 +87,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = tuple(ctx.needs_input_grad[2:])
-        gradients = gradients[: len(gradients) - _KERNELS[ctx.kernel].EXTRAS]
-        given = tuple(g is not None for g in gradients)
-        present = [g for g in gradients if g is not None]
-        saved = ctx.saved_tensors
-        if is_differentiated((*present, *saved)):
-            results = Backward.apply(ctx.kernel, ctx.plan, wanted, given, *present, *saved)  # type: ignore[no-untyped-call]
-            return None, None, *_spread(results, wanted)
-        # Nobody asks for a second derivative, or maps the first: no graph has to know of it.
-        tensors, kept = saved[: len(wanted)], saved[len(wanted) :]
-        return None, None, *_KERNELS[ctx.kernel].backward(ctx.plan, tensors, kept, gradients, wanted)
+        return _backward_of(ctx, gradients[: len(gradients) - _KERNELS[ctx.kernel].EXTRAS])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -102,17 +95,37 @@ class Forward(torch.autograd.Function):
 
 
 class Eager(torch.autograd.Function):
-    """The same, for calls that no transform sees. Those want the context apart from `forward`, and for a Function of that
-    form torch looks up its signature in every call, which takes longer than a short one computes.
+    """The same for calls that no transform sees. Those want the context apart from `forward`; in a Function of that form
+    torch looks up its signature in every call, which takes longer than a short sequence takes to compute.
     """
 
     @staticmethod
     def forward(ctx: Any, kernel: str, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs = Forward.forward(kernel, plan, *tensors)
-        Forward.setup_context(ctx, (kernel, plan, *tensors), outputs)
+        ctx.kernel, ctx.plan = kernel, plan
+        outputs: tuple[Tensor, ...] = _KERNELS[kernel].forward(plan, tensors)
+        ctx.save_for_backward(*tensors, *_kept(kernel, outputs))
+        ctx.set_materialize_grads(False)
+        outputs = outputs[: len(outputs) - _KERNELS[kernel].EXTRAS]
+        if plan.summary.top:
+            ctx.mark_non_differentiable(*[x for x in outputs if not x.is_floating_point()])
         return outputs
 
-    backward = Forward.backward
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward_of(ctx, gradients)
+
+
+def _backward_of(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs of a kernel's forward, from those of its outputs."""
+    wanted, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+    if not torch.is_grad_enabled() and not _is_transformed():
+        # Nobody asks for a second derivative, nor maps the first: no graph has to know of it.
+        tensors, kept = saved[: len(wanted)], saved[len(wanted) :]
+        return None, None, *_KERNELS[ctx.kernel].backward(ctx.plan, tensors, kept, gradients, wanted)
+    given = tuple(g is not None for g in gradients)
+    present = [g for g in gradients if g is not None]
+    results = Backward.apply(ctx.kernel, ctx.plan, wanted, given, *present, *saved)  # type: ignore[no-untyped-call]
+    return None, None, *_spread(results, wanted)
 
 
 class Backward(torch.autograd.Function):

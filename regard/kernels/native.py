@@ -36,6 +36,16 @@ def instructions() -> list[str]:
     return [] if missing else str(ops.instructions()).split()
 
 
+def are_finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """True only if there is neither NaN nor inf in them, and that is cheap to find out."""
+    if missing or torch.compiler.is_compiling() or not q.is_cpu:
+        return False
+    try:
+        return bool(ops.finite(q, k, v))
+    except RuntimeError:  # inside torch.func.vmap no number can be read
+        return False
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the operators give, told without computing it: for graphs that hold them, and what else runs on tensors without
 # numbers. The words in the middle make no difference.
@@ -90,5 +100,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "plain": _plain,
     "backward": _backward,
 }
-for _name in () if missing else _FAKES:
-    torch.library.register_fake(f"regard_native::{_name}", _FAKES[_name])
+if not missing:
+    _library: Any = torch.library.Library("regard_native", "IMPL")  # type: ignore[no-untyped-call]
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"regard_native::{_name}", _fake)
+        # They have no derivative: autograd, of which regard/kernels/differentiate.py takes care, need not look at them.
+        _library.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")
