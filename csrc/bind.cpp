@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <thread>
@@ -370,6 +371,48 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor 
   return results;
 }
 
+// The words of a call, packed: to hand over each by itself takes longer than a short sequence takes to compute. Of the six
+// tensors that may be left out, the bits of `there` say which stand first among `tensors`, in their order; those of the mask
+// follow. `told` are normalizer and pairs, scale, softcap, alpha and dropout as the bits of doubles, and the nodes of the mask.
+struct Told {
+  MaybeTensor word[6];
+  std::vector<Tensor> mask_tensors;
+  std::vector<int64_t> mask;
+  double scale, softcap, alpha, dropout;
+  int64_t normalizer;
+  bool pairs;
+
+  Told(const std::vector<Tensor>& tensors, int64_t there, const Tensor& told) {
+    const int64_t numbers = told.numel();
+    STD_TORCH_CHECK(told.scalar_type() == ScalarType::Long && told.is_contiguous() && numbers >= 6, "told must be at least 6 contiguous whole numbers");
+    size_t next = 0;
+    for (int i = 0; i < 6; i++) {
+      STD_TORCH_CHECK(!(there >> i & 1) || next < tensors.size(), "there are fewer tensors than told");
+      if (there >> i & 1) word[i] = tensors[next++];
+    }
+    mask_tensors.assign(tensors.begin() + static_cast<std::ptrdiff_t>(next), tensors.end());
+    const int64_t* n = static_cast<const int64_t*>(told.data_ptr());
+    normalizer = n[0], pairs = n[1] != 0;
+    std::memcpy(&scale, n + 2, 8), std::memcpy(&softcap, n + 3, 8), std::memcpy(&alpha, n + 4, 8), std::memcpy(&dropout, n + 5, 8);
+    mask.assign(n + 6, n + numbers);
+  }
+};
+
+#define REGARD_TOLD(t) \
+  t.word[0], t.word[1], t.word[2], t.word[3], t.word[4], t.word[5], t.mask_tensors, t.mask, t.scale, t.softcap, t.normalizer, t.alpha, t.dropout, seed, t.pairs
+
+std::vector<Tensor> forward_told(Tensor q, Tensor k, Tensor v, std::vector<Tensor> tensors, int64_t there, Tensor told, int64_t seed, int64_t top, MaybeTensor member,
+                                 std::vector<int64_t> numbers, int64_t wanted) {
+  const Told t(tensors, there, told);
+  return forward(q, k, v, REGARD_TOLD(t), top, member, numbers, wanted);
+}
+
+std::vector<Tensor> backward_told(Tensor out, Tensor dout, Tensor stats, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, std::vector<Tensor> tensors, int64_t there,
+                                  Tensor told, int64_t seed, int64_t wanted) {
+  const Told t(tensors, there, told);
+  return backward(out, dout, stats, dlse, q, k, v, REGARD_TOLD(t), wanted);
+}
+
 // Have all numbers of a row a finite exponent? One is added to it at its lowest bit: only what has all bits set carries over
 // into the sign. No sum of floats, which may overflow where all are finite.
 template <class Bits>
@@ -441,10 +484,14 @@ int64_t decoded() { return __atomic_load_n(kernels().decoded, __ATOMIC_RELAXED);
   "Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? key_bias, Tensor? query_bias, Tensor? bias, Tensor? relative, Tensor? sink, Tensor[] mask_tensors, " \
   "int[] mask, float scale, float softcap, int normalizer, float alpha, float dropout, int seed, bool pairs, "
 
+#define REGARD_TOLD_WORDS "Tensor q, Tensor k, Tensor v, Tensor[] tensors, int there, Tensor told, int seed, "
+
 STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("forward(" REGARD_WORDS "int top, Tensor? member, int[] numbers, int wanted) -> Tensor[]");
   m.def("plain(Tensor q, Tensor k, Tensor v) -> Tensor?");
   m.def("backward(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_WORDS "int wanted) -> Tensor[]");
+  m.def("forward_told(" REGARD_TOLD_WORDS "int top, Tensor? member, int[] numbers, int wanted) -> Tensor[]");
+  m.def("backward_told(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_TOLD_WORDS "int wanted) -> Tensor[]");
   m.def("finite(Tensor q, Tensor k, Tensor v) -> bool");
   m.def("peak(Tensor buffer, int limit, int rounds) -> float");
   m.def("instructions() -> str");
@@ -456,6 +503,8 @@ STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("plain", TORCH_BOX(&plain));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("forward_told", TORCH_BOX(&forward_told));
+  m.impl("backward_told", TORCH_BOX(&backward_told));
   m.impl("finite", TORCH_BOX(&finite));
   m.impl("peak", TORCH_BOX(&peak));
 }

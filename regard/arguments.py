@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -117,6 +118,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(L, D) -> (1, 1, L, D); (B, L, D) -> (B, 1, L, D); (X, Y, H, L, D) -> (X*Y, H, L, D). Batch axes of 1 expand."""
+    if q.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
+        return q, k, v
     if q.dim() == 2:
         return q[None, None], k[None, None], v[None, None]
     if q.dim() == 3:
@@ -147,7 +150,7 @@ def check_seed(dropout: float, seed: int | Tensor | None, device: torch.device) 
     return torch.tensor(seed, device=device)
 
 
-def added(bias: Any, lead: tuple[int, ...], size: Sizes) -> Tensor:
+def added(bias: Any, lead: Sequence[int], size: Sizes) -> Tensor:
     """A tensor that is added to the scores, in four axes."""
     if not check.is_floats(bias):
         raise check.wrong("bias", bias, _WORDS[Bias] + _hint(bias, Bias), False)

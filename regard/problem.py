@@ -12,10 +12,10 @@ The axis legend, used everywhere:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,13 +64,12 @@ class Plan:
         return hash(tuple([getattr(self, name) for name in self.__dataclass_fields__]))
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A plan, and the tensors it speaks of: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E), and the words' own."""
 
     plan: Plan
     tensors: tuple[Tensor, ...]
-    lead: tuple[int, ...]  # the axes of the user's q before (L, D)
+    lead: Sequence[int]  # the axes of the user's q before (L, D)
     given: str  # the class of the score that was asked for, before it was reduced
 
     def restore(self, x: Tensor) -> Tensor:
@@ -88,9 +87,19 @@ def sizes(q: Tensor, k: Tensor) -> Sizes:
 # Do three tensors hold neither NaN nor inf? False where that is not known.
 Finite = Callable[[Tensor, Tensor, Tensor], bool]
 
-# The plans of calls that were checked before, and the class of their scores, by all that they say but the numbers in their
-# tensors: for a short sequence, to check a call takes longer than to compute it.
-_known: dict[tuple[Any, ...], tuple[Plan, str]] = {}
+
+class _Known(NamedTuple):
+    """What a call came to that was checked before."""
+
+    plan: Plan
+    given: str
+    unchanged: bool  # q, k and v are those of the call, and the score holds no tensor
+    start: int  # of all tensors of the call, those from here on are of the words after the score
+    stop: int  # and from here on, of the summary
+
+
+# By all that a call says but the numbers in its tensors: for a short sequence, to check takes longer than to compute.
+_known: dict[tuple[Any, ...], _Known] = {}
 _MOST_KNOWN = 1024
 
 
@@ -113,37 +122,37 @@ def pose(
     `quick` may tell, faster than torch can, that q, k and v hold neither NaN nor inf.
     """
     text: list[Any] = []
-    scored: list[Tensor] = []
-    before: list[Tensor] = []
-    after: list[Tensor] = []
-    readable = (
-        not torch.compiler.is_compiling()
-        and read((q, k, v, softcap, dropout, score), KINDS, text, scored)
-        and read((normalizer, mask, bias), KINDS, text, before)
-        and read(summary, KINDS, text, after)
-    )
+    found: list[Tensor] = []
+    words = (q, k, v, softcap, dropout, score, normalizer, mask, bias, summary)
+    # Where sizes are symbols, or tensors, they are good for this call alone.
+    readable = not torch.compiler.is_compiling() and not torch._C._is_tracing() and read(words, KINDS, text, found)
     key = tuple(text)
     known = _known.get(key) if readable else None
     if known is not None:
-        plan, given = known
-        lead = tuple(q.shape[:-2])
-        four = four_axes(q, k, v)
         if dropout != 0.0 or seed is not None:
             seed = check_seed(dropout, seed, q.device)
-        if plan.mask is None or _are_finite(*four, quick):
+        new_q, new_k, new_v = (q, k, v) if known.unchanged else four_axes(q, k, v)
+        if known.plan.mask is None or _are_finite(new_q, new_k, new_v, quick):
+            tensors = found[known.start : known.stop]
             if isinstance(bias, Tensor):
-                before[-1] = added(bias, lead, sizes(*four[:2]))
-            new_q, new_k, reduced = (score if isinstance(score, Score) else _SCALED_DOT).reduce(*four[:2])
-            tensors = [new_q, new_k, _with_keys(four[2], new_k)]
-            split(reduced, tensors)
-            if isinstance(seed, Tensor) and plan.dropout:
-                before.append(seed)
-            return Problem(plan, _beside_q(plan, [*tensors, *before, *after]), lead, given)
+                tensors[-1] = added(bias, q.shape[:-2], sizes(new_q, new_k))
+            if isinstance(seed, Tensor) and dropout:
+                tensors.append(seed)
+            tensors += found[known.stop :]
+            if not known.unchanged:
+                new_q, new_k, reduced = (score if isinstance(score, Score) else _SCALED_DOT).reduce(new_q, new_k)
+                new_v = _with_keys(new_v, new_k)
+                tensors = [*_held(reduced), *tensors]
+            tensors = [new_q, new_k, new_v, *tensors]
+            return Problem(known.plan, _beside_q(known.plan, tensors), q.shape[:-2], known.given)
     problem = _pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary, quick)
     if readable and problem.plan.bad_q is None:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        _known[key] = problem.plan, problem.given
+        same = all(x is y for x, y in zip(problem.tensors, (q, k, v), strict=False))
+        unchanged = same and not slots(problem.plan.score)
+        start, stop = 3 + len(_held(score)), len(found) - len(_held(summary))
+        _known[key] = _Known(problem.plan, problem.given, unchanged, start, stop)
     return problem
 
 
@@ -153,7 +162,7 @@ def _pose(
 ) -> Problem:  # fmt: skip
     """The same for a call that is not known."""
     check_tensors(q, k, v)
-    lead = tuple(q.shape[:-2])
+    lead = q.shape[:-2]
     q, k, v = four_axes(q, k, v)
     size = sizes(q, k)
     if dropout != 0.0 or seed is not None:
@@ -199,6 +208,11 @@ def _pose(
     return Problem(plan, _beside_q(plan, tensors), lead, given)
 
 
+def _held(word: Any) -> list[Tensor]:
+    """The tensors that a score or a summary holds."""
+    return [] if word is None else [x for x in vars(word).values() if isinstance(x, Tensor)]
+
+
 def _with_keys(x: Tensor, k: Tensor) -> Tensor:
     """What there is per key/value head, (B, G, ...): where a parameter per query head has made a key per query head, values
     go along.
@@ -208,6 +222,8 @@ def _with_keys(x: Tensor, k: Tensor) -> Tensor:
 
 def _beside_q(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """Numbers in tensors of shape () go where q is; what a user's function holds stays where the function expects it."""
+    if len(tensors) == 3:
+        return tuple(tensors)
     device = tensors[0].device
     if any(tensor.device != device for tensor in tensors[3:]):
         own = slots(plan.score) if isinstance(plan.score, Python) else []
@@ -234,10 +250,10 @@ def _are_finite(q: Tensor, k: Tensor, v: Tensor, quick: Finite | None) -> bool:
     """True only if they hold no NaN and no inf, and that is cheap to find out. One sum tells: NaN and inf stay in it. A
     sum that overflows says False, which costs time and nothing else.
     """
-    if torch.compiler.is_compiling() or q.device.type != "cpu":
-        return False
     if quick is not None and quick(q, k, v):
         return True
+    if torch.compiler.is_compiling() or q.device.type != "cpu":
+        return False
     try:
         return all(math.isfinite(float(x.detach().sum())) for x in (q, k, v))
     except RuntimeError:  # inside torch.func.vmap no number can be read

@@ -60,24 +60,26 @@ def slots(word: Any) -> list[int]:
 
 
 def read(word: Any, kinds: Collection[type], text: list[Any], tensors: list[Tensor]) -> bool:
-    """Append to `text` all that a word says but the numbers in its tensors, and those, in the order of `split`, to
-    `tensors`; two words that read alike are alike. False where that cannot be told: the word holds a function, a tensor of
-    a class of its own, or a word that is not of these kinds.
+    """Append to `text` all that a word, or a tuple of words, says but the numbers in its tensors, and those, in the order of
+    `split`, to `tensors`: words that read alike are alike. False where that cannot be told, since one holds a function, a
+    tensor of a class of its own, or a word that is not of these kinds.
     """
     kind = type(word)
-    if kind in _ATOMS:
-        text.append(repr(word))  # 1, 1.0 and True are equal, and so are 0.0 and -0.0, but they are not the same
-    elif kind is Tensor or kind is Parameter:
-        if word.is_nested:
-            return False
-        text += (word.shape, word.dtype, word.layout, word.device)
-        tensors.append(word)
-    elif kind is tuple or kind in kinds:
-        parts = word if kind is tuple else [getattr(word, name) for name in kind.__dataclass_fields__]
-        text += (kind, len(parts))
-        return all(read(part, kinds, text, tensors) for part in parts)
-    else:
+    if kind is not tuple and kind not in kinds:
         return False
+    parts = word if kind is tuple else [getattr(word, name) for name in kind.__dataclass_fields__]
+    text += (kind, len(parts))
+    for part in parts:
+        kind = type(part)
+        if kind in _ATOMS:
+            text.append(repr(part))  # 1, 1.0 and True are equal, and so are 0.0 and -0.0, but they are not the same
+        elif kind is Tensor or kind is Parameter:
+            if part.is_nested:
+                return False
+            text += (part.shape, part.dtype, part.layout, part.device)
+            tensors.append(part)
+        elif not read(part, kinds, text, tensors):
+            return False
     return True
 
 

@@ -128,7 +128,7 @@ def test_causal_pairs() -> None:
 
 def test_a_wrong_kernel_gets_no_ratio_and_fails(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     """A native kernel whose weights are off by a thousandth, as a bug of its scale would make them."""
-    forward = native.ops.forward
+    forward = native.ops.forward_told.default
 
     def wrong(q: torch.Tensor, *words: Any) -> Any:
         return forward(1.01 * q, *words)
@@ -150,7 +150,7 @@ def test_a_wrong_kernel_gets_no_ratio_and_fails(monkeypatch: Any, capsys: Any, t
         main(command)
     assert done.value.code == 0
     assert "wrong" not in capsys.readouterr().out
-    monkeypatch.setattr(native.ops, "forward", wrong)
+    monkeypatch.setattr(native.ops.forward_told, "default", wrong)
     with pytest.raises(SystemExit) as done:
         main(command)
     assert done.value.code == 1

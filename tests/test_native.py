@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import struct
 from typing import Any
 
 import pytest
@@ -89,6 +91,68 @@ def test_backward(name: str) -> None:
         _check("backward", (exact or [out])[0], torch.ones_like(out), stats, dlse, *call.values(), wanted)
 
 
+def _told(call: dict[str, Any]) -> tuple[Any, ...]:
+    """The same words, packed."""
+    words = [call[name] for name in ("weight", "key_bias", "query_bias", "bias", "relative", "sink")]
+    reals = struct.pack("4d", *[call[name] for name in ("scale", "softcap", "alpha", "dropout")])
+    numbers = [call["normalizer"], int(call["pairs"]), *struct.unpack("4q", reals), *call["mask"]]
+    tensors = [word for word in words if word is not None] + call["mask_tensors"]
+    there = sum(1 << i for i, word in enumerate(words) if word is not None)
+    return call["q"], call["k"], call["v"], tensors, there, torch.tensor(numbers), call["seed"]
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_words_that_are_packed(name: str) -> None:
+    """They give the same as one by one, and tell the same of it."""
+    call = _CALLS[name]
+    told = _told(call)
+    for asked in ((0, None, [], 0), (3, None, [], 7), (3, _random(1, 3, 7) > 0, [4, 0], 63)):
+        _check("forward_told", *told, *asked)
+        _equal(native.ops.forward_told(*told, *asked), native.ops.forward(*call.values(), *asked))
+    out, stats, *exact = native.ops.forward(*call.values(), 0, None, [], 0)
+    bits = ((8, "key_bias"), (16, "q"), (32, "bias"), (64, "relative"), (128, "sink"), (256, "weight"))
+    before = ((exact or [out])[0], torch.ones_like(out), stats, None)
+    for wanted in (2, 7 | sum(bit for bit, word in bits if call[word] is not None)):
+        _check("backward_told", *before, *told, wanted)
+        _equal(native.ops.backward_told(*before, *told, wanted), native.ops.backward(*before, *call.values(), wanted))
+
+
+def _equal(found: list[Tensor], told: list[Tensor]) -> None:
+    assert len(found) == len(told)
+    assert all(torch.equal(x, y) for x, y in zip(found, told, strict=True))
+
+
+def test_packed_words_that_do_not_fit() -> None:
+    q, k, v, tensors, there, told, seed = _told(_CALLS["words"])
+    with pytest.raises(RuntimeError, match="fewer tensors than told"):
+        native.ops.forward_told(q, k, v, tensors[:2], there, told, seed, 0, None, [], 0)
+    for wrong in (told[:5], told.double(), torch.stack([told, told], 1)[:, 0]):
+        with pytest.raises(RuntimeError, match="at least 6 contiguous whole numbers"):
+            native.ops.forward_told(q, k, v, tensors, there, wrong, seed, 0, None, [], 0)
+
+
+@pytest.mark.parametrize("dtype", _FLOATS)
+@pytest.mark.parametrize("wild", [torch.nan, torch.inf, -torch.inf])
+def test_finite(dtype: torch.dtype, wild: float) -> None:
+    """Every number is looked at, in rows with and without gaps, and on many threads; the largest ones are finite."""
+    shapes = ((2, 3, 5, 7), (1, 2, 4, 1), (2, 3, 300, 70))
+    for shape, gaps in itertools.product(shapes, (False, True)):
+        x = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)
+        x = x.transpose(1, 2).contiguous().transpose(1, 2) if gaps else x
+        fine = torch.zeros(1, 1, 1, 1, dtype=dtype)
+        assert native.ops.finite(x, -x, fine)
+        for place in ((0, 0, 0, 0), (-1, -1, -1, -1), (0, 1, 3, -1)):
+            y = x.clone()
+            y[place] = wild
+            assert not native.ops.finite(y, fine, fine)
+            assert not native.ops.finite(fine, y, fine)
+            assert not native.ops.finite(fine, fine, y)
+    # What the kernels do not read is left to others.
+    assert not native.ops.finite(x.double(), fine, fine)
+    assert not native.ops.finite(fine, x.mT, fine)
+    assert native.ops.finite(x[:, :, :0], fine, x[..., :0])
+
+
 @pytest.mark.parametrize("dtype", _FLOATS)
 def test_plain(dtype: torch.dtype) -> None:
     q, k, v = list(_call(dtype).values())[:3]
@@ -104,7 +168,8 @@ def test_none_is_left_out() -> None:
     """Whatever gives tensors can be part of a graph."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("regard_native::")}
     giving = {name for name in names if "Tensor" in str(getattr(native.ops, name[15:]).default._schema).split("->")[1]}
-    assert {f"regard_native::{name}" for name in ("forward", "plain", "backward")} <= giving
+    operators = ("forward", "plain", "backward", "forward_told", "backward_told")
+    assert {f"regard_native::{name}" for name in operators} <= giving
     assert [name for name in giving if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")] == []
 
 

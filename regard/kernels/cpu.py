@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return f"it has no score but the dot product and the additive one, and {type(plan.score).__name__} is neither"
     if not isinstance(plan.normalizer, tuple(_NORMALIZERS)):
         return f"it has none of the normalizers in Python, and {type(plan.normalizer).__name__} is one"
-    if any(x.dtype not in _DTYPES for x in (q, k, v)):
+    if q.dtype not in _DTYPES or k.dtype not in _DTYPES or v.dtype not in _DTYPES:
         return "it computes in float32, and float64 was given"
     if not (q.numel() and k.numel() and v.numel()):
         return "an axis has size zero"
@@ -79,7 +80,7 @@ def forward(plan: Plan, tensors: Sequence[Tensor], last: bool = False) -> tuple[
     told, words = _words(plan, tensors)
     member = told.member and told.member(tensors)
     wanted = told.wanted + (_LAST if last else 0)
-    out, stats, *rest = native.ops.forward(*words, plan.summary.top, member, told.rows, wanted)
+    out, stats, *rest = native.ops.forward_told.default(*words, plan.summary.top, member, told.rows, wanted)
     exact = rest.pop(0) if out.dtype != torch.float32 else out.new_empty(0)
     return out, *[rest[place] for place in told.places], stats, exact
 
@@ -104,21 +105,22 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
-    given = {name: g for name, g in zip(plan.outputs, gradients, strict=True) if g is not None and name != "top_keys"}
+    told, words = _words(plan, tensors)
+    dout, *others = gradients
+    given = {name: g for name, g in zip(told.names, others, strict=True) if g is not None and name != "top_keys"}
     # The log-sum-exp of the scores is no part of what else than a softmax tells of them.
-    simple = {"out", "lse"} if isinstance(plan.normalizer, Softmax) else {"out"}
-    if not given.keys() <= simple or "out" not in given or _has_nonfinite(plan, tensors):
+    dlse = given.pop("lse", None) if isinstance(plan.normalizer, Softmax) else None
+    if dout is None or given or _has_nonfinite(plan, tensors):
         return tiled.backward(plan, tensors, (), gradients, wanted)
     out, stats, exact = kept
-    out = exact if exact.numel() else out
-    dout, dlse = _rows(given["out"]), given.get("lse")
     needed = _needed(plan, tuple(wanted))
-    found = native.ops.backward(
-        out, dout, stats, None if dlse is None else dlse.contiguous(), *_words(plan, tensors)[1], needed.bits
-    )
+    found = native.ops.backward_told.default(
+        exact if exact.numel() else out, _rows(dout), stats, None if dlse is None else dlse.contiguous(), *words,
+        needed.bits,
+    )  # fmt: skip
     results: list[Tensor | None] = [None] * len(tensors)
     results[:3] = [g if want else None for g, want in zip(found, wanted[:3], strict=False)]
-    if needed.bits < 8:
+    if len(tensors) == 3:
         return tuple(results)
     rest = iter(found[3:])
     for index in needed.added:
@@ -169,10 +171,11 @@ _Make = Callable[[Sequence[Tensor]], Tensor]
 class _Told(NamedTuple):
     """What the operators are told of a plan, whatever numbers its tensors hold."""
 
-    words: tuple[_Make | None, ...]  # weight, key_bias, query_bias, bias, relative, sink
-    masks: list[_Make]
-    nodes: list[int]
-    numbers: tuple[Any, ...]  # scale, softcap, normalizer, alpha, dropout
+    # Those there are of weight, key_bias, query_bias, bias, relative and sink, then those of the mask.
+    tensors: list[_Make]
+    there: int  # a bit for each of the six
+    whole: list[int]  # what is told in numbers, and the same in a tensor
+    numbers: Tensor
     member: _Make | None
     rows: list[int]
     wanted: int
@@ -182,7 +185,7 @@ class _Told(NamedTuple):
 
 # For a short sequence, to find out anew what a plan says would take longer than to compute it. Plans hold no tensors.
 @lru_cache(_REMEMBERED)
-def _told(plan: Plan, shapes: _Shapes) -> _Told:
+def _told(plan: Plan, shapes: _Shapes, pairs: bool) -> _Told:
     score, normalizer, bias, summary = plan.score, plan.normalizer, plan.bias, plan.summary
     (B, H, L, D), (_, G, S, _) = shapes[:2]
     size = Sizes(B, H, G, L, S)
@@ -200,33 +203,40 @@ def _told(plan: Plan, shapes: _Shapes) -> _Told:
     number = _number(normalizer)
     if number is not None and (isinstance(number, Slot) or number or isinstance(normalizer, Softmax)):
         sink = partial(_per_head, number, H)
+    words = (weight, key_bias, query_bias, added, relative, sink)
     nodes: list[int] = []
     masks: list[_Make] = []
     if plan.mask is not None:
         _lay(plan.mask, size, shapes, nodes, masks)
+    alpha = normalizer.alpha if isinstance(normalizer, Entmax) else 2.0
+    reals = struct.pack("4d", scale, plan.softcap or 0.0, alpha, plan.dropout)
+    whole = [_kind(normalizer), int(pairs), *struct.unpack("4q", reals), *nodes]
+    with torch._C._DisableTorchDispatch():  # a tensor with numbers, whatever is made of those of this call
+        numbers = torch.tensor(whole, device="cpu")
     names = plan.outputs[1:]
     given = [name for name in _BITS if name in names]
     return _Told(
-        (weight, key_bias, query_bias, added, relative, sink), masks, nodes,
-        (
-            scale, plan.softcap or 0.0, _kind(normalizer), normalizer.alpha if isinstance(normalizer, Entmax) else 2.0,
-            plan.dropout,
-        ),
-        _made(_groups, summary.mass), [row % L for row in summary.row_numbers], sum(_BITS[name] for name in given), names,
-        tuple(given.index(name) for name in names),
+        [*[word for word in words if word is not None], *masks],
+        sum(1 << i for i, word in enumerate(words) if word is not None), whole, numbers,
+        _made(_groups, summary.mass), [row % L for row in summary.row_numbers],
+        sum(_BITS[name] for name in given), names, tuple(given.index(name) for name in names),
     )  # fmt: skip
 
 
 def _words(plan: Plan, tensors: Sequence[Tensor]) -> tuple[_Told, tuple[Any, ...]]:
     """What the operators take between q and what is asked for, in their order."""
-    told = _told(plan, tuple([x.shape for x in tensors]))
+    # Rounded to bfloat16, weights would do for the gradients of q, k and v, but not for those of parameters.
+    pairs = len(tensors) == 3 or not any(x.is_floating_point() for x in tensors[3:])
+    shapes: _Shapes = tuple([x.shape for x in tensors])
+    if torch._C._is_tracing():  # by torch.jit: sizes are tensors
+        shapes = tuple(tuple(int(n) for n in shape) for shape in shapes)
+    told = _told(plan, shapes, pairs)
     q, k, v = tensors[:3]
     return told, (
-        _rows(q), _rows(k), _rows(v), *[make and make(tensors) for make in told.words],
-        [make(tensors) for make in told.masks], told.nodes, *told.numbers,
+        _rows(q), _rows(k), _rows(v), [make(tensors) for make in told.tensors], told.there,
+        # Tensors of other classes, such as those without numbers, go together with none that were made before.
+        told.numbers if type(q) in (Tensor, torch.nn.Parameter) else torch.tensor(told.whole, device="cpu"),
         int(tensors[plan.seed.index]) if plan.dropout else 0,
-        # Rounded to bfloat16, weights would do for the gradients of q, k and v, but not for those of parameters.
-        len(tensors) == 3 or not any(x.is_floating_point() for x in tensors[3:]),
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
         outputs = tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
     elif _is_transformed():
         outputs = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
-    elif is_differentiated(tensors):
+    elif _is_recorded(tensors):
         return Eager.apply(kernel, plan, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     elif kernel == "cpu":
         outputs = cpu.forward(plan, tensors, last=True)
@@ -53,9 +53,11 @@ def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
 
 def is_differentiated(tensors: Sequence[Tensor]) -> bool:
     """Does autograd or a transform of torch.func have to know? If not, half of the time of a short call is saved."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return True
-    return _is_transformed()
+    return _is_recorded(tensors) or _is_transformed()
+
+
+def _is_recorded(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])  # noqa: C419, a generator takes longer
 
 
 def _is_transformed() -> bool:

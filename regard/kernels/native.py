@@ -38,10 +38,12 @@ def instructions() -> list[str]:
 
 def are_finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """True only if there is neither NaN nor inf in them, and that is cheap to find out."""
-    if missing or torch.compiler.is_compiling() or not q.is_cpu:
+    # Who looks at operators as they run may want a graph of them that is good for other numbers, too.
+    watched = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
+    if missing or watched or not q.is_cpu:
         return False
     try:
-        return bool(ops.finite(q, k, v))
+        return bool(ops.finite.default(q, k, v))
     except RuntimeError:  # inside torch.func.vmap no number can be read
         return False
 
@@ -95,10 +97,21 @@ def _backward(
     return results
 
 
+def _backward_told(
+    out: Tensor, dout: Tensor, stats: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor],
+    there: int, *told: Any,
+) -> list[Tensor]:  # fmt: skip
+    words = iter(tensors)
+    first = [next(words) if there >> i & 1 else None for i in range(4)]
+    return _backward(out, dout, stats, dlse, q, k, v, *first, told[-1])
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "plain": _plain,
     "backward": _backward,
+    "forward_told": _forward,
+    "backward_told": _backward_told,
 }
 if not missing:
     _library: Any = torch.library.Library("regard_native", "IMPL")  # type: ignore[no-untyped-call]
