@@ -185,27 +185,27 @@ def test_a_seed_that_is_not_given_is_drawn_each_time() -> None:
     assert not torch.equal(first, second)
 
 
-def test_after_calls_of_other_kinds() -> None:
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("before", ["fake", "inference", "vmap", "traced"])
+def test_after_calls_of_other_kinds(before: str) -> None:
     """What was found without numbers, without gradients, or in a graph, is good for a call that has them."""
-    words = _WORDS["lengths"](0)
-    told = _answer(words, _qkv())
-    for before in ("fake", "inference", "vmap", "traced"):
-        _forget()
-        q, k, v = (x.detach() for x in _qkv())
-        if before == "fake":
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                assert (
-                    regard.attention(*(mode.from_tensor(x) for x in (q, k, v)), mask=mask.causal("end")).shape[-1] == 3
-                )
-        elif before == "inference":
+    words = ({"softcap": 2.0}, _WORDS["lengths"](0), _WORDS["sink"](0))
+    told = [_answer(word, _qkv()) for word in words]
+    _forget()
+    q, k, v = (x.detach() for x in _qkv())
+    if before == "fake":
+        with FakeTensorMode() as mode:
+            assert regard.attention(*(mode.from_tensor(x) for x in (q, k, v)), softcap=2.0).shape == (_B, _H, _L, 3)
+    for word in words:
+        if before == "inference":
             with torch.inference_mode():
-                regard.attention(q, k, v, **words)
+                regard.attention(q, k, v, **word)
         elif before == "vmap":
-            torch.func.vmap(lambda q: regard.attention(q, k, v, **words))(torch.stack([q, q]))
-        else:
-            torch.jit.trace(lambda q: regard.attention(q, k, v, softcap=2.0), (q,), check_trace=False)
-        _same(_answer(words, _qkv()), told)
-        _same(_answer({"mask": mask.causal("end")}, _qkv()), _answer({"mask": mask.causal("end")}, _qkv()))
+            torch.func.vmap(lambda q, word=word: regard.attention(q, k, v, **word))(torch.stack([q, q]))
+        elif before == "traced":
+            torch.jit.trace(lambda q, word=word: regard.attention(q, k, v, **word), (q,), check_trace=False)
+    for word, expected in zip(words, told, strict=True):
+        _same(_answer(word, _qkv()), expected)
 
 
 def test_many_threads() -> None:
