@@ -1,23 +1,21 @@
 // The operators of torch.ops.regard_native, by LibTorch's stable ABI: one binary for every torch from 2.10 on.
 //
 // They check shapes, types and strides once more, since anyone may call an operator; the errors that users see are those of
-// regard/problem.py.
+// regard/arguments.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "problem.h"
+#include "call.h"
 
 namespace regard {
 
@@ -33,10 +31,6 @@ const Kernels* kernels_avx512_bf16();
 #endif
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 // The sets that this machine runs, the fastest first.
 std::vector<const Kernels*> available() {
@@ -112,134 +106,6 @@ Pool pool() {
 }
 #endif
 
-Type type_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Type::Float;
-    case ScalarType::BFloat16: return Type::BFloat16;
-    case ScalarType::Half: return Type::Half;
-    default: STD_TORCH_CHECK(false, name, " is of a type that the native kernels do not have"); return Type::Float;
-  }
-}
-
-// A tensor (B, H, rows, width) whose last axis is contiguous.
-Rows rows(const Tensor& x, const char* name, int64_t B, int64_t H, int64_t R, int64_t W) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == B && x.size(1) == H && x.size(2) == R && x.size(3) == W, name, " has another shape than expected");
-  STD_TORCH_CHECK(W <= 1 || x.stride(3) == 1, name, " has gaps in its last axis");
-  return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2), type_of(x, name)};
-}
-
-// Contiguous floats of so many numbers; null where there is no tensor.
-const float* floats(const MaybeTensor& x, const char* name, int64_t numbers) {
-  if (!x) return nullptr;
-  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Float && x->is_contiguous() && x->numel() == numbers, name, " must be ", numbers, " contiguous floats");
-  return static_cast<const float*>(x->data_ptr());
-}
-
-// Strides of a tensor that broadcasts to (B, H, L, S).
-Table table(const Tensor& x, const char* name, int64_t B, int64_t H, int64_t L, int64_t S, Type type) {
-  const int64_t full[4] = {B, H, L, S};
-  int64_t stride[4];
-  STD_TORCH_CHECK(x.dim() == 4, name, " must have four axes");
-  for (int axis = 0; axis < 4; axis++) {
-    STD_TORCH_CHECK(x.size(axis) == full[axis] || x.size(axis) == 1, name, " does not broadcast to (B, H, L, S)");
-    stride[axis] = x.size(axis) == 1 ? 0 : x.stride(axis);
-  }
-  return {static_cast<const char*>(x.data_ptr()), stride[0], stride[1], stride[2], stride[3], type};
-}
-
-// A node is eight numbers: its kind, three parameters, the nodes inside (two), and its tensors (two; -1 for none).
-constexpr size_t kNodeNumbers = 8;
-
-std::vector<MaskNode> mask_nodes(const std::vector<int64_t>& numbers, const std::vector<Tensor>& tensors, const Problem& p) {
-  STD_TORCH_CHECK(numbers.size() % kNodeNumbers == 0, "a mask must be nodes of ", kNodeNumbers, " numbers");
-  std::vector<MaskNode> nodes;
-  const auto tensor = [&](int64_t index) -> const Tensor& {
-    STD_TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(tensors.size()), "a node of the mask names a tensor that is not there");
-    return tensors[index];
-  };
-  const auto integers = [&](const Tensor& x, int64_t length) {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 2 && (x.size(0) == 1 || x.size(0) == p.B) && x.size(1) == length && (length <= 1 || x.stride(1) == 1),
-                    "a tensor of the mask must be int64 of shape (B, ", length, ")");
-    return static_cast<const int64_t*>(x.data_ptr());
-  };
-  const auto batch = [](const Tensor& x) { return x.size(0) == 1 ? int64_t{0} : x.stride(0); };
-  for (size_t at = 0; at < numbers.size(); at += kNodeNumbers) {
-    const int64_t* n = numbers.data() + at;
-    MaskNode node;
-    STD_TORCH_CHECK(n[0] >= MaskNode::Band && n[0] <= MaskNode::Not, "a node of the mask is of no known kind");
-    node.kind = static_cast<MaskNode::Kind>(n[0]);
-    node.offset = n[1], node.behind = n[2], node.ahead = n[3], node.left = n[4], node.right = n[5];
-    const int64_t index = static_cast<int64_t>(nodes.size());
-    const bool inner = node.kind == MaskNode::And || node.kind == MaskNode::Or || node.kind == MaskNode::Not;
-    STD_TORCH_CHECK(!inner || (node.left >= 0 && node.left < index && node.right >= 0 && node.right < index), "a node of the mask joins nodes that do not come before it");
-    if (node.kind == MaskNode::Before || node.kind == MaskNode::Documents) {
-      const Tensor& keys = tensor(n[7]);
-      node.keys = integers(keys, node.kind == MaskNode::Before ? 1 : p.S);
-      node.key_batch = batch(keys);
-    }
-    if (node.kind == MaskNode::Documents) {
-      const Tensor& queries = tensor(n[6]);
-      node.queries = integers(queries, p.L);
-      node.query_batch = batch(queries);
-    }
-    if (node.kind == MaskNode::Blocks || node.kind == MaskNode::Dense) {
-      const Tensor& x = tensor(n[6]);
-      const bool blocks = node.kind == MaskNode::Blocks;
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Bool, "a table of the mask must be bool");
-      STD_TORCH_CHECK(!blocks || (node.behind > 0 && node.ahead > 0), "the blocks of a mask must not be empty");
-      const int64_t R = blocks ? (p.L + node.behind - 1) / node.behind : p.L, C = blocks ? (p.S + node.ahead - 1) / node.ahead : p.S;
-      node.table = table(x, "a table of the mask", p.B, p.H, R, C, Type::Float);
-    }
-    nodes.push_back(node);
-  }
-  return nodes;
-}
-
-// All that forward and backward pass are told alike.
-struct Call {
-  Problem problem;
-  std::vector<MaskNode> nodes;
-
-  Call(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& weight, const MaybeTensor& key_bias, const MaybeTensor& query_bias, const MaybeTensor& bias,
-       const MaybeTensor& relative, const MaybeTensor& sink, const std::vector<Tensor>& mask_tensors, const std::vector<int64_t>& mask, double scale,
-       double softcap, int64_t normalizer, double alpha, double dropout, int64_t seed, bool pairs) {
-    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have four axes");
-    Problem& p = problem;
-    p.B = q.size(0), p.H = q.size(1), p.L = q.size(2), p.D = q.size(3), p.G = k.size(1), p.S = k.size(2), p.E = v.size(3);
-    STD_TORCH_CHECK(p.G > 0 && p.H % p.G == 0, "the heads of q must be a multiple of those of k");
-    p.q = rows(q, "q", p.B, p.H, p.L, p.D);
-    p.k = rows(k, "k", p.B, p.G, p.S, p.D);
-    p.v = rows(v, "v", p.B, p.G, p.S, p.E);
-    p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
-    if (weight) {
-      STD_TORCH_CHECK(p.q.type == Type::Float && p.k.type == Type::Float && p.scale == 1.0f, "with a weight, q and k must be floats, and scale 1");
-      p.weight = floats(weight, "weight", (weight->dim() == 1 ? 1 : p.H) * p.D);
-      p.weight_head = weight->dim() == 1 ? 0 : p.D;
-    }
-    p.key_bias = floats(key_bias, "key_bias", p.B * p.G * p.S);
-    p.query_bias = floats(query_bias, "query_bias", p.B * p.H * p.L);
-    if (bias) p.bias = table(*bias, "bias", p.B, p.H, p.L, p.S, type_of(*bias, "bias"));
-    if (relative) {
-      STD_TORCH_CHECK(relative->dim() == 2 && (relative->size(0) == 1 || relative->size(0) == p.H), "relative must be of shape (H, ...)");
-      p.relative = floats(relative, "relative", relative->size(0) * relative_numbers(p));
-      p.relative_head = relative->size(0) == 1 ? 0 : relative_numbers(p);
-    }
-    p.sink = floats(sink, "sink", p.H);
-    STD_TORCH_CHECK(normalizer >= 0 && normalizer <= 2, "normalizer must be 0 (softmax), 1 (sigmoid) or 2 (entmax)");
-    p.normalizer = static_cast<Normalizer>(normalizer);
-    STD_TORCH_CHECK(alpha > 1.0 && alpha <= 2.0, "alpha must be above 1, and at most 2");
-    p.alpha = alpha;
-    STD_TORCH_CHECK(dropout >= 0.0 && dropout <= 1.0, "dropout must be from 0 to 1");
-    p.drops = dropout > 0.0;
-    p.kept = dropout < 1.0 ? static_cast<float>(1.0 / (1.0 - dropout)) : 0.0f;
-    p.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout * 4294967296.0), 4294967295.0));
-    p.seed = seed, p.pairs = pairs;
-    nodes = mask_nodes(mask, mask_tensors, p);
-    p.mask = nodes.data(), p.mask_nodes = static_cast<int64_t>(nodes.size());
-  }
-  Call(const Call&) = delete;
-};
-
 Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) { return torch::stable::new_empty(like, shape, type); }
 float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
@@ -247,10 +113,9 @@ float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 // out as floats, both empty where nothing is to follow (bit 8); then what is wanted of lse, max, entropy (bits 1, 2, 4), with
 // top > 0 the largest weights and their keys (B, H, L, top), of received (B, H, S) and full (B, H, L, S) (bits 16, 32), the
 // rows `numbers` (B, H, R, S), and the mass of the groups that `member` (B|1, N, S) tells (B, H, L, N).
-std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
-                            MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer,
-                            double alpha, double dropout, int64_t seed, bool pairs, int64_t top, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
-  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, alpha, dropout, seed, pairs);
+std::vector<Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Words& words, int64_t top, const MaybeTensor& member,
+                            const std::vector<int64_t>& numbers, int64_t wanted) {
+  const Call call(q, k, v, words);
   const Problem& p = call.problem;
   STD_TORCH_CHECK(top >= 0, "top must not be negative");
   std::vector<Tensor> results;
@@ -323,10 +188,9 @@ MaybeTensor plain(Tensor q, Tensor k, Tensor v) {
 // -> those of the gradients that are wanted: of q, k, v (bits 1, 2, 4), of key_bias and query_bias (8, 16), of bias (32),
 // of relative (64), of the sink, or the bias of a sigmoid, by query (B, H, L) (128), and of weight by head (H, D) (256). Where bit 1, 2 or 4 is not
 // set, an empty tensor stands in its place; the others are left out.
-std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias,
-                             MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors,
-                             std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer, double alpha, double dropout, int64_t seed, bool pairs, int64_t wanted) {
-  const Call call(q, k, v, weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, alpha, dropout, seed, pairs);
+std::vector<Tensor> backward(const Tensor& out, const Tensor& dout, const Tensor& stats, const MaybeTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Words& words, int64_t wanted) {
+  const Call call(q, k, v, words);
   const Problem& p = call.problem;
   const int64_t per_query = p.B * p.H * p.L;
   Gradients g;
@@ -346,14 +210,14 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor 
   like(q, wanted & 1, g.dq, p.H, p.L, p.D);
   like(k, wanted & 2, g.dk, p.G, p.S, p.D);
   like(v, wanted & 4, g.dv, p.G, p.S, p.E);
-  STD_TORCH_CHECK(!(wanted & 8) || key_bias, "there is no key_bias to have a gradient");
+  STD_TORCH_CHECK(!(wanted & 8) || words.key_bias, "there is no key_bias to have a gradient");
   if (wanted & 8) g.dkey_bias = zeros({p.B, p.G, p.S});
   if (wanted & 16) g.dquery_bias = zeros({p.B, p.H, p.L});
   if (wanted & 32) {
-    STD_TORCH_CHECK(bias, "there is no bias to have a gradient");
+    STD_TORCH_CHECK(words.bias, "there is no bias to have a gradient");
     int64_t size[4], stride[4], numbers = 1;
     for (int axis = 3; axis >= 0; axis--) {
-      size[axis] = bias->size(axis), stride[axis] = size[axis] == 1 ? 0 : numbers;
+      size[axis] = words.bias->size(axis), stride[axis] = size[axis] == 1 ? 0 : numbers;
       numbers *= size[axis];
     }
     g.dbias = zeros({size[0], size[1], size[2], size[3]});
@@ -371,46 +235,30 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor 
   return results;
 }
 
-// The words of a call, packed: to hand over each by itself takes longer than a short sequence takes to compute. Of the six
-// tensors that may be left out, the bits of `there` say which stand first among `tensors`, in their order; those of the mask
-// follow. `told` are normalizer and pairs, scale, softcap, alpha and dropout as the bits of doubles, and the nodes of the mask.
-struct Told {
-  MaybeTensor word[6];
-  std::vector<Tensor> mask_tensors;
-  std::vector<int64_t> mask;
-  double scale, softcap, alpha, dropout;
-  int64_t normalizer;
-  bool pairs;
-
-  Told(const std::vector<Tensor>& tensors, int64_t there, const Tensor& told) {
-    const int64_t numbers = told.numel();
-    STD_TORCH_CHECK(told.scalar_type() == ScalarType::Long && told.is_contiguous() && numbers >= 6, "told must be at least 6 contiguous whole numbers");
-    size_t next = 0;
-    for (int i = 0; i < 6; i++) {
-      STD_TORCH_CHECK(!(there >> i & 1) || next < tensors.size(), "there are fewer tensors than told");
-      if (there >> i & 1) word[i] = tensors[next++];
-    }
-    mask_tensors.assign(tensors.begin() + static_cast<std::ptrdiff_t>(next), tensors.end());
-    const int64_t* n = static_cast<const int64_t*>(told.data_ptr());
-    normalizer = n[0], pairs = n[1] != 0;
-    std::memcpy(&scale, n + 2, 8), std::memcpy(&softcap, n + 3, 8), std::memcpy(&alpha, n + 4, 8), std::memcpy(&dropout, n + 5, 8);
-    mask.assign(n + 6, n + numbers);
-  }
-};
-
-#define REGARD_TOLD(t) \
-  t.word[0], t.word[1], t.word[2], t.word[3], t.word[4], t.word[5], t.mask_tensors, t.mask, t.scale, t.softcap, t.normalizer, t.alpha, t.dropout, seed, t.pairs
+// The operators: with the words one by one, and packed.
+std::vector<Tensor> forward_words(Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias, MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative,
+                                  MaybeTensor sink, std::vector<Tensor> mask_tensors, std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer,
+                                  double alpha, double dropout, int64_t seed, bool pairs, int64_t top, MaybeTensor member, std::vector<int64_t> numbers, int64_t wanted) {
+  const Words words{weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, alpha, dropout, seed, pairs};
+  return forward(q, k, v, words, top, member, numbers, wanted);
+}
 
 std::vector<Tensor> forward_told(Tensor q, Tensor k, Tensor v, std::vector<Tensor> tensors, int64_t there, Tensor told, int64_t seed, int64_t top, MaybeTensor member,
                                  std::vector<int64_t> numbers, int64_t wanted) {
-  const Told t(tensors, there, told);
-  return forward(q, k, v, REGARD_TOLD(t), top, member, numbers, wanted);
+  return forward(q, k, v, unpack(tensors, there, told, seed), top, member, numbers, wanted);
+}
+
+std::vector<Tensor> backward_words(Tensor out, Tensor dout, Tensor stats, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, MaybeTensor weight, MaybeTensor key_bias,
+                                   MaybeTensor query_bias, MaybeTensor bias, MaybeTensor relative, MaybeTensor sink, std::vector<Tensor> mask_tensors,
+                                   std::vector<int64_t> mask, double scale, double softcap, int64_t normalizer, double alpha, double dropout, int64_t seed, bool pairs,
+                                   int64_t wanted) {
+  const Words words{weight, key_bias, query_bias, bias, relative, sink, mask_tensors, mask, scale, softcap, normalizer, alpha, dropout, seed, pairs};
+  return backward(out, dout, stats, dlse, q, k, v, words, wanted);
 }
 
 std::vector<Tensor> backward_told(Tensor out, Tensor dout, Tensor stats, MaybeTensor dlse, Tensor q, Tensor k, Tensor v, std::vector<Tensor> tensors, int64_t there,
                                   Tensor told, int64_t seed, int64_t wanted) {
-  const Told t(tensors, there, told);
-  return backward(out, dout, stats, dlse, q, k, v, REGARD_TOLD(t), wanted);
+  return backward(out, dout, stats, dlse, q, k, v, unpack(tensors, there, told, seed), wanted);
 }
 
 // Have all numbers of a row a finite exponent? One is added to it at its lowest bit: only what has all bits set carries over
@@ -484,14 +332,14 @@ int64_t decoded() { return __atomic_load_n(kernels().decoded, __ATOMIC_RELAXED);
   "Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? key_bias, Tensor? query_bias, Tensor? bias, Tensor? relative, Tensor? sink, Tensor[] mask_tensors, " \
   "int[] mask, float scale, float softcap, int normalizer, float alpha, float dropout, int seed, bool pairs, "
 
-#define REGARD_TOLD_WORDS "Tensor q, Tensor k, Tensor v, Tensor[] tensors, int there, Tensor told, int seed, "
+#define REGARD_TOLD "Tensor q, Tensor k, Tensor v, Tensor[] tensors, int there, Tensor told, int seed, "
 
 STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("forward(" REGARD_WORDS "int top, Tensor? member, int[] numbers, int wanted) -> Tensor[]");
   m.def("plain(Tensor q, Tensor k, Tensor v) -> Tensor?");
   m.def("backward(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_WORDS "int wanted) -> Tensor[]");
-  m.def("forward_told(" REGARD_TOLD_WORDS "int top, Tensor? member, int[] numbers, int wanted) -> Tensor[]");
-  m.def("backward_told(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_TOLD_WORDS "int wanted) -> Tensor[]");
+  m.def("forward_told(" REGARD_TOLD "int top, Tensor? member, int[] numbers, int wanted) -> Tensor[]");
+  m.def("backward_told(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_TOLD "int wanted) -> Tensor[]");
   m.def("finite(Tensor q, Tensor k, Tensor v) -> bool");
   m.def("peak(Tensor buffer, int limit, int rounds) -> float");
   m.def("instructions() -> str");
@@ -500,9 +348,9 @@ STABLE_TORCH_LIBRARY(regard_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("forward", TORCH_BOX(&forward_words));
   m.impl("plain", TORCH_BOX(&plain));
-  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("backward", TORCH_BOX(&backward_words));
   m.impl("forward_told", TORCH_BOX(&forward_told));
   m.impl("backward_told", TORCH_BOX(&backward_told));
   m.impl("finite", TORCH_BOX(&finite));

@@ -1,4 +1,4 @@
-"""A checked call, in one frozen record. Every shape error is raised here, before anything runs.
+"""A checked call, in one frozen record. What is wrong with it is said before anything runs.
 
 The axis legend, used everywhere:
 

@@ -46,8 +46,6 @@ _CANDIDATES: dict[str, Candidate] = {
     ),
 }
 
-_ORDER = tuple(_CANDIDATES)
-
 _ran: ContextVar[list[str] | None] = ContextVar("ran", default=None)
 
 
@@ -69,7 +67,7 @@ _MATRIX_UNITS = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 def _order(problem: Problem) -> tuple[str, ...]:
     if _MATRIX_UNITS and problem.tensors[0].dtype == torch.bfloat16:
         return ("torch", "cpu", *_CANDIDATES)
-    return _ORDER
+    return tuple(_CANDIDATES)
 
 
 def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
