@@ -77,17 +77,18 @@ def test_forward_with_all_weights(name: str) -> None:
         _check("forward", *call.values(), 2, member, numbers, wanted)
 
 
+def _all_gradients(call: dict[str, Any]) -> int:
+    """The bits that ask for all gradients that there are."""
+    bits = ((8, "key_bias"), (16, "q"), (32, "bias"), (64, "relative"), (128, "sink"), (256, "weight"))
+    return 7 | sum(bit for bit, word in bits if call[word] is not None)
+
+
 @pytest.mark.parametrize("name", _CALLS)
 def test_backward(name: str) -> None:
     call = _CALLS[name]
     out, stats, *exact = native.ops.forward(*call.values(), 0, None, [], 0)
-    there = sum(
-        bit
-        for bit, word in ((8, "key_bias"), (16, "q"), (32, "bias"), (64, "relative"), (128, "sink"), (256, "weight"))
-        if call[word] is not None
-    )
     dlse = None if call["normalizer"] else _random(2, 4, 5)
-    for wanted in (7, 2, 7 | there):
+    for wanted in (7, 2, _all_gradients(call)):
         _check("backward", (exact or [out])[0], torch.ones_like(out), stats, dlse, *call.values(), wanted)
 
 
@@ -110,9 +111,8 @@ def test_words_that_are_packed(name: str) -> None:
         _check("forward_told", *told, *asked)
         _equal(native.ops.forward_told(*told, *asked), native.ops.forward(*call.values(), *asked))
     out, stats, *exact = native.ops.forward(*call.values(), 0, None, [], 0)
-    bits = ((8, "key_bias"), (16, "q"), (32, "bias"), (64, "relative"), (128, "sink"), (256, "weight"))
     before = ((exact or [out])[0], torch.ones_like(out), stats, None)
-    for wanted in (2, 7 | sum(bit for bit, word in bits if call[word] is not None)):
+    for wanted in (2, _all_gradients(call)):
         _check("backward_told", *before, *told, wanted)
         _equal(native.ops.backward_told(*before, *told, wanted), native.ops.backward(*before, *call.values(), wanted))
 
