@@ -29,9 +29,13 @@ class Strip {
     for (int i = 0; i < q.vectors; i++) best[i] = regard::REGARD_SET::fill(-kInfinity);
     visit_keys(scores.mask(), q, 0, p_.S, longest, [&](const Keys& keys) {
       scores.fill(q, turned, keys, row(count_), [&](int64_t, int i, auto& x) __attribute__((always_inline)) { raise(best[i], x); }, caps_ ? caps_ + count_ * lanes_ : nullptr);
-      for (int64_t n = 0; n < keys.count; n++)
-        for (int i = 0; i < q.vectors; i++)
-          if (i < keys.from || i >= keys.upto) store(row(count_ + n) + i * kWidth, regard::REGARD_SET::fill(-kInfinity));
+      for (int64_t n = count_; n < count_ + keys.count; n++)
+        for (int i = 0; i < q.vectors; i++) {
+          if (i >= keys.from && i < keys.upto) continue;
+          store(row(n) + i * kWidth, regard::REGARD_SET::fill(-kInfinity));
+          // What is left of another tile may be NaN, and 0 times it is, too.
+          if (caps_) store(caps_ + n * lanes_ + i * kWidth, Vec{});
+        }
       visit(keys, row(count_));
       for (int64_t n = 0; n < keys.count; n++) keys_[count_++] = static_cast<int32_t>(keys.first + n);
     });

@@ -116,6 +116,16 @@ def _judge_if_served(problem: Problem) -> None:
         judge(problem, "cpu", truth(problem))
 
 
+def test_nothing_is_read_of_what_memory_held_before(instructions: str) -> None:
+    """Of the keys that some queries of a tile may attend to and others may not, nothing is computed for those others."""
+    q, k, v = (torch.randn(1, 3, 131, 2, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
+    words = {"mask": mask.causal(), "normalizer": normalizer.Entmax(1.5), "softcap": 5.0}
+    for size in range(20_000, 200_000, 10_000):
+        torch.full((size,), torch.nan)  # given back at once
+        out = regard.attention(q, k, v, **words, kernel="cpu")
+        assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 @pytest.mark.parametrize("name", _SETS)
 @settings(max_examples=120, derandomize=True, **_COMMON)  # type: ignore[arg-type]
 @given(problem=problems(among=_NATIVE))
