@@ -122,6 +122,45 @@ def _equal(found: list[Tensor], told: list[Tensor]) -> None:
     assert all(torch.equal(x, y) for x, y in zip(found, told, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(1, 2, 5, 3)}, "k has another shape"),
+        ({"q": torch.zeros(1, 2, 4, 8)[..., ::2]}, "gaps in its last axis"),
+        ({"q": torch.zeros(1, 2, 4, 4, dtype=torch.float64)}, "type"),
+        ({"mask": [0, 0, 0]}, "nodes of 8 numbers"),
+        ({"mask": [5, 0, 0, 0, 0, 0, -1, -1]}, "do not come before it"),
+        ({"mask": [1, 0, 0, 0, 0, 0, -1, 0]}, "names a tensor that is not there"),
+        ({"mask": [9, 0, 0, 0, 0, 0, -1, -1]}, "of no known kind"),
+        ({"relative": torch.zeros(2, 3)}, "relative must be"),
+        ({"dropout": 2.0}, "dropout must be from 0 to 1"),
+        ({"weight": torch.zeros(3)}, "weight must be"),
+        ({"weight": torch.zeros(4), "scale": 0.5}, "scale 1"),
+        ({"normalizer": 3}, "normalizer must be"),
+        ({"normalizer": 2, "alpha": 1.0}, "alpha must be"),
+    ],
+)
+def test_an_operator_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    """Anyone may call an operator: it must not read what is not there."""
+    q, k, v = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 3)
+    words = {"q": q, "k": k, "v": v, "weight": None, "key_bias": None, "query_bias": None}
+    words |= {
+        "bias": None,
+        "relative": None,
+        "sink": None,
+        "mask_tensors": [],
+        "mask": [],
+        "scale": 1.0,
+        "softcap": 0.0,
+        "normalizer": 0,
+        "alpha": 2.0,
+    }
+    words |= {"dropout": 0.0, "seed": 0, "pairs": True, "top": 0, "member": None, "numbers": [], "wanted": 0}
+    native.ops.forward(**words)
+    with pytest.raises(RuntimeError, match=message):
+        native.ops.forward(**{**words, **change})
+
+
 def test_packed_words_that_do_not_fit() -> None:
     q, k, v, tensors, there, told, seed = _told(_CALLS["words"])
     with pytest.raises(RuntimeError, match="fewer tensors than told"):
