@@ -138,11 +138,11 @@ class Backward {
       scale[i] = p_.scale;
       scale_out[i] = total * p_.kept;
       t.peak[i] = g_.peak ? g_.peak[row + i] : 0.0f;
-      t.total[i] = total, t.share[i] = pairs_ ? total : 1.0f;
+      t.total[i] = total, t.share[i] = by_pairs() ? total : 1.0f;
     }
     // Lanes without a query have no weights.
     for (int64_t i = q.count; i < lanes; i++) t.peak[i] = kInfinity, t.total[i] = t.share[i] = 0.0f;
-    if (pairs_) {
+    if (by_pairs()) {
       pair_rows(p_.q, b, h, first, q.count, p_.D, t.rows, lanes, D_);
       pair_rows(g_.dout, b, h, first, q.count, p_.E, t.dout, lanes, E_);
       turn_pairs(g_.dout, b, h, first, q.count, p_.E, t.dout_turned, lanes);
@@ -161,27 +161,27 @@ class Backward {
   void take_delta(Tile& t) {
     const Queries& q = t.q;
     const int64_t row = (q.b * p_.H + q.h) * p_.L + q.first, lanes = q.lanes();
-    float *out = rows_, *dout = pairs_ ? rows_ + kTile * p_.E : t.dout_turned;
+    float *out = rows_, *dout = by_pairs() ? rows_ + kTile * p_.E : t.dout_turned;
     turn(g_.out, q.b, q.h, q.first, q.count, p_.E, out, lanes);
-    if (pairs_) turn(g_.dout, q.b, q.h, q.first, q.count, p_.E, dout, lanes);
+    if (by_pairs()) turn(g_.dout, q.b, q.h, q.first, q.count, p_.E, dout, lanes);
     for (int i = 0; i < q.vectors; i++) {
       Vec delta{};
       for (int64_t at = i * kWidth; at < p_.E * lanes; at += lanes) delta = fma(load(out + at), load(dout + at), delta);
       // The output holds what dropout multiplies by, and dO, where it holds the sum of the row, once more.
-      if (p_.drops && !pairs_) delta = p_.kept > 0.0f ? delta / fill(p_.kept) : Vec{};
+      if (p_.drops && !by_pairs()) delta = p_.kept > 0.0f ? delta / fill(p_.kept) : Vec{};
       store(t.delta + i * kWidth, delta);
     }
     for (int i = 0; i < q.count; i++) {
-      const float share = pairs_ ? 1.0f : t.total[i];
+      const float share = by_pairs() ? 1.0f : t.total[i];
       if (g_.dlse) t.delta[i] -= share * g_.dlse[row + i];
       // The gradient of a sink: it is a key whose value is 0.
-      if (g_.head_sums) g_.head_sums[row + i] = -t.delta[i] * (pairs_ ? t.total[i] : 1.0f) * exp2(fill(scores_.sink(q.h) - t.peak[i]), fill(scores_.unit()))[0];
+      if (g_.head_sums) g_.head_sums[row + i] = -t.delta[i] * (by_pairs() ? t.total[i] : 1.0f) * exp2(fill(scores_.sink(q.h) - t.peak[i]), fill(scores_.unit()))[0];
     }
   }
 
   void add(Tile& t, const Keys& keys) {
     weigh(t, keys);
-    if (pairs_) return add_pairs(t, keys);
+    if (by_pairs()) return add_pairs(t, keys);
     const Queries& q = t.q;
     const int64_t lanes = q.lanes(), from = keys.from * kWidth, queries = keys.queries(q);
     const FloatRows v = as_floats(p_.v, q.b, q.g, keys.first, keys.count, p_.E, values_);
@@ -238,13 +238,15 @@ class Backward {
     product<true>(p_.D, keys.vectors(), (keys.count + 1) / 2, Strided<Pair>{pairs(keys_) + (keys.first - block) / 2 * D_, 1, D_}, pairs(slope_pairs) + from, lanes, t.dq_turned + from, lanes);
   }
 
+  bool by_pairs() const { return kHasPairs && pairs_; }
+
   static REGARD_INLINE void store_rounded(float* to, int64_t place, Vec x) { reinterpret_cast<AnyShort*>(reinterpret_cast<uint16_t*>(to) + place)[0] = to_bfloat16(x); }
 
   // The weights of a block; divided by the sum of the row for pairs alone.
   void weigh(Tile& t, const Keys& keys) {
     const Vec bias = fill(!softmax_ && p_.sink ? p_.sink[t.q.h] * kLog2e : 0.0f), unit = fill(scores_.unit());
     const float *peak = t.peak, *share = t.share;
-    if (softmax_ && pairs_ && !g_.dlse) {
+    if (softmax_ && by_pairs() && !g_.dlse) {
       scores_.fill(t.q, t.turned, keys, weights_, [&](int64_t, int i, auto& x) __attribute__((always_inline)) {
         const Vec high = load(peak + i * kWidth), times = load(share + i * kWidth);
         each_row(0, x, [&](int64_t, Vec& score) __attribute__((always_inline)) { score = exp2_rounded((score - high) * unit) * times; });
@@ -272,12 +274,12 @@ class Backward {
     const Vec p = load(weights_ + at);
     Vec weight = p;
     if (p_.drops) {
-      const Vec times = fill(pairs_ ? p_.kept : 1.0f);  // otherwise a part of dO
+      const Vec times = fill(by_pairs() ? p_.kept : 1.0f);  // otherwise a part of dO
       const Bits kept = t.dropout.kept(keys.first + n, i);
       dp = where(kept, dp * times, Vec{}), weight = where(kept, p * times, Vec{});
     }
     const Vec slope = softmax_ ? p * (dp - load(t.delta + i * kWidth)) : p * (fill(1.0f) - p) * dp;
-    return {weight, pairs_ && caps_ ? slope * load(caps_ + at) : slope};
+    return {weight, by_pairs() && caps_ ? slope * load(caps_ + at) : slope};
   }
 
   void finish(Tile& t) {

@@ -38,7 +38,7 @@ class Scores {
   const Mask& mask() const { return mask_; }
 
   // Are products taken of pairs of bfloat16?
-  bool pairs() const { return pairs_; }
+  bool pairs() const { return kHasPairs && pairs_; }  // where no machine has them, nothing is compiled for them
   static bool takes_pairs(const Problem& p) { return kHasPairs && p.pairs && !p.weight && in_pairs(p.q, p.D) && in_pairs(p.k, p.D) && in_pairs(p.v, p.E); }
   Additive& additive() { return additive_; }
 
@@ -58,7 +58,7 @@ class Scores {
   // (turned, lanes)
   void turn_queries(const Queries& q, float* turned) {
     if (p_.weight) return additive_.turn_queries(q, turned);
-    const auto turn_rows = pairs_ ? turn_pairs : turn;
+    const auto turn_rows = pairs() ? turn_pairs : turn;
     turn_rows(p_.q, q.b, q.h, q.first, q.count, p_.D, turned, q.lanes());
   }
 
@@ -96,7 +96,7 @@ class Scores {
     if (p_.weight) return additive_.fill(q, turned, keys, s, finish);
     const int64_t from = keys.from * kWidth;
     const auto finish_from = [&](int64_t n, int i, auto& x) __attribute__((always_inline)) { finish(n, keys.from + i, x); };
-    if (pairs_) {
+    if (pairs()) {
       const Strided<Pair> k{pairs_at(p_.k, q.b, q.g, keys.first), p_.k.row / 2, 1};
       return product<false>(keys.count, keys.vectors(), p_.D / 2, k, regard::REGARD_SET::pairs(turned) + from, q.lanes(), s + from, q.lanes(), finish_from);
     }
