@@ -104,7 +104,6 @@ class Backward {
     const bool added = g.dbias || g.drelative || g.dkey_bias || g.dquery_bias || (g.head_sums && p.normalizer == Normalizer::Sigmoid);
     return Scores::takes_pairs(p) && in_pairs(g.dout, p.E) && p.normalizer != Normalizer::Entmax && !added;
   }
-  static int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
   static int64_t tile_numbers(const Problem& p) { return kTile * (2 * Scores::turned(p) + p.E + padded(p.D) + padded(p.E) + 6); }
   static int tiles(const Problem& p) { return static_cast<int>(most(1, least(kMostTiles, kSuperBytes / (tile_numbers(p) * 4)))); }
 

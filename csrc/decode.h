@@ -316,8 +316,6 @@ class Decode {
 
   static float two_to(float x) { return exp2_far(fill(x), fill(1.0f))[0]; }
 
-  static constexpr double kLn2 = 0.6931471805599453;
-
   const Problem& p_;
   const Outputs& o_;
   const Deal& deal_;

@@ -66,7 +66,6 @@ class Forward {
     Keys keys;
   };
 
-  static int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
   // Where products are of pairs, all values of a head, in pairs of keys; otherwise those of a block, as floats.
   static int64_t values(const Problem& p) { return (Scores::takes_pairs(p) ? (p.S + 1) / 2 : least(kBlock, p.S)) * padded(p.E); }
   static int64_t packed(const Problem& p) { return Scores::takes_pairs(p) ? (p.S + kTile - 1) / kTile : 0; }
@@ -257,9 +256,6 @@ class Forward {
   }
 
   float largest_sigmoid(const Queries& q, int i) const { return sigmoid(fill(lane(best_, i) * scores_.unit() + (p_.sink ? p_.sink[q.h] * kLog2e : 0.0f)))[0]; }
-  static float lane(const Vec* x, int i) { return x[i / kWidth][i % kWidth]; }
-
-  static constexpr double kLn2 = 0.6931471805599453;
 
   const Problem& p_;
   const Outputs& o_;

@@ -73,6 +73,7 @@ REGARD_INLINE void write(char* p, Type type, Vec x, int count) {
 }
 
 constexpr int whole_vectors(int64_t count) { return static_cast<int>((count + kWidth - 1) / kWidth); }
+constexpr int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
 
 // Rows [first, first + count) of a head, turned: to[column * ld + row]. Lanes past the last row are 0.
 inline void turn(const Rows& x, int64_t b, int64_t h, int64_t first, int count, int64_t width, float* to, int64_t ld) {

@@ -49,7 +49,6 @@ class SparseBackward {
   }
 
  private:
-  static int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
   static bool has_caps(const Problem& p) { return p.softcap > 0.0f; }
 
   static void zero(float* at, int64_t numbers) {

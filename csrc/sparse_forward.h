@@ -61,9 +61,7 @@ class SparseForward {
 
  private:
   static constexpr int64_t kRun = 192;  // keys a block: scores of 48 KB
-  static constexpr double kLn2 = 0.6931471805599453;
 
-  static int64_t padded(int64_t width) { return whole_vectors(width) * kWidth; }
 
   // The sum of e^(score - the largest), for the log-sum-exp.
   void add_up(const Queries& q, int i) {
@@ -152,7 +150,6 @@ class SparseForward {
   }
 
   Vec weight(int i, Vec score) const { return threshold_.weight(threshold_.gap(score, load(at_ + i * kWidth), load(rest_ + i * kWidth))); }
-  static float lane(const Vec* x, int i) { return x[i / kWidth][i % kWidth]; }
 
   const Problem& p_;
   const Outputs& o_;

@@ -8,7 +8,11 @@ namespace regard::REGARD_SET {
 
 constexpr int kMostVectors = kTile / kWidth;
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInfinity = __builtin_inff();
+
+// What a tile's vectors hold for query i.
+REGARD_INLINE float lane(const Vec* x, int i) { return x[i / kWidth][i % kWidth]; }
 
 // Queries [first, first + count) of head h in batch row b, in `vectors` vectors.
 struct Queries {
