@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from judge import judge, truth
 from problems import Problem, decided, make, problems
 from test_kernels import CASES, PLAIN
+from torch import Tensor
 
 import regard
 from regard import Summary, mask, normalizer, position, score
@@ -318,27 +319,29 @@ def test_the_same_bits_every_time() -> None:
 def test_a_sink_far_above_all_scores(sink: float, L: int, instructions: str) -> None:
     """What is left of the weights is told down to the smallest numbers there are."""
     q, k, v = (x.detach() for x in _qkv(L, 9))
-    words = {"normalizer": normalizer.Softmax(sink=sink), "kernel": "cpu"}
-    out, seen = regard.attention(q, k, v.abs(), **words, summary=Summary(top=2, received=True))
-    told, known = regard.attention(
-        q.double(),
-        k.double(),
-        v.abs().double(),
-        **{**words, "kernel": "reference"},
-        summary=Summary(top=2, received=True),
-    )
-    for got, expected in ((out, told), (seen.top.weights, known.top.weights), (seen.received, known.received)):
-        torch.testing.assert_close(got.double(), expected, rtol=4e-5, atol=1e-43)
+    _told_to_the_last(q, k, v.abs(), normalizer.Softmax(sink=sink), sink)
+
+
+def _told_to_the_last(q: Tensor, k: Tensor, v: Tensor, of: normalizer.Normalizer, far: float) -> None:
+    """Every number is right beside its own size, where scores are `far` from what they are measured against."""
+    answers = []
+    for kernel, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        summary = Summary(top=2, received=True)
+        tensors = (x.to(dtype) for x in (q, k, v))
+        out, seen = regard.attention(*tensors, normalizer=of, summary=summary, kernel=kernel)
+        answers.append([x.double() for x in (out, seen.top.weights, seen.received)])
+    number = torch.finfo(torch.float32)
+    for got, exact in zip(*answers, strict=True):
+        # A score, and its distance, are rounded once each, and what is below the normal numbers once for each summand.
+        allowed = 2 * number.eps * far * exact + number.tiny * number.eps * max(q.shape[2], k.shape[2])
+        assert bool(((got - exact).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("bias", [-60.0, -75.0, -90.0, -110.0])
 def test_a_row_of_small_weights(bias: float, instructions: str) -> None:
     """The weights of a sigmoid are small beside nothing: they are told down to the smallest numbers there are."""
     q, k, v = (x.detach() for x in _qkv(5, 7))
-    v = v.abs()  # so that nothing cancels, and every number counts
-    out = regard.attention(q, k, v, normalizer=normalizer.Sigmoid(bias), kernel="cpu")
-    told = regard.attention(*(x.double() for x in (q, k, v)), normalizer=normalizer.Sigmoid(bias), kernel="reference")
-    torch.testing.assert_close(out.double(), told, rtol=2e-5, atol=1e-43)
+    _told_to_the_last(q, k, v.abs(), normalizer.Sigmoid(bias), -bias)  # v > 0, so that nothing cancels
 
 
 def test_it_is_what_runs() -> None:

@@ -9,8 +9,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import budget
 import pytest
 import torch
+from budget import Yardstick
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -250,10 +252,12 @@ def test_second_derivatives_and_mapped_gradients(name: str) -> None:
     for i, weight in enumerate(weights):
         for got, expected in zip(mapped, torch.autograd.grad(out, x, weight, retain_graph=True), strict=True):
             torch.testing.assert_close(got[i], expected)
-    seconds = []
-    for kernel in ("cpu", "reference"):
+    seconds = {}
+    for kernel, dtype in (("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        x = [y.detach().to(dtype).requires_grad_() for y in _qkv()]
         first = torch.autograd.grad(regard.attention(*x, **words, kernel=kernel).square().sum(), x, create_graph=True)
         assert all(y.requires_grad for y in first)
-        seconds.append(torch.autograd.grad(sum(y.square().sum() for y in first), x))  # type: ignore[arg-type]
-    for got, expected in zip(*seconds, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        seconds[kernel, dtype] = torch.autograd.grad(sum(y.square().sum() for y in first), x)  # type: ignore[arg-type]
+    got, straight, exact = seconds.values()
+    for which, *found in zip("qkv", got, straight, exact, strict=True):
+        budget.check(f"second derivative of {which}", found[0], Yardstick(exact=found[2], straight=found[1]))
