@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from regard.kernels import choose, native
 from regard.kernels.choose import Explanation
@@ -19,6 +20,8 @@ from regard.score import Score
 from regard.summary import Seen, Summary, Top
 
 _AS_IT_IS = nullcontext()
+# Of no type: it takes the signature of one overload for that of all.
+_as_torch_function: Any = handle_torch_function
 
 AnyScore = Score | Callable[[Tensor, Tensor], Tensor]
 
@@ -108,6 +111,13 @@ def attention(
 
     >>> out, seen = regard.attention(q, k, v, mask=regard.mask.causal(), summary=regard.Summary(entropy=True, top=8))
     """
+    if torch._C._is_torch_function_mode_enabled() and not torch.compiler.is_compiling():
+        # As a function of torch: whoever watches these sees this one too.
+        words: dict[str, Any] = {
+            "score": score, "normalizer": normalizer, "mask": mask, "bias": bias, "softcap": softcap, "dropout": dropout,
+            "seed": seed, "summary": summary, "kernel": kernel,
+        }  # fmt: skip
+        return _as_torch_function(attention, (), q, k, v, **words)  # type: ignore[no-any-return]
     precision: AbstractContextManager[Any] = _AS_IT_IS
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         # It chooses the precision of q, k and v; all that follows keeps its sums in float32.

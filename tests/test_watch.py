@@ -182,6 +182,47 @@ def test_transformer_encoder_in_all_modes() -> None:
         assert torch.allclose(before, watched, atol=1e-5)
 
 
+class Ours(nn.Module):
+    """A layer that calls `attention` itself, asks for summaries, and drops weights when it is told to."""
+
+    def __init__(self, **words: object) -> None:
+        super().__init__()
+        self.words = words
+
+    def forward(self, x: Tensor) -> object:
+        return regard.attention(
+            x, x[..., :2, :, :] if x.dim() > 3 else x, x[..., :2, :, :] if x.dim() > 3 else x, **self.words
+        )
+
+
+@pytest.mark.parametrize("axes", [(5, 3), (2, 5, 3), (2, 4, 5, 3), (2, 3, 4, 5, 3)])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("summary", [None, regard.Summary(lse=True, rows=[1])])
+def test_our_own_attention(axes: tuple[int, ...], dropout: float, summary: regard.Summary | None) -> None:
+    """Any score and normalizer, with the same bits as unwatched, and the weights of its own formula."""
+    x = torch.randn(axes, generator=torch.Generator().manual_seed(0))
+    words = {
+        "score": regard.score.Additive(torch.ones(3)),
+        "mask": regard.mask.causal() & regard.mask.window(3),
+        "seed": 1,
+    }
+    words |= {"normalizer": regard.normalizer.Sparsemax(), "summary": summary, "dropout": dropout}
+    model = Ours(**words)
+    before = model(x)
+    with regard.watch(model, top=5) as seen:
+        watched = model(x)
+    if summary is None:
+        assert torch.equal(watched, before)
+    else:
+        assert torch.equal(watched[0], before[0])
+        assert torch.equal(watched[1].lse, before[1].lse)
+        assert torch.equal(watched[1].rows, before[1].rows)
+    (record,) = seen
+    full = Ours(**words | {"summary": regard.Summary(full=True), "dropout": 0.0, "seed": None})(x)[1].full
+    assert record.causal
+    assert torch.equal(dense(record), full.reshape(dense(record).shape))
+
+
 def test_nothing_stays_behind() -> None:
     model, inputs = bert("eager")
     hooks = [len(module._forward_hooks) for module in model.modules()]

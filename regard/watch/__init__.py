@@ -34,8 +34,8 @@ def watch(
 ) -> Iterator[Watched]:
     """Record what a model attends to while it runs inside the `with` block, in this thread.
 
-    Every call of `F.scaled_dot_product_attention` and `nn.MultiheadAttention` under the model is seen, those of Hugging
-    Face models among them, whatever their `attn_implementation`: it is "sdpa" inside the block, and what it was after.
+    Every call of `regard.attention`, `F.scaled_dot_product_attention` and `nn.MultiheadAttention` under the model is seen,
+    those of Hugging Face models among them, whatever their `attn_implementation`: it is "sdpa" inside the block, and what it was after.
     The model's outputs stay what they are, within rounding.
 
     Args:
@@ -93,8 +93,8 @@ def watch(
         yield watched
     if not watched.records and place.call >= 0 and layers is None:
         warnings.warn(
-            f"no attention was seen in {type(model).__name__}: it calls neither F.scaled_dot_product_attention nor "
-            "nn.MultiheadAttention",
+            f"no attention was seen in {type(model).__name__}: it calls neither regard.attention, "
+            "F.scaled_dot_product_attention nor nn.MultiheadAttention",
             stacklevel=3,
         )
 

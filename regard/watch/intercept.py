@@ -44,6 +44,8 @@ class Intercept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _sdpa:
             return self._sdpa(*args, **kwargs)
+        if func is attention:
+            return self._attention(*args, **kwargs)
         if func is _mha:
             return self._mha(_mha_arguments.bind(*args, **kwargs))
         return func(*args, **kwargs)
@@ -76,8 +78,28 @@ class Intercept(TorchFunctionMode):
             answer, seen = attention(q, k, v, score=score, mask=mask, bias=bias, summary=summary)
             out = answer.reshape(*query.shape[:-1], value.shape[-1])
         shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        self.tell(_detached(seen), shape, is_causal or _looks_causal(attn_mask))
+        self.tell(_each(seen, Tensor.detach), shape, is_causal or _looks_causal(attn_mask))
         return out
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **words: Any) -> Any:
+        """A call of our own: what it asks for stays the same, and the watch's summaries come in the same pass if it asks for
+        none of its own, and drops nothing.
+        """
+        summary = self.wanted()
+        if summary is None:
+            return attention(q, k, v, **words)
+        if words["summary"] is None and not words["dropout"]:
+            answer, seen = attention(q, k, v, **{**words, "summary": summary})
+        else:
+            answer = attention(q, k, v, **words)
+            with torch.no_grad():
+                _, seen = attention(q, k, v, **{**words, "summary": summary, "dropout": 0.0, "seed": None})
+        lead = q.dim() - 2
+        seen = _each(seen, lambda x: x.flatten(0, lead - 2) if lead > 1 else x[:, None] if lead else x[None, None])
+        assert seen.max is not None
+        B, H, L = seen.max.shape
+        self.tell(_each(seen, Tensor.detach), (B, H, L, k.shape[-2]), _forbids_later(words["mask"]))
+        return answer
 
     def _mha(self, call: inspect.BoundArguments) -> tuple[Tensor, Tensor | None]:
         """`nn.MultiheadAttention` calls torch's attention out of reach of a mode, or, asked for weights, a path of its
@@ -151,6 +173,14 @@ def _from_weights(p: Tensor, summary: Summary) -> Seen:
     )
 
 
-def _detached(seen: Seen) -> Seen:
-    top = seen.top and Top(seen.top.weights.detach(), seen.top.keys)
-    return seen._replace(top=top, **{name: x.detach() for name, x in seen._asdict().items() if isinstance(x, Tensor)})
+def _forbids_later(mask: Mask | None) -> bool:
+    """Does a mask of ours forbid every later key?"""
+    if isinstance(mask, masks.And):
+        return _forbids_later(mask.left) or _forbids_later(mask.right)
+    return isinstance(mask, masks.Band) and mask.right == 0
+
+
+def _each(seen: Seen, change: Callable[[Tensor], Tensor]) -> Seen:
+    """The summaries, each changed alike."""
+    top = seen.top and Top(*map(change, seen.top))
+    return seen._replace(top=top, **{name: change(x) for name, x in seen._asdict().items() if isinstance(x, Tensor)})

@@ -1,0 +1,1 @@
+"""Layers of attention, to be used as those of `torch.nn`."""
