@@ -35,7 +35,8 @@ def watch(
     """Record what a model attends to while it runs inside the `with` block, in this thread.
 
     Every call of `regard.attention`, `F.scaled_dot_product_attention` and `nn.MultiheadAttention` under the model is seen,
-    those of Hugging Face models among them, whatever their `attn_implementation`: it is "sdpa" inside the block, and what it was after.
+    those of Hugging Face models among them, whatever their `attn_implementation`: it is "sdpa" inside the block, and what it
+    was after.
     The model's outputs stay what they are, within rounding.
 
     Args:
