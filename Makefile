@@ -40,7 +40,7 @@ $(VENV)/torch: constraints.txt
 NATIVE := setup.py $(wildcard csrc/*)
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml $(NATIVE)
-	$(INSTALL) -e '.[look,bench]'
+	$(INSTALL) -e '.[look,bench,tasks]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/torch pyproject.toml $(NATIVE)

@@ -4,7 +4,7 @@ out = regard.attention(q, k, v)
 out, seen = regard.attention(q, k, v, mask=regard.mask.causal(), summary=regard.Summary(entropy=True, top=8))
 """
 
-from regard import mask, normalizer, position, score, summary
+from regard import mask, nn, normalizer, position, score, summary
 from regard.attention import attention, explain
 from regard.kernels.choose import chosen
 from regard.merge import merge
@@ -22,6 +22,7 @@ __all__ = [
     "explain",
     "mask",
     "merge",
+    "nn",
     "normalizer",
     "position",
     "score",

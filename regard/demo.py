@@ -1,9 +1,10 @@
-"""The tour's first stop: the three stages of attention on one sentence, with numbers."""
+"""What the tour shows: the three stages of attention on one sentence, with numbers, and a model that learns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from rich.columns import Columns
@@ -16,6 +17,10 @@ from torch import Tensor
 from regard import normalizer
 from regard.attention import attention
 from regard.summary import Summary
+from regard.tasks.data import split
+from regard.tasks.pronounce import pronunciations
+from regard.tasks.train import Epoch, Step, Training, train
+from regard.tasks.translate import Settings, Translate
 
 SENTENCE = "The animal didn't cross the street because it was too tired."
 _WORDS = ("the", "cat", "sat", "because", "it", "purred")
@@ -54,6 +59,22 @@ def stages() -> Iterator[RenderableType]:
     _, sparse = attention(q, k, v, normalizer=normalizer.Sparsemax(), summary=Summary(full=True))
     assert sparse.full is not None
     yield _matrix(sparse.full)
+
+
+# Letters that are silent, doubled, or spoken together, none of these words seen in training.
+SPOKEN = ("knight", "cheese", "attention")
+_LESSONS = 30_000  # words; six times through them take about a minute on two cores
+
+
+def pronounce(folder: Path, tell: Callable[[Step | Epoch], None]) -> Translate:
+    """Train a small recurrent model from letters to sounds for about a minute; it is kept in the folder."""
+    words = [pair for pair in pronunciations() if pair.source.isalpha() and pair.source not in SPOKEN]
+    examples, dev = split(words, [0.005])
+    settings = Settings(model="recurrent", units="symbols", width=64, hidden=128, layers=1, dropout=0.1)
+    training = Training(epochs=6, batch=2048, rate=4e-3, warmup=50, average=0.98)
+    task, _ = train(Translate, settings, training, examples[:_LESSONS], dev, folder, tell=tell)
+    assert isinstance(task, Translate)
+    return task
 
 
 def _stage(number: int, name: str, formula: str, meaning: str) -> RenderableType:

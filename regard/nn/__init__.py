@@ -1,1 +1,37 @@
-"""Layers of attention, to be used as those of `torch.nn`."""
+"""Layers of attention, to be used as those of `torch.nn`.
+
+    layer = regard.nn.MultiheadAttention(512, 8, batch_first=True, position=regard.position.ALiBi())
+    model = regard.nn.replace_attention(model)
+
+`MultiheadAttention` is a drop-in for torch's; `AttentionBlock` adds the residual and the norm; `AdditiveAttention`,
+`LuongAttention` and `recurrent` are for recurrent networks, `vision` is for convolutional ones.
+"""
+
+from regard.nn import recurrent, vision
+from regard.nn.additive import AdditiveAttention
+from regard.nn.block import AttentionBlock
+from regard.nn.cache import KeyValueCache
+from regard.nn.latent import LatentAttention
+from regard.nn.luong import LuongAttention
+from regard.nn.memory import Memory
+from regard.nn.multihead import MultiheadAttention
+from regard.nn.pooling import AdditivePooling, AttentionPooling, KernelPooling
+from regard.nn.replace import replace_attention
+from regard.nn.word import Word
+
+__all__ = [
+    "AdditiveAttention",
+    "AdditivePooling",
+    "AttentionBlock",
+    "AttentionPooling",
+    "KernelPooling",
+    "KeyValueCache",
+    "LatentAttention",
+    "LuongAttention",
+    "Memory",
+    "MultiheadAttention",
+    "Word",
+    "recurrent",
+    "replace_attention",
+    "vision",
+]

@@ -280,6 +280,12 @@ class _Sheet:
         yield scale
 
 
+def shade(share: float) -> str:
+    """The style of a ground that shows a share from 0 to 1."""
+    level = round(min(max(share, 0.0), 1.0) * (len(_SHADES) - 1))
+    return _shade(level) if level else ""
+
+
 def _shade(level: int) -> str:
     return f"{'#10141f' if level >= 5 else '#ffffff'} on {_SHADES[level]}"
 

@@ -73,7 +73,7 @@ def watch(
                 name=place.path[-1],
                 layer=place.layer,
                 call=place.call,
-                kind="cross" if _is_cross(place.path) else "self",
+                kind="cross" if place.cross[-1] or _is_cross(place.path) else "self",
                 causal=causal,
                 heads=heads,
                 queries=queries,
@@ -105,6 +105,7 @@ class _Place:
 
     def __init__(self) -> None:
         self.path: list[str] = []
+        self.cross: list[bool] = []  # does the module itself say that it attends to another sequence?
         self.call = -1
         self.layer = 0
         self._owner = threading.get_ident()
@@ -128,12 +129,14 @@ class _Place:
                 if not self.path:
                     self.call, self.layer = self.call + 1, 0
                 self.path.append(name)
+                self.cross.append(getattr(module, "is_cross_attention", None) is True)
 
         return hook
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == self._owner and self.path:
             self.path.pop()
+            self.cross.pop()
 
 
 def _is_cross(path: Sequence[str]) -> bool:

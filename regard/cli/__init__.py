@@ -1,0 +1,14 @@
+"""The command line: look, train, predict, evaluate, bench, doctor, demo."""
+
+from __future__ import annotations
+
+try:
+    # The commands register themselves.
+    from regard.cli import bench, demo, doctor, look, predict, train  # noqa: F401
+    from regard.cli.app import main
+except ImportError as error:
+    if error.name not in ("typer", "rich"):
+        raise
+    raise SystemExit(f"regard: the command line needs {error.name}: pip install 'regard[look]'") from error
+
+__all__ = ["main"]

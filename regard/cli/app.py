@@ -1,0 +1,34 @@
+"""The application that all commands belong to, and where they print."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+app = typer.Typer(
+    help="Attention you can read: every attention mechanism in one call.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+
+
+def progress(hidden: bool) -> Progress:
+    """A bar for long work."""
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
+        console=console, transient=True, disable=hidden,
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; what goes wrong with an argument is one line, no traceback."""
+    try:
+        app(arguments, prog_name="regard")
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        line = Text.assemble(("regard: ", "bold red"), str(error))
+        Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+        raise SystemExit(2) from error

@@ -1,0 +1,129 @@
+"""Measure regard and its peers side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from regard.cli.app import app, console, progress
+
+measured = typer.Typer(invoke_without_command=True)
+app.add_typer(measured, name="bench")
+
+
+@measured.callback()
+def bench(
+    context: typer.Context,
+    only: Annotated[str | None, typer.Option(help="Only the cases whose name holds this word.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer and shorter rounds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ratios here, as PNG or SVG.")] = None,
+) -> None:
+    """Measure regard and its peers side by side, in one process. A wrong result gets no ratio."""
+    if context.invoked_subcommand is None:
+        measure_all(only, quick, as_json, plot)
+
+
+@measured.command()
+def cpu(
+    rows: Annotated[
+        str | None,
+        typer.Option(help="Only the rows whose names hold one of these words, by commas. `length` runs by name alone."),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for both sides.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long each problem is timed, about.")] = 1.5,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write all that was measured here, for machines.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the table as the README has it.")] = False,
+) -> None:
+    """The native CPU kernels against what they are to reach, and the peaks of this machine. A wrong result gets no ratio."""
+    import torch
+
+    from regard.bench.cpu import chosen, measure
+    from regard.bench.table import LEGEND, as_dict, as_markdown, as_table, headline
+
+    picked = chosen(rows)
+    torch.set_num_threads(threads)
+    results = []
+    with progress(not console.is_terminal) as bar:
+        task = bar.add_task("the peaks of this machine", total=sum(len(row.shapes) for row in picked))
+        peaks, found = measure(picked, seconds, threads)
+        for row in picked:
+            for shape in row.shapes:
+                bar.update(task, description=f"{row.name} ({shape})")
+                results.append(next(found))
+                bar.advance(task)
+            if not markdown:
+                console.print(as_table(results[-len(row.shapes) :]))
+    if markdown:
+        print(as_markdown(results, peaks))
+    else:
+        console.print(headline(peaks))
+        console.print(LEGEND, style="dim")
+    if as_json is not None:
+        as_json.write_text(json.dumps(as_dict(results, peaks), indent=1) + "\n", encoding="utf-8")
+    if not all(result.error.within for result in results):
+        raise typer.Exit(1)
+
+
+def measure_all(only: str | None, quick: bool, as_json: bool, plot: Path | None) -> None:
+    import torch
+
+    from regard.bench.cases import cases
+    from regard.bench.run import plot as draw
+    from regard.bench.run import run
+
+    chosen = [case for case in cases() if only is None or only.lower() in case.name.lower()]
+    if not chosen:
+        raise ValueError(f"--only: no case has {only!r} in its name; there are {', '.join(c.name for c in cases())}")
+    results = []
+    rounds, seconds = (3, 0.02) if quick else (9, 0.1)
+    with progress(as_json) as bar:
+        task = bar.add_task("measuring", total=sum(1 + case.backward for case in chosen))
+        for result in run(chosen, rounds=rounds, seconds=seconds):
+            results.append(result)
+            bar.update(task, advance=1, description=result.case)
+    if as_json:
+        print(json.dumps([{**asdict(r), "ratio": r.ratio} for r in results], indent=1))
+    else:
+        table = Table(box=box.SIMPLE_HEAD, title=f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+        for name, side in (
+            ("case", "left"),
+            ("", "left"),
+            ("kernel", "left"),
+            ("regard ms", "right"),
+            ("peer ms", "right"),
+        ):
+            table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("times as fast", no_wrap=True)
+        for r in results:
+            forward = r.direction == "forward"
+            table.add_row(
+                r.case if forward else "", "fwd" if forward else "+ bwd", r.kernel,
+                f"{r.ours_ms:.1f}", f"{r.peer_ms:.1f}", _bar(r.ratio),
+            )  # fmt: skip
+        console.print(table)
+        for case in {r.case: None for r in results}:
+            rows = [r for r in results if r.case == case]
+            errors = f"error {max(r.ours_error for r in rows):.0e}, theirs {max(r.peer_error for r in rows):.0e}"
+            console.print(f"  [dim]{case}: {rows[0].shape}, against {rows[0].peer}; {errors}[/]")
+    if plot is not None:
+        draw(results, plot)
+        if not as_json:
+            console.print(f"\nThe plot: [bold]{plot}[/]")
+
+
+def _bar(ratio: float | None) -> Text:
+    """A ratio as a bar that is one cell long where both are as fast."""
+    if ratio is None:
+        return Text("none: wrong", style="red")
+    colour = "green" if ratio >= 1.05 else "yellow" if ratio >= 0.95 else "red"
+    return Text.assemble((f"{ratio:5.2f}x ", "bold"), ("█" * max(1, min(round(ratio * 2), 8)), colour))

@@ -1,0 +1,61 @@
+"""Look at what a model attends to."""
+
+from __future__ import annotations
+
+import sys
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from regard.cli.app import app, console
+
+
+@app.command()
+def look(
+    text: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[DIR] TEXT", help="Any text, in quotes; - reads standard input. Before it, a directory of `train`."
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="A local path or a name on the hub. [default: all-MiniLM-L6-v2, offline]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("attention.html"),
+    top: Annotated[int | None, typer.Option(min=1, help="Weights to keep per token. [default: all that fit]")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """See what a model attends to in a text: here, and on a page."""
+    if len(text) == 2 and model is None:
+        model = text.pop(0)
+    if len(text) != 1:
+        raise ValueError(f"TEXT: {len(text)} arguments are given; expected one text, in quotes")
+    show(sys.stdin.read() if text == ["-"] else text[0], model, out, top)
+    if open_page:
+        webbrowser.open(out.resolve().as_uri())
+
+
+def show(text: str, model: str | None, out: Path, top: int | None = None) -> None:
+    """Look at a text here, and on a page."""
+    from regard.look import look as run
+    from regard.view.page import page
+    from regard.view.terminal import terminal
+
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: the folder {out.parent} does not exist")
+    with console.status("loading the model and reading the text"):
+        looked = run(text, model, top=top)
+        document = page(
+            looked.watched, looked.tokens, title=looked.model, subtitle=looked.text, key_tokens=looked.source
+        )
+    console.print(terminal(looked.watched, looked.tokens, key_tokens=looked.source))
+    if looked.truncated:
+        console.print(
+            f"[yellow]The last {looked.truncated} tokens are beyond what the model can take, and left out.[/]"
+        )
+    out.write_text(document, encoding="utf-8")
+    size = out.stat().st_size / 1e6
+    console.print(Text.assemble("\nThe page: ", (str(out), "bold"), f" ({size:.1f} MB, works offline)"))

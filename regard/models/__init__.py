@@ -1,0 +1,1 @@
+"""Small whole models: sequence to sequence, a label a word, a label a text."""

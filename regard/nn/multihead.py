@@ -1,0 +1,376 @@
+"""Multi-head attention: `torch.nn.MultiheadAttention` with every word of the library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import add, and_
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard import check
+from regard.attention import AnyScore, attention
+from regard.mask import Mask, dense, lengths, window
+from regard.nn.cache import KeyValueCache
+from regard.nn.restriction import restrictions, written_out
+from regard.nn.word import Word
+from regard.normalizer import Normalizer
+from regard.position import Bias, Rotary
+from regard.score import Score
+from regard.summary import Summary
+from regard.tile import Sizes
+
+_NAME = "MultiheadAttention"
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Attention of several heads, each with its own maps: a drop-in for `torch.nn.MultiheadAttention`, with the same
+    arguments, parameters, defaults and results.
+
+        head_h = attention(query W_h^Q, key W_h^K, value W_h^V)
+        output = concat(head_1, ..., head_H) W^O
+
+    Where it differs: memory is linear in length, unless weights are asked for. To ask for them does not change the output,
+    and they are those before dropout. A row that may attend to nothing gives the output map of 0, not NaN.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
+            `torch.nn.MultiheadAttention`.
+        score: one of `regard.score`, or a function (q, k) -> scores; the scaled dot product by default.
+        normalizer: one of `regard.normalizer`; softmax by default.
+        position: `position.Rotary`, which turns queries and keys, or a bias of the scores, `position.ALiBi` or
+            `position.T5`.
+        softcap: scores become softcap * tanh(score / softcap).
+        kv_heads: the number of key/value heads, a divisor of num_heads (grouped queries); num_heads by default. The input
+            map then has embed_dim + 2 * kv_heads * head_dim rows.
+
+    The tensors of score, normalizer and position belong to the layer; those that are an `nn.Parameter` learn.
+
+    >>> layer = MultiheadAttention(64, 8, batch_first=True, position=position.Rotary(8), kv_heads=2)
+    >>> out, seen = layer(x, mask=mask.causal(), summary=Summary(entropy=True))
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.2; Ainslie et al., "GQA" (2023), section 2.2.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        score: AnyScore | None = None,
+        normalizer: Normalizer | None = None,
+        position: Rotary | Bias | None = None,
+        softcap: float | None = None,
+        kv_heads: int | None = None,
+    ) -> None:
+        check.whole(f"{_NAME}: embed_dim", embed_dim, 1)
+        check.whole(f"{_NAME}: num_heads", num_heads, 1)
+        if embed_dim % num_heads:
+            raise ValueError(f"{_NAME}: embed_dim is {embed_dim}; expected a multiple of num_heads, {num_heads}")
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self._take(score, normalizer, position, softcap)
+        if kv_heads is not None:
+            self._group(kv_heads)
+
+    def _take(
+        self,
+        score: AnyScore | None = None,
+        normalizer: Normalizer | None = None,
+        position: Rotary | Bias | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """Take the words; all that this layer has and torch's has not."""
+        if score is not None and (isinstance(score, type) or not (isinstance(score, Score) or callable(score))):
+            raise check.wrong(f"{_NAME}: score", score, "one of regard.score, or a function (q, k) -> scores", False)
+        if normalizer is not None and not isinstance(normalizer, Normalizer):
+            raise check.wrong(f"{_NAME}: normalizer", normalizer, "one of regard.normalizer", False)
+        if position is not None and not isinstance(position, Rotary | Bias):
+            expected = "a position.Rotary, position.ALiBi or position.T5"
+            raise check.wrong(f"{_NAME}: position", position, expected, False)
+        if isinstance(position, Rotary) and position.width > self.head_dim:
+            expected = f"at most {self.head_dim}, the width of a head"
+            raise ValueError(f"{_NAME}: position turns {position.width} entries; expected {expected}")
+        if softcap is not None:
+            check.positive(f"{_NAME}: softcap", softcap, ", or None")
+        self.score = Word(score) if isinstance(score, Score) else score
+        self.normalizer = None if normalizer is None else Word(normalizer)
+        self.position = Word(position) if isinstance(position, Bias) else position
+        self.softcap = softcap
+        self.kv_heads = self.num_heads
+        # Where this is True, the layers of nn.Transformer may compute attention on their own, past this one.
+        self._qkv_same_embed_dim = False
+
+    def _group(self, kv_heads: int) -> None:
+        """Make the maps of keys and values as narrow as their heads."""
+        check.whole(f"{_NAME}: kv_heads", kv_heads, 1)
+        if self.num_heads % kv_heads:
+            raise ValueError(f"{_NAME}: kv_heads is {kv_heads}; expected a divisor of num_heads, {self.num_heads}")
+        self.kv_heads = kv_heads
+        _, width, _ = self._widths
+        shapes: dict[str, tuple[int, ...]] = {
+            "in_proj_weight": (sum(self._widths), self.embed_dim),
+            "in_proj_bias": (sum(self._widths),),
+            "k_proj_weight": (width, self.kdim),
+            "v_proj_weight": (width, self.vdim),
+            "bias_k": (1, 1, width),
+            "bias_v": (1, 1, width),
+        }
+        for name, shape in shapes.items():
+            old = getattr(self, name)
+            if old is not None:
+                setattr(self, name, nn.Parameter(old.new_empty(shape)))
+        self._reset_parameters()
+
+    @property
+    def _widths(self) -> list[int]:
+        """The widths of all heads of q, k and v together."""
+        return [self.embed_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
+
+    def _reset_parameters(self) -> None:
+        # As torch does it, in the same order, but by the parameters that there are.
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if getattr(self, name) is not None:
+                nn.init.xavier_uniform_(getattr(self, name))
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        mask: Mask | None = None,
+        summary: Summary | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Attend.
+
+        Args:
+            query: (L, B, embed_dim), or (B, L, embed_dim) with batch_first, which also takes more batch axes; or
+                (L, embed_dim) for one sequence.
+            key: (S, B, kdim), and so on; query by default: self-attention.
+            value: (S, B, vdim), and so on; key by default.
+            key_padding_mask: (B, S), or (S,) for one sequence: bool, True = may not be attended to, or floats that are
+                added to the scores.
+            need_weights: give the weights as well, which takes memory for all of them.
+            attn_mask: (L, S) or (B * num_heads, L, S): bool, True = may not attend, or floats that are added to the
+                scores.
+            average_attn_weights: give their mean over the heads.
+            is_causal: attend causally; an attn_mask beside it is taken for the causal one, and not read.
+            mask: one of `regard.mask`, True = may attend. All masks hold together.
+            summary: what to tell of the weights; need_weights is not looked at then.
+            cache: earlier keys and values. With one that grows, the new queries and keys stand after those of earlier
+                calls, and masks count all keys from the first. A fixed one takes the places of key and value.
+
+        Returns:
+            The output, of the shape of query, and: `Seen` with `summary`; otherwise None, or with need_weights the
+            weights (B, L, S), or (B, num_heads, L, S) where they are not averaged. One sequence has no axis B.
+        """
+        if getattr(query, "is_nested", False):
+            if key_padding_mask is not None or attn_mask is not None or cache is not None:
+                raise ValueError(f"{_NAME}: query is nested; expected no key_padding_mask, attn_mask or cache with it")
+            return self._attend_nested(query, key, value, need_weights, average_attn_weights, mask, summary)
+        q, k, v = self._project(query, key, value, cache)
+        past = 0 if cache is None or cache.fixed else cache.length
+        size = Sizes(math.prod(q.shape[:-3]), self.num_heads, self.kv_heads, q.shape[-2], past + k.shape[-2])
+        masks, added = restrictions(size, self._batch(query), key_padding_mask, attn_mask, is_causal, past)
+        if mask is not None:
+            if not isinstance(mask, Mask):
+                expected = "one of regard.mask (a tensor goes into attn_mask, or into mask.dense)"
+                raise check.wrong(f"{_NAME}: mask", mask, expected, False)
+            masks.append(mask)
+        bias = self.position() if isinstance(self.position, Word) else None
+        if isinstance(self.position, Rotary):
+            q, k = self.position(q, k, start=past)
+        if cache is not None and not cache.fixed:
+            k, v = cache.append(k, v)
+        if past and (masks or bias is not None):
+            masks.append(window(align="end"))  # it forbids nothing, and tells the others where the queries stand
+        allowed = reduce(and_, masks) if masks else None
+        if added:
+            bias = reduce(add, added if bias is None else [*added, written_out(allowed, bias, size, k)[1]])
+        if self.bias_k is not None or self.add_zero_attn:
+            k, v, allowed, bias = self._with_own_keys(k, v, allowed, bias, size)
+
+        asked = Summary(full=True) if summary is None and need_weights else summary
+        words: dict[str, Any] = {
+            "score": self.score() if isinstance(self.score, Word) else self.score,
+            "normalizer": None if self.normalizer is None else self.normalizer(),
+            "softcap": self.softcap,
+            "dropout": self.dropout if self.training else 0.0,
+        }
+        found: Any = attention(q, k, v, mask=allowed, bias=bias, summary=asked, **words)
+        if asked is None:
+            return self._output(found, query), None
+        heads, seen = found
+        if query.dim() == 2:
+            seen = _of_one(seen)
+        if summary is not None:
+            return self._output(heads, query), seen
+        weights = seen.full.mean(-3) if average_attn_weights else seen.full
+        return self._output(heads, query), weights.to(heads.dtype)
+
+    def remember(self, key: Tensor, value: Tensor | None = None) -> KeyValueCache:
+        """The keys and values of another sequence, mapped once for all: `layer(query, cache=memory)` attends to them.
+
+        Args:
+            key: (S, B, kdim), or as `forward` takes it.
+            value: (S, B, vdim), and so on; key by default.
+        """
+        return KeyValueCache(*self._keys_and_values(key, key if value is None else value), fixed=True)
+
+    def _project(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, L, D), keys and values (B, G, S, D)."""
+        self._check("query", query, self.embed_dim)
+        if cache is not None and cache.fixed:
+            if key is not None or value is not None:
+                raise ValueError(f"{_NAME}: cache is fixed, and key or value is given; expected one or the other")
+            if isinstance(self.position, Rotary):
+                raise ValueError(f"{_NAME}: cache is fixed, and position is Rotary; expected a cache that grows")
+            k, v = cache.keys, cache.values
+            assert k is not None and v is not None
+            return self._heads(F.linear(query, *self._maps()[0])), k, v
+        key = query if key is None else key
+        value = key if value is None else value
+        if query is key is value and self.in_proj_weight is not None:
+            q, k, v = torch.split(F.linear(query, self.in_proj_weight, self.in_proj_bias), self._widths, -1)
+            return self._heads(q), self._heads(k), self._heads(v)
+        k, v = self._keys_and_values(key, value)
+        if self._batch(key) != self._batch(query):
+            shapes = f"key has shape {tuple(key.shape)} but query has {tuple(query.shape)}"
+            raise ValueError(f"{_NAME}: {shapes}; expected the same batch")
+        return self._heads(F.linear(query, *self._maps()[0])), k, v
+
+    def _keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, (B, G, S, D) each."""
+        self._check("key", key, self.kdim)
+        if key is value and self.in_proj_weight is not None:
+            start, bias = self.embed_dim, self.in_proj_bias
+            both = F.linear(key, self.in_proj_weight[start:], None if bias is None else bias[start:])
+            k, v = both.chunk(2, -1)
+        else:
+            self._check("value", value, self.vdim)
+            if value.shape[:-1] != key.shape[:-1]:
+                shapes = f"value has shape {tuple(value.shape)} but key has {tuple(key.shape)}"
+                raise ValueError(f"{_NAME}: {shapes}; expected as many")
+            _, to_k, to_v = self._maps()
+            k, v = F.linear(key, *to_k), F.linear(value, *to_v)
+        return self._heads(k), self._heads(v)
+
+    def _maps(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of the maps of queries, keys and values."""
+        weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases: Sequence[Tensor | None] = (None, None, None)
+        if self.in_proj_weight is not None:
+            weights = torch.split(self.in_proj_weight, self._widths)
+        if self.in_proj_bias is not None:
+            biases = torch.split(self.in_proj_bias, self._widths)
+        return list(zip(weights, biases, strict=True))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(L, B, H * D), (B, L, H * D) or (L, H * D) as (B, H, L, D), a view."""
+        x = x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
+        if x.dim() == 3:
+            x = x[None]
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        return x.transpose(-3, -2)
+
+    def _output(self, heads: Tensor, query: Tensor) -> Tensor:
+        """The output map of (B, H, L, D), laid out as query is."""
+        x = heads.transpose(-3, -2)
+        if query.dim() == 2:
+            x = x[0]
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        return self.out_proj(x.flatten(-2))  # type: ignore[no-any-return]
+
+    def _check(self, name: str, x: Tensor, width: int) -> None:
+        """Raise unless it is a sequence, or a batch of them, of this width."""
+        fits = check.is_floats(x)
+        if not fits or x.dim() < 2 or (x.dim() > 3 and not self.batch_first) or x.shape[-1] != width:
+            n = "L" if name == "query" else "S"
+            axes = f"(B, {n}, {width})" if self.batch_first else f"({n}, B, {width})"
+            raise check.wrong(
+                f"{_NAME}: {name}", x, f"floats of shape {axes}, or ({n}, {width}) for one sequence", fits
+            )
+        dtype = self.out_proj.weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{_NAME}: {name} has dtype {x.dtype} but the layer has {dtype}; expected the same")
+
+    def _batch(self, x: Tensor) -> tuple[int, ...]:
+        """The axes of the batch of (L, B, E), (B, L, E) or (L, E)."""
+        return tuple(x.shape[:-2] if self.batch_first or x.dim() == 2 else x.shape[1:-1])
+
+    def _with_own_keys(
+        self, k: Tensor, v: Tensor, mask: Mask | None, bias: Tensor | Bias | None, size: Sizes
+    ) -> tuple[Tensor, Tensor, Mask | None, Tensor | None]:
+        """Keys of the layer itself after the others: bias_k, and one of zeros. All may attend to them, and nothing is added
+        to their scores: mask and bias are written out, L x S.
+        """
+        own = [] if self.bias_k is None or self.bias_v is None else [(self.bias_k, self.bias_v)]
+        if self.add_zero_attn:
+            own.append((k.new_zeros(1, 1, self._widths[1]),) * 2)
+        table, added = written_out(mask, bias, size, k)
+        for one_k, one_v in own:
+            one_k, one_v = self._heads(one_k).to(k.dtype), self._heads(one_v).to(v.dtype)
+            k = torch.cat([k, one_k.expand(*k.shape[:-2], 1, -1)], -2)
+            v = torch.cat([v, one_v.expand(*v.shape[:-2], 1, -1)], -2)
+        mask = None if table is None else dense(F.pad(table, (0, len(own)), value=True))
+        return k, v, mask, None if added is None else F.pad(added, (0, len(own)))
+
+    def _attend_nested(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        need_weights: bool,
+        average_attn_weights: bool,
+        mask: Mask | None,
+        summary: Summary | None,
+    ) -> tuple[Tensor, Any]:
+        """The sequences of a nested tensor, which nn.TransformerEncoder makes of a padded batch in evaluation."""
+        if not self.batch_first or any(x is not None and x is not query for x in (key, value)):
+            raise ValueError(f"{_NAME}: query is nested; expected batch_first, and no other key and value")
+        n = torch.tensor([len(x) for x in query.unbind()], device=query.device)
+        real = lengths(n) if mask is None else lengths(n) & mask
+        out, told = self.forward(
+            query.to_padded_tensor(0.0), None, None, None, need_weights, None, average_attn_weights, mask=real,
+            summary=summary,
+        )  # fmt: skip
+        rows = [row[:end] for row, end in zip(out, n.tolist(), strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=query.layout), told
+
+
+def _of_one(x: Any) -> Any:
+    """A summary of a batch of one without the axis of the batch."""
+    if isinstance(x, tuple):
+        return type(x)(*map(_of_one, x))
+    return None if x is None else x[0]

@@ -1,0 +1,99 @@
+"""The masks of `torch.nn` in words of the library: what they forbid as a mask, what they add as a bias."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from regard import check
+from regard.arguments import align
+from regard.mask import Mask, causal, dense, lengths
+from regard.position import Bias
+from regard.tile import Sizes, Tile
+
+
+def restrictions(
+    size: Sizes,
+    batch: tuple[int, ...],
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    past: int,
+) -> tuple[list[Mask], list[Tensor]]:
+    """Torch's masks as ours, and what those of other floats add to the scores, (B, H, L, S) or less."""
+    masks: list[Mask] = []
+    added: list[Tensor] = []
+    if attn_mask is not None:
+        _check_mask("attn_mask", attn_mask, ((size.L, size.S), (size.B * size.H, size.L, size.S)))
+    if is_causal:
+        masks.append(causal(None if size.L == size.S else "end" if past else "start"))
+    elif attn_mask is not None:
+        table = attn_mask if attn_mask.dim() == 2 else attn_mask.reshape(size.B, size.H, size.L, size.S)
+        forbidden = _as_bools(table)
+        if forbidden is None:
+            added.append(table)
+        else:
+            masks.append(dense(~forbidden))
+    if key_padding_mask is not None:
+        _check_mask("key_padding_mask", key_padding_mask, ((*batch, size.S),))
+        table = key_padding_mask.reshape(size.B, size.S)
+        forbidden = _as_bools(table)
+        if forbidden is None:
+            added.append(table[:, None, None])
+        else:
+            masks += _padding(forbidden)
+    return masks, added
+
+
+def _check_mask(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    fits = check.is_bools(x) or check.is_floats(x)
+    if not fits or not check.is_one_of(x.shape, shapes):
+        expected = "bools (True = may not attend) or floats of shape " + " or ".join(map(str, shapes))
+        raise check.wrong(f"MultiheadAttention: {name}", x, expected, fits)
+
+
+def _is_cheap_to_read(x: Tensor) -> bool:
+    """May its numbers decide what is done? Not where a device or a compiled graph would have to wait for them."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _as_bools(x: Tensor) -> Tensor | None:
+    """One of torch's masks as bools, True = may not attend, which the layers of nn.Transformer have turned into 0 and -inf;
+    None where it holds, or may hold, other numbers.
+    """
+    if x.dtype == torch.bool:
+        return x
+    if x.requires_grad or not _is_cheap_to_read(x):
+        return None
+    forbidden = x == -math.inf
+    return forbidden if bool((forbidden | (x == 0)).all()) else None
+
+
+def _padding(forbidden: Tensor) -> list[Mask]:
+    """The mask of padded keys, (B, S), True = padding. Where they stand on the right, lengths tell it, and cost nothing."""
+    allowed = ~forbidden
+    if _is_cheap_to_read(forbidden):
+        n = allowed.sum(-1)
+        if torch.equal(torch.arange(forbidden.shape[1]) < n[:, None], allowed):
+            return [lengths(n)] if bool(forbidden.any()) else []
+    return [dense(allowed[:, None, None])]
+
+
+def written_out(
+    mask: Mask | None, bias: Tensor | Bias | None, size: Sizes, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """A mask and a bias as tensors (B, H, L, S), or less where they broadcast, for the precision and device of `like`."""
+    tile = Tile((0, size.B), (0, size.H), (0, size.L), (0, size.S), size, like.device)
+    mask, aligned = align(mask, None if isinstance(bias, Tensor) else bias, size)
+    table = None
+    if mask is not None:
+        mask.check(size, like.device)
+        table = mask.allowed(tile)
+        table = table.expand(*table.shape[:-1], size.S)
+    if aligned is not None:
+        aligned.check(size)
+        bias = aligned.bias(tile, torch.promote_types(like.dtype, torch.float32))
+    assert not isinstance(bias, Bias)
+    return table, None if bias is None else bias.expand(*bias.shape[:-1], size.S)
