@@ -91,6 +91,12 @@ def test_batch_rows_know_nothing_of_each_other_or_of_padding(score: Any, local: 
     assert torch.equal(layer(query, spoiled, mask=given), out)
 
 
+def test_lengths_beyond_all_keys_are_all_and_below_0_none() -> None:
+    layer, query, key = make("general", "predictive"), randn(B, L, D), randn(B, S, 11)
+    out = layer(query, key, mask=mask.lengths([S + 5, -3, 6]))
+    assert torch.equal(out, layer(query, key, mask=mask.lengths([S, 0, 6])))
+
+
 def test_a_memory_of_one_row_serves_all() -> None:
     for local in LOCALS:
         for score in SCORES:

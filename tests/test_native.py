@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor
 
 import regard
 from regard import Summary, mask, normalizer, position, score, summary
-from regard.kernels import native
+from regard.kernels import native, tiled
+from regard.mask import Mask
+from regard.tile import Tile
 from regard.word import Numbers, describe
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -245,3 +248,28 @@ def test_the_differentiable_operator(name: str, dtype: torch.dtype) -> None:
     tensors = [x.detach().requires_grad_(x.requires_grad) for x in posed.tensors]
     arguments = (tensors, "cpu", text, numbers.whole, numbers.real)
     torch.library.opcheck(torch.ops.regard.forward.default, arguments)
+
+
+def test_a_loss_of_the_log_sum_exp_alone_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(2, 3, 5, 7, requires_grad=True)
+    told = []
+    for kernel in ("cpu", "reference"):
+        _, seen = regard.attention(q, q, q, mask=mask.causal(), summary=Summary(lse=True), kernel=kernel)
+        with monkeypatch.context() as patch:
+            patch.setattr(tiled, "backward", None)  # who calls it fails
+            told.append(torch.autograd.grad(seen.lse.square().sum(), q)[0])
+    torch.testing.assert_close(*told)
+
+
+def test_a_mask_of_the_users_own_is_left_to_others() -> None:
+    @dataclass(frozen=True)
+    class Even(Mask):
+        def allowed(self, tile: Tile) -> Tensor:
+            return tile.key % 2 == 0
+
+    q = torch.randn(1, 2, 5, 7)
+    for of in (Even(), mask.causal() & ~Even()):
+        reasons = regard.explain(q, q, q, mask=of).reasons
+        assert reasons["cpu"] == "it has no masks in Python"
+        out = regard.attention(q, q, q, mask=of)
+        torch.testing.assert_close(out, regard.attention(q, q, q, mask=of, kernel="reference"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels import native, tiled
-from regard.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or, Where
+from regard.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
 from regard.normalizer import Entmax, Normalizer, Sigmoid, Softmax, Sparsemax
 from regard.position import T5, Added, ALiBi, Bias
 from regard.problem import Plan, sizes
@@ -57,17 +57,18 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return "queries, keys or values hold NaN or inf, under a mask"
     if plan.bias is not None and not isinstance(plan.bias, Added | ALiBi | T5):
         return f"it has no bias but a tensor, ALiBi and T5, and {type(plan.bias).__name__} is none"
-    if _has(plan.mask, Where):
+    if not _is_known(plan.mask):
         return "it has no masks in Python"
     if plan.summary.top > _MOST:
         return f"it gives no more than the {_MOST} largest weights"
     return None
 
 
-def _has(mask: Any, kind: type[Mask]) -> bool:
+def _is_known(mask: Mask | None) -> bool:
+    """Is every part of a mask one that has arithmetic of its own?"""
     if isinstance(mask, And | Or):
-        return _has(mask.left, kind) or _has(mask.right, kind)
-    return _has(mask.inner, kind) if isinstance(mask, Not) else isinstance(mask, kind)
+        return _is_known(mask.left) and _is_known(mask.right)
+    return _is_known(mask.inner) if isinstance(mask, Not) else mask is None or type(mask) in _NODES
 
 
 def forward(plan: Plan, tensors: Sequence[Tensor], last: bool = False) -> tuple[Tensor, ...]:
@@ -111,9 +112,10 @@ def backward(
     given = {name: g for name, g in zip(told.names, others, strict=True) if g is not None and name != "top_keys"}
     # The log-sum-exp of the scores is no part of what else than a softmax tells of them.
     dlse = given.pop("lse", None) if isinstance(plan.normalizer, Softmax) else None
-    if dout is None or given or _has_nonfinite(plan, tensors):
+    if given or (dout is None and dlse is None) or _has_nonfinite(plan, tensors):
         return tiled.backward(plan, tensors, (), gradients, wanted)
     out, stats, exact = kept
+    dout = torch.zeros_like(out) if dout is None else dout
     needed = _needed(plan, tuple(wanted))
     found = native.ops.backward_told.default(
         exact if exact.numel() else out, _rows(dout), stats, None if dlse is None else dlse.contiguous(), *words,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from regard.nn.memory import MemoryAttention
+from regard.nn.memory import MemoryAttention, vector
 from regard.normalizer import Normalizer
 from regard.score import Additive, Score
 
@@ -47,7 +46,7 @@ class AdditiveAttention(MemoryAttention):
         super().__init__(query_width, key_width, width, normalizer, dropout)
         self.query_map = nn.Linear(query_width, width, bias)
         self.key_map = nn.Linear(key_width, width, bias=False)
-        self.v = nn.Parameter(torch.empty(width).uniform_(-(width**-0.5), width**-0.5))
+        self.v = vector(width)
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"

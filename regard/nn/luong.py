@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.mask import And, Before, Mask, dense, window
-from regard.nn.memory import Memory, MemoryAttention
+from regard.nn.memory import Memory, MemoryAttention, vector
 from regard.score import Additive, Dot, Score, widen
 from regard.summary import Seen, Summary
 
@@ -70,9 +70,9 @@ class LuongAttention(MemoryAttention):
         self.score, self.local, self.reach = score, local, reach
         self.query_map = nn.Identity() if score == "dot" else nn.Linear(query_width, self.width, bias=False)
         self.key_map = nn.Linear(key_width, self.width, bias=False) if score == "concat" else nn.Identity()
-        self.v = _vector(query_width) if score == "concat" else None
+        self.v = vector(query_width) if score == "concat" else None
         self.position_map = nn.Linear(query_width, query_width, bias=False) if local == "predictive" else None
-        self.position_v = _vector(query_width) if local == "predictive" else None
+        self.position_v = vector(query_width) if local == "predictive" else None
         self.output_map = None
         if output_width is not None:
             check.whole("LuongAttention: output_width", output_width, 1, ", or None for the context")
@@ -153,10 +153,8 @@ class LuongAttention(MemoryAttention):
     def _log_sum_exp(self, query: Tensor, memory: Memory) -> Tensor:
         """Of the scores alone, (B, L)."""
         nothing = memory.keys.new_zeros(1, memory.keys.shape[1], 1)
-        zero, seen = self._read(query, memory._replace(values=nothing), Summary(lse=True))
-        # What is 0 is added, so that its gradient is told as well: the native kernels ask for that of their output.
-        total: Tensor = seen.lse + zero[..., 0]
-        return total
+        _, seen = self._read(query, memory._replace(values=nothing), Summary(lse=True))
+        return seen.lse  # type: ignore[no-any-return]
 
     def _map_query(self, query: Tensor) -> Tensor:
         out: Tensor = self.query_map(query)
@@ -168,11 +166,6 @@ class LuongAttention(MemoryAttention):
 
     def _score(self) -> Score:
         return Dot() if self.v is None else Additive(self.v)
-
-
-def _vector(width: int) -> nn.Parameter:
-    """What a hidden layer is multiplied with: a map to one number."""
-    return nn.Parameter(torch.empty(width).uniform_(-(width**-0.5), width**-0.5))
 
 
 def _lengths(mask: Mask | None, place: Tensor) -> Tensor:

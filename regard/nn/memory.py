@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,8 @@ class MemoryAttention(nn.Module):
         normalizer: one of `regard.normalizer`, `Softmax()` by default; what it learns is the layer's.
         dropout: the chance that a weight is dropped in training.
     """
+
+    is_cross_attention = True  # as models of Hugging Face say it, to who watches them
 
     def __init__(
         self, query_width: int, key_width: int, width: int, normalizer: Normalizer | None = None, dropout: float = 0.0
@@ -173,16 +176,24 @@ class MemoryAttention(nn.Module):
         raise NotImplementedError
 
 
+def vector(*shape: int) -> nn.Parameter:
+    """What makes a number of a hidden layer (..., width): a learned vector of that width, or several."""
+    bound = shape[-1] ** -0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
 def _of_one(q: Tensor, k: Tensor, score: Additive) -> Tensor:
     """The scores (B, 1, S) of one query (B, 1, width). Native kernels compute 16 queries at a time, and this takes them as
     long as one would: so it changes places with the keys. A score is then the log-sum-exp of a row that has no other.
     """
-    zero, seen = attention(
-        k.expand(len(q), -1, -1), q, q.new_zeros(len(q), 1, 1), score=score, summary=Summary(lse=True)
-    )
+    with (
+        nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
+    ):  # no attention to be watched
+        _, seen = attention(
+            k.expand(len(q), -1, -1), q, q.new_zeros(len(q), 1, 1), score=score, summary=Summary(lse=True)
+        )
     assert seen.lse is not None
-    # The output is 0, as its values are; native kernels tell gradients only where that of the output is told.
-    return (seen.lse + zero[..., 0])[:, None]
+    return seen.lse[:, None]
 
 
 def join(told: Sequence[Seen], summary: Summary) -> Seen:

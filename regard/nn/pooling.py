@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regard import check
 from regard.attention import attention
 from regard.mask import Mask
-from regard.nn.memory import check_axes, check_chance, check_mask
+from regard.nn.memory import check_axes, check_chance, check_mask, vector
 from regard.score import Additive, Gaussian
 from regard.summary import Seen, Summary
 
@@ -20,7 +20,7 @@ class AttentionPooling(nn.Module):
 
         y_n = sum_j softmax(q_n . (W_k x_j) / sqrt(width / num_heads))_j (W_v x_j + b)
 
-    As nothing else is attended to, what is padded, or moved about, does not change the result. An empty sequence gives 0.
+    The order of the sequence does not matter, and what is padded does not count. An empty sequence gives 0.
 
     >>> pool = AttentionPooling(256, num_heads=4)
     >>> pool(x, mask.lengths(n))  # (B, S, 256) -> (B, 256)
@@ -65,7 +65,7 @@ class AttentionPooling(nn.Module):
         check_mask("AttentionPooling: mask", mask)
         q, k, v = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(-2, -3)
-            for part in (self.queries.to(x.dtype).expand(len(x), -1, -1), self.key_map(x), self.value_map(x))
+            for part in (self.queries.expand(len(x), -1, -1), self.key_map(x), self.value_map(x))
         )
         found = attention(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0, summary=summary)
         out, seen = found if isinstance(found, tuple) else (found, None)
@@ -103,7 +103,7 @@ class AdditivePooling(nn.Module):
         check_chance("AdditivePooling: dropout", dropout)
         self.width, self.dropout = width, dropout
         self.map = nn.Linear(width, hidden_width)
-        self.u = nn.Parameter(torch.empty(queries, hidden_width).uniform_(-(hidden_width**-0.5), hidden_width**-0.5))
+        self.u = vector(queries, hidden_width)
 
     def forward(
         self, x: Tensor, mask: Mask | None = None, *, summary: Summary | None = None

@@ -15,7 +15,7 @@ from regard.mask import Mask
 from regard.nn.additive import AdditiveAttention
 from regard.nn.cell import Cell, Kind, State, make_cell
 from regard.nn.luong import LuongAttention
-from regard.nn.memory import Memory, MemoryAttention, check_axes, check_mask, join
+from regard.nn.memory import Memory, MemoryAttention, check_axes, check_mask, join, vector
 from regard.score import Dot
 from regard.summary import Seen, Summary
 from regard.tile import Sizes
@@ -159,8 +159,7 @@ class RecurrentDecoder(nn.Module):
         self.input_feeding = input_feeding
         self.initial_map = nn.Linear(memory_width, layers * hidden_width * (2 if cell == "lstm" else 1))
         self.output_map = nn.Linear(memory_width + hidden_width, hidden_width, bias=False) if order == "luong" else None
-        bound = attention.width**-0.5
-        self.coverage_map = nn.Parameter(torch.empty(attention.width).uniform_(-bound, bound)) if coverage else None
+        self.coverage_map = vector(attention.width) if coverage else None
 
     def remember(self, memory: Tensor, mask: Mask | None = None) -> Memory:
         """Map a memory (B, S, memory_width) once, for many steps; `mask` tells what of it may be attended to."""
@@ -170,7 +169,7 @@ class RecurrentDecoder(nn.Module):
 
     def initial(self, memory: Tensor | Memory, mask: Mask | None = None) -> State:
         """A state to begin with: tanh of a learned map of the mean of the memory (B, S, memory_width), or of what `remember`
-        made of it.
+        made of it. The last state of an encoder is a memory of one key: `initial(state.hidden[-1][:, None])`.
 
         Source: Xu et al., "Show, Attend and Tell" (2015), section 3.1.2.
         """
