@@ -95,12 +95,16 @@ class SparseForward {
   template <int kPower>
   void weigh(int64_t first, int64_t count, int i) {
     Vec moment{};
-    for (int64_t n = first; n < first + count; n++) {
-      float* at = strip_.row(n) + i * kWidth;
-      const Vec gap = load(at);
-      const Vec weight = threshold_.worth<kPower>(gap).weight;
-      if (o_.entropy) moment = fma(weight, log2(where(greater(gap, Vec{}), gap, fill(1.0f))), moment);
-      store(at, weight);
+    for (int64_t n = first; n < first + count;) {
+      Vec part{};
+      for (const int64_t end = least(n + kSummed, first + count); n < end; n++) {
+        float* at = strip_.row(n) + i * kWidth;
+        const Vec gap = load(at);
+        const Vec weight = threshold_.worth<kPower>(gap).weight;
+        if (o_.entropy) part = fma(weight, log2(where(greater(gap, Vec{}), gap, fill(1.0f))), part);
+        store(at, weight);
+      }
+      moment += part;
     }
     moment_[i] += moment;
   }

@@ -61,11 +61,14 @@ class Views {
 
   void add_mass(const Queries& q, const Keys& keys, const float* weights, const Vec* factor, int64_t group) {
     const char* member = o_.member + q.b * o_.member_batch + group * o_.member_group + keys.first * o_.member_key;
-    // The sum of sums rounds less than one long sum.
     Vec sums[kMostVectors] = {};
-    for (int64_t n = 0; n < keys.count; n++)
-      if (member[n * o_.member_key])
-        for (int i = keys.from; i < keys.upto; i++) sums[i] += load(weights + n * q.lanes() + i * kWidth);
+    for (int64_t n = 0; n < keys.count;) {
+      Vec part[kMostVectors] = {};
+      for (const int64_t end = least(n + kSummed, keys.count); n < end; n++)
+        if (member[n * o_.member_key])
+          for (int i = keys.from; i < keys.upto; i++) part[i] += load(weights + n * q.lanes() + i * kWidth);
+      for (int i = keys.from; i < keys.upto; i++) sums[i] += part[i];
+    }
     for (int i = keys.from; i < keys.upto; i++) {
       float* at = mass_ + group * q.lanes() + i * kWidth;
       store(at, fma(sums[i], factor[i], load(at)));

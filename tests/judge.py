@@ -93,12 +93,17 @@ def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, flo
 
 def _cancelled(outputs: Tensors, weights: Tensors, leaves: Tensors, rate: float) -> dict[str, float]:
     """How large the gradients are before the mean over the row is subtracted: dS = P dP - P (sum of P dP). Where a row has
-    one key these are equal, and what is left of them is what the two were rounded by.
+    one key these are equal, and what is left of them is what the two were rounded by; of each row by itself, so that under
+    other signs of the rows, what cancels does so no longer.
     """
     values = leaves["v"].detach().repeat_interleave(outputs["full"].shape[1] // max(leaves["v"].shape[1], 1), 1)
-    pairs = weights["out"] @ values.mT / (1 - rate if rate < 1 else 1.0)
-    terms = _gradients({"": outputs["scores"]}, {"": outputs["full"].detach() * pairs}, leaves)
-    return {name: x.abs().max().item() if x.numel() else 0.0 for name, x in terms.items()}
+    pairs = outputs["full"].detach() * (weights["out"] @ values.mT / (1 - rate if rate < 1 else 1.0))
+    generator, largest = torch.Generator().manual_seed(0), dict.fromkeys(leaves, 0.0)
+    for _ in range(_SIGNS):
+        signs = torch.randint(2, (*pairs.shape[:3], 1), generator=generator) * 2.0 - 1
+        for name, x in _gradients({"": outputs["scores"]}, {"": pairs * signs}, leaves).items():
+            largest[name] = max(largest[name], x.abs().max().item() if x.numel() else 0.0)
+    return largest
 
 
 def solved(problem: Problem, dtype: torch.dtype, blur: torch.Generator | None = None) -> tuple[Tensors, Tensors]:

@@ -154,6 +154,7 @@ TESTED_BY = {
     "bench.peak": "bench",
     "bench.row": "bench",
     "bench.run": "bench",
+    "bench.steps": "bench",
     "bench.table": "bench",
     **{f"cli.{part}": "cli" for part in ("__main__", "app", "demo", "doctor", "look")},
     "models": "transformer",

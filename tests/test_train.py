@@ -113,8 +113,8 @@ def test_what_predictions_tell(tmp_path: Path) -> None:
     assert one.text == " ".join(one.target)
 
     labels = tag.Tag.begin(tag.Settings(heads=2, **_SMALL), _sentences(50))
-    (found,) = labels.predict(["Don't stop, bdfung!"])
-    assert found.words == ["Don't", "stop", ",", "bdfung", "!"]
+    (found,) = labels.predict(["Do not, bdfung!"])
+    assert found.words == ["Do", "not", ",", "bdfung", "!"]
     assert len(found.tags) == len(found.chances) == 5
     assert labels.predict([" "])[0].words == []
 

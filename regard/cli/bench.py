@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -13,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.app import app, console, progress
+
+if TYPE_CHECKING:
+    from regard.bench.cases import Case
 
 measured = typer.Typer(invoke_without_command=True)
 app.add_typer(measured, name="bench")
@@ -28,7 +32,18 @@ def bench(
 ) -> None:
     """Measure regard and its peers side by side, in one process. A wrong result gets no ratio."""
     if context.invoked_subcommand is None:
-        measure_all(only, quick, as_json, plot)
+        compare(only, quick, as_json, plot)
+
+
+@measured.command()
+def steps(
+    quick: Annotated[bool, typer.Option(help="Fewer and shorter rounds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Training steps of whole models, on our attention and on torch's own."""
+    from regard.bench.steps import steps as cases
+
+    compare(None, quick, as_json, None, cases())
 
 
 @measured.command()
@@ -74,16 +89,20 @@ def cpu(
         raise typer.Exit(1)
 
 
-def measure_all(only: str | None, quick: bool, as_json: bool, plot: Path | None) -> None:
+def compare(
+    only: str | None, quick: bool, as_json: bool, plot: Path | None, cases: Sequence[Case] | None = None
+) -> None:
+    """Measure cases, by default those of the README, and print or draw the results."""
     import torch
 
-    from regard.bench.cases import cases
+    from regard.bench import cases as known
     from regard.bench.run import plot as draw
     from regard.bench.run import run
 
-    chosen = [case for case in cases() if only is None or only.lower() in case.name.lower()]
+    every = known.cases() if cases is None else cases
+    chosen = [case for case in every if only is None or only.lower() in case.name.lower()]
     if not chosen:
-        raise ValueError(f"--only: no case has {only!r} in its name; there are {', '.join(c.name for c in cases())}")
+        raise ValueError(f"--only: no case has {only!r} in its name; there are {', '.join(c.name for c in every)}")
     results = []
     rounds, seconds = (3, 0.02) if quick else (9, 0.1)
     with progress(as_json) as bar:

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from regard.cli.app import app, console
-from regard.cli.bench import measure_all
+from regard.cli.bench import compare
 from regard.cli.look import show
 from regard.cli.train import Ticker
 from regard.tasks.open import is_task
@@ -35,7 +35,7 @@ def demo(
         console.rule("[bold]3  A small model learns to pronounce[/]")
         _pronounce(out / "pronounce")
         console.rule("[bold]4  Side by side with its peers[/]")
-        measure_all(None, True, False, out / "bench.png")
+        compare(None, True, False, out / "bench.png")
     page = (out / "attention.html").resolve()
     console.rule()
     console.print(Text.assemble("Open the page: ", (page.as_uri(), "bold link " + page.as_uri())), soft_wrap=True)

@@ -11,8 +11,10 @@ from regard.models.reader import Words
 from regard.tasks.batch import pad
 from regard.tasks.tokens import UNKNOWN, Tokens
 
-# A word with what hangs on it ("don't", "well-known", "'s"), or one other sign.
-_WORD = re.compile(r"['’]?\w+(?:['’-]\w+)*|[^\w\s]")
+# A word ("well-known", "O'Neill"), what hangs on one in English, which corpora take for a word ("do|n't", "it|'s"), or one
+# other sign.
+_CLITIC = r"['’](?:s|re|ve|ll|d|m)\b"
+_WORD = re.compile(rf"\w+?(?=n['’]t\b)|n['’]t\b|{_CLITIC}|\w+(?:(?!{_CLITIC})['’-]\w+)*|[^\w\s]", re.IGNORECASE)
 # Letters beyond these tell a word from no other that matters.
 _MOST_LETTERS = 40
 

@@ -18,6 +18,7 @@ from regard.summary import Seen, Summary
 
 class PatchAttention(nn.Module):
     """x + MSA(LayerNorm(patches of x, with positions)): the patches of a map, p x p places each, attend to one another.
+    It starts as the identity: the last map is 0 at first.
 
     A patch is a token of all its C p^2 numbers. A map whose sides are no multiples of p is filled up with zeros at the right
     and at the bottom; no patch is of zeros alone.

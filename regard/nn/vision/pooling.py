@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.nn.vision.grid import attend, check_heads, check_map, split_heads, to_tokens
-from regard.nn.vision.position import Sinusoidal2d
+from regard.nn.vision.position import RelativeBias2d, Rotary2d, Sinusoidal2d
 from regard.nn.word import Word
 from regard.normalizer import Normalizer
 from regard.score import Score
@@ -48,8 +48,10 @@ class AttentionPool2d(nn.Module):
         check_heads("AttentionPool2d", num_heads, channels)
         out = channels if out is None else out
         check.whole("AttentionPool2d: out", out, 1, ", or None for the channels")
-        if position is not None and not isinstance(position, nn.Module):
-            raise check.wrong("AttentionPool2d: position", position, "a module, or None for Sinusoidal2d()", False)
+        adds = isinstance(position, nn.Module) and not isinstance(position, Rotary2d | RelativeBias2d)
+        if position is not None and not adds:
+            expected = "a module that adds positions to a map, or None for Sinusoidal2d()"
+            raise check.wrong("AttentionPool2d: position", position, expected, False)
         self.channels, self.num_heads, self.mean = channels, num_heads, mean
         self.position = Sinusoidal2d() if position is None else position
         self.query = nn.Parameter(torch.randn(channels) * channels**-0.5)

@@ -23,6 +23,7 @@ class SelfAttention(nn.Module):
     Args:
         width: C.
         inner: the width of all queries of a token, and so of its keys and values; each of the heads takes its share.
+        num_heads, score, normalizer: as the layers have them.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * inner)
         self.out = nn.Linear(inner, width)
-        # What it is added to is left as it is at first.
+        # So that the layer, which adds this to its input, starts as the identity.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.score, self.normalizer = Word(score), Word(normalizer)

@@ -18,7 +18,7 @@ from regard.summary import Seen, Summary
 
 class WindowAttention2d(nn.Module):
     """x + W-MSA(LayerNorm(x)): each place attends to those of its window, with a learned bias for how far apart they are.
-    The work grows with the size of the map, not with its square.
+    The work grows with the size of the map, not with its square. It starts as the identity: the last map is 0 at first.
 
     With a shift, the map is rolled so far up and to the left before it is cut into windows, and what comes in at the other
     side is kept apart by a mask. Along a side with one window, nothing is shifted. A map whose sides are no multiples of

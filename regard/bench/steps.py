@@ -1,0 +1,86 @@
+"""Whole training steps: the same model, with the same weights, on our attention and on torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from regard.bench.cases import Case
+from regard.mask import And, Band, Before, Mask
+from regard.models.recurrent import Recurrent
+from regard.models.transformer import Transformer
+from regard.nn import memory, multihead
+from regard.score import Additive
+
+_SENTENCES, _LONGEST, _PIECES = 64, 20, 8000
+
+
+def steps() -> list[Case]:
+    """All cases: forward and backward of a batch of sentences of 8 to 20 tokens, in models as `regard train` makes them."""
+    transformer = Transformer(_PIECES, _PIECES, dropout=0.0, shared=True)
+    recurrent = Recurrent(_PIECES, _PIECES, dropout=0.0, shared=True)
+    return [
+        _step("transformer", "torch SDPA", transformer, multihead, _sdpa),
+        _step("recurrent, additive attention", "PyTorch, broadcast", recurrent, memory, _broadcast),
+    ]
+
+
+def _step(name: str, peer: str, model: nn.Module, module: ModuleType, attention: Callable[..., Any]) -> Case:
+    """A case whose inputs are the parameters, and whose output is the loss."""
+    names = [key for key, _ in model.named_parameters()]
+    generator = torch.Generator().manual_seed(0)
+    source, target = (torch.randint(4, _PIECES, (_SENTENCES, _LONGEST), generator=generator) for _ in range(2))
+    lengths = torch.randint(8, _LONGEST + 1, (_SENTENCES,), generator=generator)
+    real = torch.arange(_LONGEST - 1) < lengths[:, None]
+
+    def loss(*parameters: Tensor) -> Sequence[Tensor]:
+        given = dict(zip(names, parameters, strict=True))
+        scores = functional_call(model, given, (source, lengths, target[:, :-1]))
+        return [F.cross_entropy(scores[real], target[:, 1:][real])]
+
+    def theirs(*parameters: Tensor) -> Sequence[Tensor]:
+        with _instead(module, attention):
+            return loss(*parameters)
+
+    shape = f"{_SENTENCES} sentences, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+    return Case(name, shape, peer, lambda: [p.detach().clone() for p in model.parameters()], loss, theirs)
+
+
+@contextmanager
+def _instead(module: ModuleType, attention: Callable[..., Any]) -> Iterator[None]:
+    """Have the layers of a module call another attention."""
+    ours = vars(module)["attention"]
+    setattr(module, "attention", attention)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(module, "attention", ours)  # noqa: B010
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, **_: Any) -> Tensor:
+    """Scaled dot product attention of torch, as it is called with these masks."""
+    if isinstance(mask, Band):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    allowed = None if mask is None else _known(mask, k.shape[-2])[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+def _broadcast(q: Tensor, k: Tensor, v: Tensor, *, score: Additive, mask: Mask, **_: Any) -> Tensor:
+    """Additive attention as it is written in PyTorch, q (B, L, A), k (B, S, A), v (B, S, E)."""
+    scores = torch.tanh(q[:, :, None] + k[:, None]) @ score.v
+    return scores.masked_fill(~_known(mask, k.shape[1])[:, None], -torch.inf).softmax(-1) @ v
+
+
+def _known(mask: Mask, keys: int) -> Tensor:
+    """Which keys are no padding, (B, S)."""
+    if isinstance(mask, And):
+        return _known(mask.left, keys) & _known(mask.right, keys)
+    assert isinstance(mask, Before)
+    return torch.arange(keys) < mask.n[:, None]
