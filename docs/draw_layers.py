@@ -51,7 +51,9 @@ def heat(axes: Axes, table: Tensor, title: str = "", most: float | None = None, 
     numbers = table.detach().double()
     top = float(numbers.nan_to_num().abs().max()) if most is None else most
     shown = numbers if signed else numbers.masked_fill(numbers == 0, math.nan)
-    axes.imshow(shown, SIGNED if signed else WEIGHTS, vmin=-top if signed else 0.0, vmax=top, interpolation="nearest")
+    axes.imshow(
+        shown.numpy(), SIGNED if signed else WEIGHTS, vmin=-top if signed else 0.0, vmax=top, interpolation="nearest"
+    )
     axes.set_title(title)
     axes.set(xticks=[], yticks=[])
 
@@ -75,7 +77,7 @@ def plain(axes: Axes) -> None:
 
 def picture(axes: Axes, x: Tensor, title: str = "") -> None:
     """An image (3, H, W)."""
-    axes.imshow(x.detach().clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
+    axes.imshow(x.detach().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_title(title)
     axes.set(xticks=[], yticks=[])
 
@@ -265,7 +267,7 @@ def luong() -> Figure:
         heat(ax, layer(queries, keys, torch.eye(S)[None])[0], title)
         middle = {None: None, "monotonic": torch.arange(S), "predictive": p}[local]
         if middle is not None:
-            ax.plot(middle, range(S), color=ORANGE, linewidth=1)
+            ax.plot(middle.tolist(), range(S), color=ORANGE, linewidth=1)
         ax.set_xlabel("Place in the source")
     axes[0].set_ylabel("Step of the decoder")
     return figure
@@ -280,14 +282,14 @@ def influence(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def influences() -> Figure:
     """What knows of what: the memory of an encoder, and the weights of a decoder, of the inputs."""
-    x, memory = torch.randn(1, 10, 4), 2 * torch.randn(1, 7, 4)
+    x, memory = torch.randn(1, 9, 2), 2 * torch.randn(1, 6, 2)
     figure, axes = grid(1, 4, 2.25)
     for ax, both in zip(axes, (False, True), strict=False):
-        encoder = recurrent.RecurrentEncoder(4, 8, bidirectional=both)
+        encoder = recurrent.RecurrentEncoder(2, 5, bidirectional=both)
         heat(ax, influence(lambda x: encoder(x)[0], x).sqrt(), f"Encoder\nbidirectional={both}")  # noqa: B023
         ax.set(xlabel="Input", ylabel="" if both else "Memory")
     for ax, order in zip(axes[2:], ("bahdanau", "luong"), strict=True):
-        decoder = recurrent.RecurrentDecoder(4, 8, 4, order=order)
+        decoder = recurrent.RecurrentDecoder(2, 8, 2, order=order)
         look = partial(decoder, memory=memory, summary=Summary(full=True))
         heat(ax, influence(lambda x: look(x)[2].full, x).sqrt(), f'Decoder\norder="{order}"')  # noqa: B023
         ax.set(xlabel="Input", ylabel="" if order == "luong" else "Weights of a step")
@@ -391,7 +393,7 @@ def additive_pooling() -> Figure:
     figure, axes = grid(2, 1, 2.4)
     for ax, sentence, weights in zip(axes, sentences, seen.full[:, 0, 0], strict=True):
         words = sentence.split()
-        ax.bar(range(len(weights)), weights.detach(), 0.6, color=BLUE)
+        ax.bar(range(len(weights)), weights.tolist(), 0.6, color=BLUE)
         ax.plot((-0.5, len(words) - 0.5), (1 / len(words),) * 2, color=ORANGE, linewidth=1)
         padding = ["(padding)"] * (len(weights) - len(words))
         ax.set_xticks(range(len(weights)), words + padding)
@@ -408,7 +410,7 @@ def kernel() -> Figure:
     """Regression of a noisy curve, at several widths."""
     x = torch.rand(60, 1).sort(0).values * 10
     y = torch.sin(x) + x / 4 + 0.3 * torch.randn(60, 1)
-    grid_of = torch.linspace(0, 10, 300)[:, None]
+    points = torch.linspace(0, 10, 300)[:, None]
     pool = layers.KernelPooling(2.0)
     optimizer = torch.optim.Adam(pool.parameters(), 0.1)
     for _ in range(120):
@@ -418,8 +420,9 @@ def kernel() -> Figure:
     figure, axes = grid(1, 3, 2.2, sharey=True)
     for ax, sigma in zip(axes, (0.05, float(pool.sigma.detach()), 2.0), strict=True):
         learned = ax is axes[1]
-        ax.plot(x, y, ".", color=GREY, markersize=4)
-        ax.plot(grid_of, layers.KernelPooling(sigma)(grid_of, x, y).detach(), color=ORANGE if learned else BLUE)
+        ax.plot(x.flatten().tolist(), y.flatten().tolist(), ".", color=GREY, markersize=4)
+        curve = layers.KernelPooling(sigma)(points, x, y)
+        ax.plot(points.flatten().tolist(), curve.flatten().tolist(), color=ORANGE if learned else BLUE)
         plain(ax)
         ax.set_title(f"sigma = {sigma:.2f}{', learned' if learned else ''}")
     return figure
@@ -462,7 +465,7 @@ def set_to_excess(mlp: nn.Sequential, gain: float, start: float) -> None:
 
 def bars(ax: Axes, numbers: Tensor, title: str) -> None:
     """A number for each of red, green and blue."""
-    shown = ax.bar(("red", "green", "blue"), numbers.detach(), 0.6, color=(RED, GREEN, SKY))
+    shown = ax.bar(("red", "green", "blue"), numbers.tolist(), 0.6, color=(RED, GREEN, SKY))
     ax.bar_label(shown, [f"{number:.2f}" for number in numbers.tolist()], fontsize=7)
     ax.set(yticks=[], ylim=(0, 1.15), title=title)
     ax.set_box_aspect(1)

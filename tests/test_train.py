@@ -204,6 +204,18 @@ def test_it_stops_where_nothing_gets_better(tmp_path: Path) -> None:
     assert kept == history.best.dev
 
 
+def test_which_of_two_is_better() -> None:
+    def make(units: str) -> Any:
+        return translate.Translate.begin(replace(SEQUENCES, units=units, vocabulary=30), _pairs(20))
+
+    task = make("pieces")
+    assert task.better({"BLEU": 0.0, "chrF": 1.0}, None)
+    assert task.better({"BLEU": 0.0, "chrF": 2.0}, {"BLEU": 0.0, "chrF": 1.0})
+    assert task.better({"BLEU": 1.0, "chrF": 1.0}, {"BLEU": 0.9, "chrF": 2.0})
+    assert not task.better({"BLEU": 1.0, "chrF": 1.0}, {"BLEU": 1.0, "chrF": 1.0})
+    assert make("symbols").better({"word error": 3.0, "symbol error": 1.0}, {"word error": 4.0, "symbol error": 0.5})
+
+
 def test_what_was_not_seen_in_training_is_said(tmp_path: Path) -> None:
     place = Place(Path("new.tsv"), 7)
     review = classify.Classify.begin(classify.Settings(heads=2, **_SMALL), _reviews(20))

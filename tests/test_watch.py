@@ -223,6 +223,21 @@ def test_our_own_attention(axes: tuple[int, ...], dropout: float, summary: regar
     assert torch.equal(dense(record), full.reshape(dense(record).shape))
 
 
+def test_recurrent_decoders() -> None:
+    """What looks at a memory is cross attention, step by step or all at once, and nothing else is told of."""
+    x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 6)
+    for order, calls in (("bahdanau", 3), ("luong", 1)):
+        torch.manual_seed(0)
+        model = regard.nn.recurrent.RecurrentDecoder(4, 5, 6, regard.nn.AdditiveAttention(5, 6, 8), order=order)
+        with regard.watch(model, top=7) as seen:
+            model(x, memory)
+        assert [record.kind for record in seen] == ["cross"] * calls
+        whole = model(x, memory, summary=regard.Summary(full=True))[2].full
+        assert whole is not None
+        told = torch.cat([dense(record)[:, 0] for record in seen], 1)
+        torch.testing.assert_close(told, whole)
+
+
 def test_nothing_stays_behind() -> None:
     model, inputs = bert("eager")
     hooks = [len(module._forward_hooks) for module in model.modules()]

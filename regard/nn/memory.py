@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -180,6 +180,11 @@ def vector(*shape: int) -> nn.Parameter:
     """What makes a number of a hidden layer (..., width): a learned vector of that width, or several."""
     bound = shape[-1] ** -0.5
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """For the time of a block, calls of attention that are but a way to compute are not seen by who watches."""
+    return nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
 
 
 def _of_one(q: Tensor, k: Tensor, score: Additive) -> Tensor:

@@ -15,7 +15,7 @@ from regard.mask import Mask
 from regard.nn.additive import AdditiveAttention
 from regard.nn.cell import Cell, Kind, State, make_cell
 from regard.nn.luong import LuongAttention
-from regard.nn.memory import Memory, MemoryAttention, check_axes, check_mask, join, vector
+from regard.nn.memory import Memory, MemoryAttention, check_axes, check_mask, join, unwatched, vector
 from regard.score import Dot
 from regard.summary import Seen, Summary
 from regard.tile import Sizes
@@ -180,7 +180,8 @@ class RecurrentDecoder(nn.Module):
         memory = memory.within(mask)
         # Weights that are all equal: of those that may be attended to.
         zero = memory.values.new_zeros(1, 1, 1).expand(*memory.values.shape[:2], 1)
-        mean = attention(zero[:, :1], zero, memory.values, score=Dot(), mask=memory.mask)[:, 0]
+        with unwatched():
+            mean = attention(zero[:, :1], zero, memory.values, score=Dot(), mask=memory.mask)[:, 0]
         found = (
             torch.tanh(self.initial_map(mean)).view(len(mean), -1, self.cell.hidden_size).transpose(0, 1).contiguous()
         )

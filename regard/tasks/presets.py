@@ -45,13 +45,13 @@ PRESETS: dict[str, Preset] = {
         tag.Tag,
         read_tagged,
         {kind: tag.Settings(model=kind) for kind in ("recurrent", "transformer", "conv")},
-        {kind: Training(epochs=20, batch=512, warmup=200) for kind in ("recurrent", "transformer", "conv")},
+        {kind: Training(epochs=30, batch=512) for kind in ("recurrent", "transformer", "conv")},
     ),
     "classify": Preset(
         classify.Classify,
         read_labelled,
         {kind: classify.Settings(model=kind) for kind in ("recurrent", "transformer", "conv")},
-        {kind: Training(epochs=12, batch=1024, warmup=100) for kind in ("recurrent", "transformer", "conv")},
+        {kind: Training(epochs=15, batch=1024) for kind in ("recurrent", "transformer", "conv")},
     ),
     "pronounce": Preset(
         translate.Translate,

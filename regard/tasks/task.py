@@ -82,10 +82,13 @@ class Task(ABC):
             return cls(settings, tokens, labels)
 
     def better(self, measured: dict[str, float], than: dict[str, float] | None) -> bool:
-        """Is one measurement of the dev examples better than another?"""
+        """Is one measurement of the dev examples better than another? Where the metric is the same, as it is while a model
+        translates nothing yet, the other measures decide.
+        """
         if than is None:
             return True
-        new, old = measured[self.metric], than[self.metric]
+        names = sorted(measured, key=lambda name: name != self.metric)
+        new, old = ([one[name] for name in names] for one in (measured, than))
         return new < old if self.fewer_is_better else new > old
 
     # -----------------------------------------------------------------------------------------------------------------
