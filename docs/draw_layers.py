@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import StringIO
@@ -47,7 +46,7 @@ def grid(rows: int, columns: int, height: float, **words: Any) -> tuple[Figure, 
 
 
 def heat(axes: Axes, table: Tensor, title: str = "", most: float | None = None, signed: bool = False) -> None:
-    """A table of numbers as colours. A weight of 0, which a mask alone gives, stays white."""
+    """A table of numbers as colours. What is 0, as masks make weights, stays white."""
     numbers = table.detach().double()
     top = float(numbers.nan_to_num().abs().max()) if most is None else most
     shown = numbers if signed else numbers.masked_fill(numbers == 0, math.nan)
@@ -98,7 +97,6 @@ def multihead() -> Figure:
     words = ["the", "cat", "saw", "the", "dog", "and", "the", "dog", "saw", "the", "cat"]
     one_hot = nn.functional.one_hot(torch.tensor([sorted(set(words)).index(w) for w in words]), 8).float()
     x = torch.cat([one_hot, torch.zeros(len(words), 56)], 1)[None]
-    documents = torch.tensor([0] * 5 + [1] * 6)
 
     def weights(allowed: mask.Mask | None, word: position.ALiBi | None = None) -> Tensor:
         layer = layers.MultiheadAttention(64, 8, batch_first=True, position=word)
@@ -111,7 +109,7 @@ def multihead() -> Figure:
         "No mask": None,
         "causal()": mask.causal(),
         "causal() & window(left=3)": mask.causal() & mask.window(left=3),
-        "documents(ids)": mask.documents(documents),
+        "documents(ids)": mask.documents(torch.tensor([0] * 5 + [1] * 6)),
     }
     for ax, (name, allowed) in zip(axes, masks.items(), strict=False):
         heat(ax, weights(allowed)[0], name)
@@ -185,9 +183,8 @@ def latent() -> Figure:
         assert kept.keys is not None and kept.values is not None
         counts.append(kept.keys.numel() + kept.values.numel())
     figure, (ax,) = grid(1, 1, 1.6)
-    colours = [ORANGE if "Latent" in name else BLUE for name in kinds]
-    bars = ax.barh(list(kinds), counts, 0.6, color=colours)
-    ax.bar_label(bars, [f"{count:,}" for count in counts], padding=4)
+    shown = ax.barh(list(kinds), counts, 0.6, color=[ORANGE if "Latent" in name else BLUE for name in kinds])
+    ax.bar_label(shown, [f"{count:,}" for count in counts], padding=4)
     ax.invert_yaxis()
     ax.spines[["top", "right", "bottom"]].set_visible(False)
     ax.set(xticks=[], xlim=(0, 2250), title="Numbers kept per token")
@@ -208,7 +205,6 @@ def replaced() -> Figure:
     layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
     x = torch.randn(4, 50, 64)
-
     truth = outputs_of(model.double(), x.double())
     figure, (ax,) = grid(1, 1, 2.0)
     before = outputs_of(model.float(), x)
@@ -286,12 +282,12 @@ def influences() -> Figure:
     figure, axes = grid(1, 4, 2.25)
     for ax, both in zip(axes, (False, True), strict=False):
         encoder = recurrent.RecurrentEncoder(2, 5, bidirectional=both)
-        heat(ax, influence(lambda x: encoder(x)[0], x).sqrt(), f"Encoder\nbidirectional={both}")  # noqa: B023
+        heat(ax, influence(lambda x, f=encoder: f(x)[0], x).sqrt(), f"Encoder\nbidirectional={both}")
         ax.set(xlabel="Input", ylabel="" if both else "Memory")
     for ax, order in zip(axes[2:], ("bahdanau", "luong"), strict=True):
         decoder = recurrent.RecurrentDecoder(2, 8, 2, order=order)
         look = partial(decoder, memory=memory, summary=Summary(full=True))
-        heat(ax, influence(lambda x: look(x)[2].full, x).sqrt(), f'Decoder\norder="{order}"')  # noqa: B023
+        heat(ax, influence(lambda x, f=look: f(x)[2].full, x).sqrt(), f'Decoder\norder="{order}"')
         ax.set(xlabel="Input", ylabel="" if order == "luong" else "Weights of a step")
     return figure
 
@@ -434,11 +430,11 @@ def kernel() -> Figure:
 RED, GREEN, SKY = (0.86, 0.15, 0.15), (0.09, 0.64, 0.29), (0.15, 0.39, 0.92)
 
 
-def shapes(size: int = 24) -> Tensor:
-    """An image (1, 3, size, size) of two red shapes, a green and a blue one, on grey."""
-    row, column = (torch.arange(size) + 0.5) / size * 24, (torch.arange(size) + 0.5) / size * 24
-    row = row[:, None]
-    x = torch.full((3, size, size), 0.85)
+def shapes() -> Tensor:
+    """An image (1, 3, 24, 24) of two red shapes, a green and a blue one, on grey."""
+    column = torch.arange(24) + 0.5
+    row = column[:, None]
+    x = torch.full((3, 24, 24), 0.85)
     for colour, inside in (
         (RED, (row - 7).square() + (column - 7).square() < 18),
         (SKY, (row > 3) & (row < 10) & (column > 14) & (column < 21)),
@@ -463,10 +459,10 @@ def set_to_excess(mlp: nn.Sequential, gain: float, start: float) -> None:
     set_to(last.bias, start)
 
 
-def bars(ax: Axes, numbers: Tensor, title: str) -> None:
+def bars(ax: Axes, three: Tensor, title: str) -> None:
     """A number for each of red, green and blue."""
-    shown = ax.bar(("red", "green", "blue"), numbers.tolist(), 0.6, color=(RED, GREEN, SKY))
-    ax.bar_label(shown, [f"{number:.2f}" for number in numbers.tolist()], fontsize=7)
+    shown = ax.bar(("red", "green", "blue"), three.tolist(), 0.6, color=(RED, GREEN, SKY))
+    ax.bar_label(shown, [f"{number:.2f}" for number in three.tolist()], fontsize=7)
     ax.set(yticks=[], ylim=(0, 1.15), title=title)
     ax.set_box_aspect(1)
     plain(ax)
@@ -507,15 +503,14 @@ def cbam() -> Figure:
 
 
 def non_local() -> Figure:
-    """The weights of two places, over all places."""
+    """The weights of three places, over all places."""
     x = shapes()
     layer = vision.NonLocalBlock(3, 3)
     for conv in (layer.theta, layer.phi):
         set_to(conv.weight, 4.0 * torch.eye(3)[..., None, None])
         set_to(conv.bias, 0.0)
     chosen = {"a red place": (7, 7), "a green place": (18, 7), "a grey place": (12, 12)}
-    numbers = [row * 24 + column for row, column in chosen.values()]
-    _, seen = layer(colours(x), summary=Summary(rows=numbers))
+    _, seen = layer(colours(x), summary=Summary(rows=[row * 24 + column for row, column in chosen.values()]))
     figure, axes = grid(1, 4, 1.9)
     picture(axes[0], x[0], "Map")
     for ax, weights, (name, place) in zip(axes[1:], seen.rows[0, 0], chosen.items(), strict=True):
@@ -533,9 +528,9 @@ def set_to_likeness(attention: nn.Module, gain: float) -> None:
     set_to(attention.qkv.bias, 0.0)
 
 
-def near(heads: int, size: int, width: float) -> vision.RelativeBias2d:
-    """A bias of each distance, set by hand: a Gaussian of this width."""
-    bias = vision.RelativeBias2d(heads, size)
+def near(size: int, width: float) -> vision.RelativeBias2d:
+    """Positions of one head, set by hand: weights become a Gaussian of this width."""
+    bias = vision.RelativeBias2d(1, size)
     away = torch.arange(1 - size, size).float().square()
     set_to(bias.table, (-(away[:, None] + away) / (2 * width**2)).view(-1, 1))
     return bias
@@ -546,13 +541,12 @@ def patches() -> Figure:
     x = shapes()
     figure, axes = grid(1, 4, 1.9)
     picture(axes[0], x[0], "Map, in patches of 3 x 3")
-    axes[0].set_xticks([2.5 + 3 * n for n in range(7)], minor=True)
-    axes[0].set_yticks([2.5 + 3 * n for n in range(7)], minor=True)
-    axes[0].grid(which="minor", color="white", linewidth=0.6)
-    axes[0].tick_params(which="minor", size=0)
+    for edge in range(3, 24, 3):
+        axes[0].axhline(edge - 0.5, color="white", linewidth=0.6)
+        axes[0].axvline(edge - 0.5, color="white", linewidth=0.6)
     for ax, word, title in zip(
         axes[1:],
-        (nn.Identity(), near(1, 8, 2.0), vision.Rotary2d(24)),
+        (nn.Identity(), near(8, 2.0), vision.Rotary2d(24)),
         ("nn.Identity()", "RelativeBias2d", "Rotary2d"),
         strict=True,
     ):
@@ -568,12 +562,11 @@ def patches() -> Figure:
 def positions() -> Figure:
     """The weights of a place of a map without any content: what is left is where it is."""
     side, width = 13, 32
-    learned = vision.Learned2d(width, side)
     kinds = {
         "Sinusoidal2d": (vision.Sinusoidal2d(), 0.0),
-        "Learned2d, not trained": (learned, 0.0),
+        "Learned2d, not trained": (vision.Learned2d(width, side), 0.0),
         "Rotary2d": (vision.Rotary2d(width), 1.0),
-        "RelativeBias2d": (near(1, side, 2.0), 0.0),
+        "RelativeBias2d": (near(side, 2.0), 0.0),
     }
     figure, axes = grid(1, 4, 1.9)
     for ax, (name, (word, constant)) in zip(axes, kinds.items(), strict=True):
@@ -592,7 +585,7 @@ def windows() -> Figure:
     for ax, shift, (H, W) in zip(axes, (0, 2, 2), ((12, 12), (12, 12), (12, 10)), strict=True):
         layer = vision.WindowAttention2d(4, 1, window=4, shift=shift)
         set_to(layer.attention.out.weight, torch.eye(4))
-        slopes = torch.autograd.functional.jacobian(lambda x: layer(x).sum(1), torch.randn(1, 4, H, W))  # noqa: B023
+        slopes = torch.autograd.functional.jacobian(lambda x, f=layer: f(x).sum(1), torch.randn(1, 4, H, W))
         looks = slopes[0, :, :, 0].abs().sum(2) > 1e-12  # (H, W, H, W): does this place attend to that one?
         heat(ax, looks.sum((2, 3)).double(), f"shift={shift}, map {H} x {W}", most=32.0)
         x, y = [], []  # one line, with gaps
@@ -636,9 +629,8 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 }  # fmt: skip
 
 
-def draw(folder: Path) -> None:
-    """Draw all pictures into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+def draw() -> None:
+    """Write all pictures."""
     with matplotlib.rc_context(STYLE), torch.random.fork_rng():
         for name, make in PICTURES.items():
             torch.manual_seed(0)
@@ -646,8 +638,8 @@ def draw(folder: Path) -> None:
             make().savefig(written, format="svg", metadata={"Date": None, "Creator": None})
             # Without what no reader sees.
             text = re.sub(r'<!--.*?-->|(?<=<g) id="[^"]*"|(?<=\n) +| +(?=\n)', "", written.getvalue())
-            (folder / f"{name}.svg").write_text(re.sub(r"<g/>\n|(?<=\n)\n", "", text))
+            (Path(__file__).parent / "layers" / f"{name}.svg").write_text(re.sub(r"<g/>\n|(?<=\n)\n", "", text))
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "layers")
+    draw()

@@ -101,7 +101,7 @@ def test_each_picture_is_drawn_and_shown_once() -> None:
 
 @pytest.mark.parametrize("name", draw_layers.PICTURES)
 def test_pictures_can_be_drawn(name: str) -> None:
-    """From the layers as they are now. Written files are not compared: a browser of fonts may draw them otherwise."""
+    """From the layers as they are now. The files are not compared: other versions of matplotlib write others."""
     torch.manual_seed(0)
     with matplotlib.rc_context(draw_layers.STYLE):
         assert draw_layers.PICTURES[name]().axes

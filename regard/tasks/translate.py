@@ -38,7 +38,7 @@ class Settings:
 
     model: str = "transformer"
     units: str = "pieces"
-    vocabulary: int = 8000
+    vocabulary: int = 7500
     width: int = 256
     heads: int = 4
     hidden: int = 512
