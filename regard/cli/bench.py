@@ -47,6 +47,24 @@ def steps(
 
 
 @measured.command()
+def digits(
+    seeds: Annotated[int, typer.Option(min=1, help="How many networks of each kind are trained.")] = 10,
+    only: Annotated[str | None, typer.Option(help="Only the layers whose name holds this word, and none.")] = None,
+) -> None:
+    """What the layers of `regard.nn.vision` do for a small network that reads digits: minutes of training."""
+    from regard.bench.digits import NONE, VARIANTS, measure, table
+
+    names = [name for name in VARIANTS if only is None or only.lower() in name.lower() or name == NONE]
+    results = []
+    with progress(not console.is_terminal) as bar:
+        row = bar.add_task("training", total=seeds * len(names))
+        for result in measure(range(seeds), names):
+            results.append(result)
+            bar.update(row, advance=1, description=f"{result.variant}, seed {result.seed}")
+    print(table(results))
+
+
+@measured.command()
 def cpu(
     rows: Annotated[
         str | None,
