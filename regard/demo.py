@@ -64,6 +64,7 @@ def stages() -> Iterator[RenderableType]:
 # Letters that are silent, doubled, or spoken together, none of these words seen in training.
 SPOKEN = ("knight", "cheese", "attention")
 _LESSONS = 30_000  # words; six times through them take about a minute on two cores
+_LIMIT = 75.0  # seconds after which no more lesson begins, on machines that are slower
 
 
 def pronounce(folder: Path, tell: Callable[[Step | Epoch], None]) -> Translate:
@@ -72,7 +73,7 @@ def pronounce(folder: Path, tell: Callable[[Step | Epoch], None]) -> Translate:
     examples, dev = split(words, [0.005])
     settings = Settings(model="recurrent", units="symbols", width=64, hidden=128, layers=1, dropout=0.1)
     training = Training(epochs=6, batch=2048, rate=4e-3, warmup=50, average=0.98)
-    task, _ = train(Translate, settings, training, examples[:_LESSONS], dev, folder, tell=tell)
+    task, _ = train(Translate, settings, training, examples[:_LESSONS], dev, folder, tell=tell, limit=_LIMIT)
     assert isinstance(task, Translate)
     return task
 
