@@ -19,8 +19,6 @@ namespace regard::REGARD_SET {
 
 // Keys a block: scores of 48 KB, as much as the first cache holds, or stays near.
 constexpr int64_t kBlock = 192;
-// Weights that are summed up before their sum is added to others.
-constexpr int64_t kPart = 32;
 
 class Forward {
  public:
@@ -150,7 +148,7 @@ class Forward {
     const int64_t lanes = q.lanes();
     const Vec base = base_[i], unit = unit_, bias = fill(kWay == Way::Sigmoid && p_.sink ? p_.sink[q.h] * kLog2e : 0.0f);
     float *at = weights_ + i * kWidth, *kept = views_ ? strip_ + kept_ * lanes + i * kWidth : nullptr;
-    Vec total{}, moment{}, part{};
+    Vec total{}, moment{}, part{}, part_moment{};
     const auto weight = [&](int64_t n) __attribute__((always_inline)) {
       const Vec score = load(at + n * lanes);
       Vec x;
@@ -159,16 +157,16 @@ class Forward {
       } else if (kWay == Way::Softmax) {
         const Vec below = score - base;
         x = exp2(below, unit), part += x;
-        if (o_.entropy) moment = fma(x, max(below * unit, fill(-200.0f)), moment);
+        if (o_.entropy) part_moment = fma(x, max(below * unit, fill(-200.0f)), part_moment);
       } else {
         x = sigmoid(fma(score, unit, bias));
-        if (o_.entropy) moment = fma(x, log2(where(greater(x, Vec{}), x, fill(1.0f))), moment);
+        if (o_.entropy) part_moment = fma(x, log2(where(greater(x, Vec{}), x, fill(1.0f))), part_moment);
       }
       if (kept) store(kept + n * lanes, x);
       return p_.drops ? where(dropout_.kept(keys.first + n, i), x, Vec{}) : x;
     };
     for (int64_t n = 0; n < keys.count;) {
-      const int64_t end = least(n + kPart, keys.count);
+      const int64_t end = least(n + kSummed, keys.count);
       if (scores_.pairs()) {
         for (; n < end; n += 2) {
           const Vec even = weight(n), odd = n + 1 < end ? weight(n + 1) : Vec{};
@@ -178,6 +176,7 @@ class Forward {
         for (; n < end; n++) store(at + n * lanes, weight(n));
       }
       total += part, part = Vec{};
+      moment += part_moment, part_moment = Vec{};
     }
     if (kWay != Way::Sigmoid) total_[i] += total;
     moment_[i] += moment;
@@ -189,7 +188,7 @@ class Forward {
     Vec total{};
     for (int64_t n = 0; n < keys.count;) {
       Vec part{};
-      for (const int64_t end = least(n + kPart, keys.count); n < end; n++) part += exp2(load(weights_ + n * q.lanes() + i * kWidth) - base_[i], unit_);
+      for (const int64_t end = least(n + kSummed, keys.count); n < end; n++) part += exp2(load(weights_ + n * q.lanes() + i * kWidth) - base_[i], unit_);
       total += part;
     }
     total_[i] = fma(total_[i], exp2(before - base_[i], unit_), total);
