@@ -184,7 +184,7 @@ class Rotary(nn.Module):
             angle = angle[..., None, :, :]  # for all heads
         cos, sin = (angle.cos() * self.magnitude).to(x.dtype), (angle.sin() * self.magnitude).to(x.dtype)
         turned, rest = x[..., : self.width], x[..., self.width :]
-        axis, pairs = (-1, (-1, 2)) if self.interleaved else (-2, (2, -1))
+        axis, pairs = (-1, (self.width // 2, 2)) if self.interleaved else (-2, (2, self.width // 2))
         first, second = turned.reshape(*turned.shape[:-1], *pairs).unbind(axis)
         turned = torch.stack([first * cos - second * sin, second * cos + first * sin], axis).flatten(-2)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned

@@ -193,6 +193,14 @@ def test_rotary_while_decoding_with_a_cache(step: int) -> None:
         assert torch.equal(late_q[b], rotary.turn(q[b, :, -step:], own[b, -step:]))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_takes_nothing(interleaved: bool) -> None:
+    q, k = torch.zeros(0, 2, 3, 8), torch.zeros(0, 2, 5, 8)
+    got = position.Rotary(6, interleaved=interleaved)(q, k)
+    assert [x.shape for x in got] == [q.shape, k.shape]
+    assert position.Rotary(8, interleaved=interleaved).turn(torch.zeros(2, 0, 8), torch.arange(0)).shape == (2, 0, 8)
+
+
 def test_rotary_keeps_its_speeds_whatever_becomes_of_the_model() -> None:
     """Hugging Face's lose theirs to `.half()`, or where a model is laid out on the meta device."""
     expected = Rotary(D, scaling=YaRN(4.0)).speed

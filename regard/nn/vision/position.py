@@ -84,8 +84,6 @@ class Rotary2d(nn.Module):
         rows, columns, half = place // width, place % width, self.width // 2
 
         def turn(x: Tensor) -> Tensor:
-            if not x.numel():  # which `Rotary` does not take
-                return x
             return torch.cat([self.rotary.turn(x[..., :half], rows), self.rotary.turn(x[..., half:], columns)], -1)
 
         return turn(q), turn(k)
