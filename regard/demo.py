@@ -63,8 +63,8 @@ def stages() -> Iterator[RenderableType]:
 
 # Letters that are silent, doubled, or spoken together, none of these words seen in training.
 SPOKEN = ("knight", "cheese", "attention")
-_LESSONS = 30_000  # words; six times through them take about a minute on two cores
-_LIMIT = 75.0  # seconds after which no more lesson begins, on machines that are slower
+_LESSONS = 40_000  # words; six times through them take about a minute on two cores
+_LIMIT = 60.0  # seconds after which no more lesson begins, on machines that are slower
 
 
 def pronounce(folder: Path, tell: Callable[[Step | Epoch], None]) -> Translate:

@@ -93,11 +93,12 @@ def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, flo
 
 def _cancelled(outputs: Tensors, weights: Tensors, leaves: Tensors, rate: float) -> dict[str, float]:
     """How large the gradients are before the mean over the row is subtracted: dS = P dP - P (sum of P dP). Where a row has
-    one key these are equal, and what is left of them is what the two were rounded by; of each row by itself, so that under
-    other signs of the rows, what cancels does so no longer.
+    one key these are equal, and what is left of them is what the two were rounded by: as sums over the values, in
+    proportion to the terms of these. Of each row by itself, so that under other signs of the rows, what cancels does so no
+    longer.
     """
     values = leaves["v"].detach().repeat_interleave(outputs["full"].shape[1] // max(leaves["v"].shape[1], 1), 1)
-    pairs = outputs["full"].detach() * (weights["out"] @ values.mT / (1 - rate if rate < 1 else 1.0))
+    pairs = outputs["full"].detach() * (weights["out"].abs() @ values.abs().mT / (1 - rate if rate < 1 else 1.0))
     generator, largest = torch.Generator().manual_seed(0), dict.fromkeys(leaves, 0.0)
     for _ in range(_SIGNS):
         signs = torch.randint(2, (*pairs.shape[:3], 1), generator=generator) * 2.0 - 1
