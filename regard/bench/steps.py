@@ -58,11 +58,11 @@ def _step(name: str, peer: str, model: nn.Module, module: ModuleType, attention:
 def _instead(module: ModuleType, attention: Callable[..., Any]) -> Iterator[None]:
     """Have the layers of a module call another attention."""
     ours = vars(module)["attention"]
-    setattr(module, "attention", attention)  # noqa: B010
+    vars(module)["attention"] = attention
     try:
         yield
     finally:
-        setattr(module, "attention", ours)  # noqa: B010
+        vars(module)["attention"] = ours
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, **_: Any) -> Tensor:

@@ -27,6 +27,7 @@ class Learn(Enum):
 @app.command()
 def train(
     task: Annotated[Learn, typer.Argument(help="What to learn.")],
+    out: Annotated[Path, typer.Option(help="The directory for the model.")],
     data: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -34,7 +35,6 @@ def train(
             "label; pronounce: nothing, or a TSV. Gzipped or not.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The directory for the model.")] = ...,  # type: ignore[assignment]
     dev: Annotated[
         list[Path] | None,
         typer.Option(

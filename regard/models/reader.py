@@ -15,6 +15,7 @@ from regard.nn.recurrent import RecurrentEncoder
 from regard.position import sinusoidal
 
 KINDS = ("recurrent", "transformer", "conv")
+_UNKNOWN = 1  # the number of a word that is in no vocabulary
 
 
 class Words(NamedTuple):
@@ -93,7 +94,7 @@ class Reader(nn.Module):
         words = text.words
         if self.training and self.unseen:
             unknown = torch.rand(words.shape, device=words.device) < self.unseen
-            words = words.masked_fill(unknown, 1)
+            words = words.masked_fill(unknown, _UNKNOWN)
         spelled = F.embedding(text.spelled, self.spelling(text.letters, text.letter_lengths))
         x: Tensor = self.dropout(torch.cat([self.table(words), spelled], -1))
         if self.kind == "recurrent":

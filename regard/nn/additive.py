@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from regard.nn.memory import MemoryAttention, vector
 from regard.normalizer import Normalizer
@@ -50,14 +50,6 @@ class AdditiveAttention(MemoryAttention):
 
     def extra_repr(self) -> str:
         return f"dropout={self.dropout}"
-
-    def _map_query(self, query: Tensor) -> Tensor:
-        out: Tensor = self.query_map(query)
-        return out
-
-    def _map_key(self, key: Tensor) -> Tensor:
-        out: Tensor = self.key_map(key)
-        return out
 
     def _score(self) -> Score:
         return Additive(self.v)

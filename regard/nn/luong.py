@@ -156,14 +156,6 @@ class LuongAttention(MemoryAttention):
         _, seen = self._read(query, memory._replace(values=nothing), Summary(lse=True))
         return seen.lse  # type: ignore[no-any-return]
 
-    def _map_query(self, query: Tensor) -> Tensor:
-        out: Tensor = self.query_map(query)
-        return out
-
-    def _map_key(self, key: Tensor) -> Tensor:
-        out: Tensor = self.key_map(key)
-        return out
-
     def _score(self) -> Score:
         return Dot() if self.v is None else Additive(self.v)
 

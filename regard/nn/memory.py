@@ -55,7 +55,7 @@ def _of_rows(leaf: Any, rows: Tensor) -> Any:
 
 
 class MemoryAttention(nn.Module):
-    """What layers share that attend over a memory. Subclasses say how queries and keys are mapped and scored.
+    """What layers share that attend over a memory. Subclasses make the maps of queries and keys, and say what the score is.
 
     Args:
         query_width, key_width: of what is given.
@@ -64,6 +64,8 @@ class MemoryAttention(nn.Module):
         dropout: the chance that a weight is dropped in training.
     """
 
+    query_map: nn.Module
+    key_map: nn.Module
     is_cross_attention = True  # as models of Hugging Face say it, to who watches them
 
     def __init__(
@@ -96,7 +98,7 @@ class MemoryAttention(nn.Module):
             expected = f"floats of shape (B, S, E), with (B, S) = {tuple(key.shape[:2])} as in key"
             raise check.wrong(f"{self._name}: value", value, expected, check.is_floats(value))
         check_mask(f"{self._name}: mask", mask)
-        return Memory(self._map_key(key), value, mask)
+        return Memory(self.key_map(key), value, mask)
 
     def forward(
         self,
@@ -155,7 +157,7 @@ class MemoryAttention(nn.Module):
 
     def _read(self, query: Tensor, memory: Memory, summary: Summary | None, bias: Tensor | None = None) -> Any:
         """Attend with queries (B, L, query_width); `bias` (B, L, S) is added to the scores."""
-        q, k, score = self._map_query(query), memory.keys, self._score()
+        q, k, score = self.query_map(query), memory.keys, self._score()
         if q.shape[1] == 1 and q.is_cpu and isinstance(score, Additive):
             scores = _of_one(q, k, score)
             bias = scores if bias is None else scores + bias
@@ -164,12 +166,6 @@ class MemoryAttention(nn.Module):
             q, k, memory.values, score=score, normalizer=self.normalizer(), mask=memory.mask, bias=bias,
             dropout=self.dropout if self.training else 0.0, summary=summary,
         )  # fmt: skip
-
-    def _map_query(self, query: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _map_key(self, key: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def _score(self) -> Score:
         """Of queries and keys that are mapped."""
@@ -191,9 +187,7 @@ def _of_one(q: Tensor, k: Tensor, score: Additive) -> Tensor:
     """The scores (B, 1, S) of one query (B, 1, width). Native kernels compute 16 queries at a time, and this takes them as
     long as one would: so it changes places with the keys. A score is then the log-sum-exp of a row that has no other.
     """
-    with (
-        nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
-    ):  # no attention to be watched
+    with unwatched():
         _, seen = attention(
             k.expand(len(q), -1, -1), q, q.new_zeros(len(q), 1, 1), score=score, summary=Summary(lse=True)
         )

@@ -99,7 +99,7 @@ class Task(ABC):
         from safetensors.torch import save_file
 
         for name, tokens in self.tokens.items():
-            _replace(folder / f"{name}.json", tokens.save)
+            write_whole(folder / f"{name}.json", tokens.save)
         config = {
             "regard": __version__,
             "task": self.kind,
@@ -107,9 +107,11 @@ class Task(ABC):
             "vocabularies": list(self.tokens),
             "labels": self.labels,
         }
-        _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8"))
+        write_whole(
+            folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        )
         weights = {name: x.contiguous() for name, x in _once(self.model).items()}
-        _replace(folder / WEIGHTS, lambda path: save_file(weights, path))
+        write_whole(folder / WEIGHTS, lambda path: save_file(weights, path))
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> Any:
@@ -164,7 +166,7 @@ def _twins(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weights[first[id(x)]] for name, x in model.state_dict(keep_vars=True).items()}
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, and move it there once it is whole."""
     part = path.with_name(f"{path.name}.part")
     write(part)

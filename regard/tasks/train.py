@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from regard import check
 from regard.tasks.batch import deal
 from regard.tasks.data import DataError
-from regard.tasks.task import Task, _replace
+from regard.tasks.task import Task, write_whole
 
 METRICS, CURVES, _CHECKPOINT = "metrics.json", "curves.png", "checkpoint.pt"
 
@@ -200,9 +200,20 @@ class _Run:
         torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - keep)
         return value
 
-    def averaged(self) -> _Averaged:
-        """For the time of a block, the model has its mean weights."""
-        return _Averaged(self)
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """For the time of a block, the model has its mean weights, and drops nothing."""
+        kept = [p.detach().clone() for p in self.parameters]
+        self._set(self.mean)
+        self.task.model.eval()
+        try:
+            yield
+        finally:
+            self._set(kept)
+
+    def _set(self, weights: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_([*self.parameters], [*weights])
 
     def save(self, path: Path, more: dict[str, Any]) -> None:
         state = {
@@ -214,7 +225,7 @@ class _Run:
             "steps": self.steps,
             **more,
         }
-        _replace(path, lambda part: torch.save(state, part))
+        write_whole(path, lambda part: torch.save(state, part))
 
     def load(self, saved: dict[str, Any]) -> None:
         with torch.no_grad():
@@ -228,24 +239,6 @@ class _Run:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.schedule.last_epoch = saved["schedule"]["last_epoch"]
         self.steps = saved["steps"]
-
-
-class _Averaged:
-    def __init__(self, run: _Run) -> None:
-        self.run = run
-        self.kept: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        self.kept = [p.detach().clone() for p in self.run.parameters]
-        self._set(self.run.mean)
-        self.run.task.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self.kept)
-
-    def _set(self, weights: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_([*self.run.parameters], [*weights])
 
 
 def _share(step: int, warmup: int, steps: int) -> float:
@@ -295,7 +288,7 @@ def _write(out: Path, wanted: dict[str, Any], history: History) -> None:
         "best": best.dev if best else None,
         "epochs": [dataclasses.asdict(epoch) for epoch in history.epochs],
     }
-    _replace(out / METRICS, lambda path: path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8"))
+    write_whole(out / METRICS, lambda path: path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8"))
     draw(history, out / CURVES)
 
 
@@ -323,4 +316,4 @@ def draw(history: History, path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    _replace(path, lambda part: figure.savefig(part, dpi=120, format="png"))
+    write_whole(path, lambda part: figure.savefig(part, dpi=120, format="png"))
