@@ -6,13 +6,16 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from regard.attention import attention
 from regard.bench import cpu, table
+from regard.bench import steps as bench_steps
 from regard.bench.cases import Case, cases
 from regard.bench.error import Error, error
 from regard.bench.goal import Goal, Shape
@@ -24,6 +27,7 @@ from regard.bench.row import Row, forced
 from regard.bench.run import Result, _error, _outcome, run
 from regard.cli import main
 from regard.kernels import native
+from regard.kernels.choose import chosen
 
 # The same cases at a size that takes no time: their inputs cut to a few positions would no longer fit their masks, so the
 # ones with masks are measured whole, once, by `make bench`.
@@ -50,6 +54,37 @@ def test_whole_cases_agree_with_their_peers(case: Case) -> None:
     inputs = [x[:1] if x.dim() == 4 and "padded" not in case.name else x for x in case.inputs()]
     truth = _outcome(case.peer, [x.double() for x in inputs], False)
     assert _error(_outcome(case.ours, inputs, False), truth) <= 64 * torch.finfo(torch.float32).eps
+
+
+def test_a_model_drops_numbers_while_it_is_timed_alone() -> None:
+    """Dropout differs from call to call; so errors would be none of rounding."""
+    layer = torch.nn.Dropout(0.5)
+    dropped: list[bool] = []
+
+    def both(x: torch.Tensor) -> list[torch.Tensor]:
+        dropped.append(layer.training)
+        return [layer(attention(x, x, x))]
+
+    case = Case("drops", "5x3", "itself", lambda: [torch.randn(5, 3)], both, both, model=layer)
+    assert all(result.within_budget for result in run([case], rounds=1, seconds=0.0))
+    assert [dropping for dropping, _ in groupby(dropped)] == [False, True] * 2
+
+
+def test_steps_are_the_same_on_both_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, number in (("_SENTENCES", 5), ("_LONGEST", 11), ("_PIECES", 97)):
+        monkeypatch.setattr(bench_steps, name, number)
+    for case in bench_steps.steps():
+        assert case.model is not None
+        case.model.eval()
+        inputs = case.inputs()
+        with chosen() as shared:
+            theirs = _outcome(case.peer, inputs, True)
+        truth = _outcome(case.peer, [x.double() for x in inputs], True)
+        with chosen() as kernels:
+            ours = _outcome(case.ours, inputs, True)
+        assert set(kernels) == {"tiled" if native.missing else "cpu"}
+        assert len(kernels) > len(shared)
+        assert _error(ours, truth) <= 8 * _error(theirs, truth)
 
 
 def test_a_wrong_result_gets_no_ratio() -> None:

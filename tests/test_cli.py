@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -125,3 +126,17 @@ def test_missing_packages_are_named() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 1
     assert "pip install 'regard[look]'" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["safetensors", "tokenizers", "matplotlib", "sacrebleu"])
+def test_packages_that_training_needs_in_the_end_are_missed_before_it(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, found = tmp_path / "pairs.tsv", importlib.util.find_spec
+    data.write_text("a b\tc d\n" * 40, encoding="utf-8")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name == package else found(name, *more))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "translate", str(data), "--out", str(tmp_path / "out")])
+    assert stop.value.code
+    assert f"needs the package {package}: pip install 'regard[tasks]'" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

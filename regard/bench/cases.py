@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard import mask, normalizer, position, score
 from regard.attention import attention
@@ -19,7 +19,10 @@ Inputs = list[Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. Both functions take the same inputs and give the same outputs, in this order."""
+    """One comparison. Both functions take the same inputs and give the same outputs, in this order.
+
+    A `model` that both run learns while they are timed: it drops numbers. Outputs are compared without.
+    """
 
     name: str
     shape: str
@@ -28,6 +31,7 @@ class Case:
     ours: Callable[..., Sequence[Tensor]]
     peer: Callable[..., Sequence[Tensor]]
     backward: bool = True
+    model: nn.Module | None = None
 
 
 def _qkv(B: int, H: int, L: int, D: int) -> Callable[[], Inputs]:

@@ -14,27 +14,31 @@ from torch.func import functional_call
 
 from regard.bench.cases import Case
 from regard.mask import And, Band, Before, Mask
+from regard.models.cross_entropy import cross_entropy
 from regard.models.recurrent import Recurrent
 from regard.models.transformer import Transformer
 from regard.nn import memory, multihead
 from regard.score import Additive
 
-_SENTENCES, _LONGEST, _PIECES = 64, 20, 8000
+_SENTENCES, _LONGEST, _PIECES, _DROPOUT = 64, 20, 8000, 0.2
 
 
 def steps() -> list[Case]:
     """All cases: forward and backward of a batch of sentences of 8 to 20 tokens, in models as `regard train` makes them."""
-    transformer = Transformer(_PIECES, _PIECES, dropout=0.0, shared=True)
-    recurrent = Recurrent(_PIECES, _PIECES, dropout=0.0, shared=True)
+    transformer = Transformer(_PIECES, _PIECES, dropout=_DROPOUT, shared=True)
+    recurrent = Recurrent(_PIECES, _PIECES, dropout=_DROPOUT, shared=True)
     return [
         _step("transformer", "torch SDPA", transformer, multihead, _sdpa),
         _step("recurrent, additive attention", "PyTorch, broadcast", recurrent, memory, _broadcast),
     ]
 
 
-def _step(name: str, peer: str, model: nn.Module, module: ModuleType, attention: Callable[..., Any]) -> Case:
+def _step(
+    name: str, peer: str, model: Transformer | Recurrent, module: ModuleType, attention: Callable[..., Any]
+) -> Case:
     """A case whose inputs are the parameters, and whose output is the loss."""
-    names = [key for key, _ in model.named_parameters()]
+    learning = _Loss(model)
+    names = [key for key, _ in learning.named_parameters()]
     generator = torch.Generator().manual_seed(0)
     source, target = (torch.randint(4, _PIECES, (_SENTENCES, _LONGEST), generator=generator) for _ in range(2))
     lengths = torch.randint(8, _LONGEST + 1, (_SENTENCES,), generator=generator)
@@ -42,8 +46,7 @@ def _step(name: str, peer: str, model: nn.Module, module: ModuleType, attention:
 
     def loss(*parameters: Tensor) -> Sequence[Tensor]:
         given = dict(zip(names, parameters, strict=True))
-        scores = functional_call(model, given, (source, lengths, target[:, :-1]))
-        return [F.cross_entropy(scores[real], target[:, 1:][real])]
+        return [functional_call(learning, given, (source, lengths, target, real))]
 
     def theirs(*parameters: Tensor) -> Sequence[Tensor]:
         with _instead(module, attention):
@@ -51,7 +54,21 @@ def _step(name: str, peer: str, model: nn.Module, module: ModuleType, attention:
 
     shape = f"{_SENTENCES} sentences, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
     # As large as after some training: at the start, the gradients of additive attention all but cancel.
-    return Case(name, shape, peer, lambda: [0.1 * torch.randn_like(p) for p in model.parameters()], loss, theirs)
+    return Case(
+        name, shape, peer, lambda: [0.1 * torch.randn_like(p) for p in model.parameters()], loss, theirs, model=model
+    )
+
+
+class _Loss(nn.Module):
+    """What a model is trained by."""
+
+    def __init__(self, model: Transformer | Recurrent) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, source: Tensor, lengths: Tensor, target: Tensor, real: Tensor) -> Tensor:
+        hidden = self.model.hidden(source, lengths, target[:, :-1])
+        return cross_entropy(hidden[real], self.model.target.weight, target[:, 1:][real])
 
 
 @contextmanager
@@ -65,18 +82,19 @@ def _instead(module: ModuleType, attention: Callable[..., Any]) -> Iterator[None
         vars(module)["attention"] = ours
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, **_: Any) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, dropout: float, **_: Any) -> Tensor:
     """Scaled dot product attention of torch, as it is called with these masks."""
     if isinstance(mask, Band):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
     allowed = None if mask is None else _known(mask, k.shape[-2])[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
 
 
-def _broadcast(q: Tensor, k: Tensor, v: Tensor, *, score: Additive, mask: Mask, **_: Any) -> Tensor:
+def _broadcast(q: Tensor, k: Tensor, v: Tensor, *, score: Additive, mask: Mask, dropout: float, **_: Any) -> Tensor:
     """Additive attention as it is written in PyTorch, q (B, L, A), k (B, S, A), v (B, S, E)."""
     scores = torch.tanh(q[:, :, None] + k[:, None]) @ score.v
-    return scores.masked_fill(~_known(mask, k.shape[1])[:, None], -torch.inf).softmax(-1) @ v
+    weights = scores.masked_fill(~_known(mask, k.shape[1])[:, None], -torch.inf).softmax(-1)
+    return F.dropout(weights, dropout) @ v
 
 
 def _known(mask: Mask, keys: int) -> Tensor:

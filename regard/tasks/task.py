@@ -49,6 +49,11 @@ class Task(ABC):
         return False
 
     @classmethod
+    def packages(cls, settings: Any) -> tuple[str, ...]:
+        """Packages that learning and measuring need, beside those of all tasks."""
+        return ()
+
+    @classmethod
     @abstractmethod
     def learn_tokens(cls, settings: Any, examples: Sequence[Any]) -> tuple[dict[str, Tokens], list[str]]:
         """The vocabularies, by name, and the labels, that the examples need."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import time
@@ -124,7 +125,12 @@ def train(
 
     Raises:
         DataError: an example cannot be learned from, or `out` holds something else.
+        ImportError: a package is missing that is needed later on.
     """
+    # Not after an epoch, when it is first used.
+    for package in ("safetensors", "tokenizers", "matplotlib", *kind.packages(settings)):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"training needs the package {package}: pip install 'regard[tasks]'")
     began = time.monotonic()
     wanted = {"task": kind.kind, "settings": dataclasses.asdict(settings), "training": dataclasses.asdict(training)}
     saved = _resume(out, wanted)
@@ -294,10 +300,8 @@ def _write(out: Path, wanted: dict[str, Any], history: History) -> None:
 
 def draw(history: History, path: Path) -> None:
     """Draw the loss and the measures of the dev examples, an epoch a point."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("curves need the package matplotlib: pip install 'regard[tasks]'") from error
+    from matplotlib.figure import Figure
+
     names = list(history.epochs[0].dev)
     figure = Figure(figsize=(4 * (len(names) + 1), 3.2), layout="constrained")
     axes = figure.subplots(1, len(names) + 1, squeeze=False)[0]

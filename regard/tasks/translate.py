@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.models.beam import Found, search
+from regard.models.cross_entropy import cross_entropy
 from regard.models.recurrent import Recurrent
 from regard.models.transformer import Transformer
 from regard.tasks.batch import deal, pad
@@ -89,6 +90,11 @@ class Translate(Task):
         return self.settings.units == "symbols"
 
     @classmethod
+    def packages(cls, settings: Settings) -> tuple[str, ...]:
+        """What BLEU comes from."""
+        return ("sacrebleu",) if settings.units == "pieces" else ()
+
+    @classmethod
     def learn_tokens(cls, settings: Settings, examples: Sequence[Pair]) -> tuple[dict[str, Tokens], list[str]]:
         """One vocabulary of pieces for both sides, or one of letters and one of symbols."""
         if settings.units == "pieces":
@@ -128,15 +134,15 @@ class Translate(Task):
         return max(len(encoded.source), len(encoded.target))
 
     def loss(self, batch: Sequence[Encoded]) -> tuple[Tensor, int]:
-        """Cross entropy of the next token, with smoothed labels: Szegedy et al. (2016), section 7."""
+        """Cross entropy of the next token, with smoothed labels."""
         source, lengths = pad([pair.source for pair in batch])
         target, real = pad([pair.target for pair in batch])
         given = F.pad(target[:, :-1], (1, 0), value=START)
         hidden = self.model.hidden(source, lengths, given)  # type: ignore[operator]
         # Scores of the whole vocabulary are most of the work: none for padding.
         kept = torch.arange(target.shape[1]) < real[:, None]
-        scores = self.model.output(hidden[kept])  # type: ignore[operator]
-        return F.cross_entropy(scores, target[kept], label_smoothing=self.settings.smoothing), int(kept.sum())
+        loss = cross_entropy(hidden[kept], self.model.target.weight, target[kept], self.settings.smoothing)  # type: ignore[union-attr, arg-type]
+        return loss, int(kept.sum())
 
     def evaluate(self, examples: Sequence[Pair], tell: Tell = quiet, beams: int = 1) -> dict[str, float]:
         """BLEU and chrF of sacrebleu, cased and detokenised; or, of symbols, the share of sequences that are not as they
