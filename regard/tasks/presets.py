@@ -39,7 +39,7 @@ PRESETS: dict[str, Preset] = {
             "transformer": translate.Settings(),
             "recurrent": translate.Settings(model="recurrent", layers=1),
         },
-        {"transformer": Training(epochs=30, batch=4096), "recurrent": Training(epochs=20)},
+        {kind: Training(epochs=20, rate=2e-3) for kind in ("transformer", "recurrent")},
     ),
     "tag": Preset(
         tag.Tag,
