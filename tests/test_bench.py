@@ -27,6 +27,7 @@ from regard.bench.row import Row, forced
 from regard.bench.run import Result, _error, _outcome, run
 from regard.cli import main
 from regard.kernels import native
+from regard.kernels.choose import _MATRIX_UNITS as MATRIX_UNITS
 from regard.kernels.choose import chosen
 
 # The same cases at a size that takes no time: their inputs cut to a few positions would no longer fit their masks, so the
@@ -264,8 +265,9 @@ def test_peaks(instructions: str) -> None:
         assert found["bf16"].exists == (instructions == "avx512_bf16")
     # A single core of any machine that torch runs on does a thousand million, and reads as many bytes.
     assert found["fp32"].best > 1 and found["read"].best > 1
-    # An instruction for pairs that were slower than the one for floats would have no use.
-    assert not found["bf16"].exists or found["bf16"].best > found["fp32"].best
+    # Beside multiply-adds of floats, those of pairs do twice as much on a Zen 4, and half as much on Intel's machines with
+    # matrix units, which torch computes on there.
+    assert not found["bf16"].exists or found["bf16"].best > found["fp32"].best / (4 if MATRIX_UNITS else 1)
     with pytest.raises(RuntimeError, match="limit must be"):
         native.ops.peak(torch.ones(0), 3, 1)
 

@@ -57,10 +57,12 @@ PRESETS: dict[str, Preset] = {
         translate.Translate,
         read_pairs,
         {
-            "recurrent": translate.Settings(model="recurrent", units="symbols", width=128, hidden=256, layers=1),
+            "recurrent": translate.Settings(
+                model="recurrent", units="symbols", width=128, hidden=256, layers=1, dropout=0.1
+            ),
             "transformer": translate.Settings(units="symbols", width=128, hidden=256, layers=3),
         },
-        {"recurrent": Training(epochs=10), "transformer": Training(epochs=10)},
+        {kind: Training(epochs=10, rate=3e-3) for kind in ("recurrent", "transformer")},
         pronunciations,
     ),
 }
