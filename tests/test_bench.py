@@ -75,7 +75,6 @@ def test_steps_are_the_same_on_both_attentions(monkeypatch: pytest.MonkeyPatch) 
     for name, number in (("_SENTENCES", 5), ("_LONGEST", 11), ("_PIECES", 97)):
         monkeypatch.setattr(bench_steps, name, number)
     for case in bench_steps.steps():
-        assert case.model is not None
         case.model.eval()
         inputs = case.inputs()
         with chosen() as shared:
@@ -85,6 +84,7 @@ def test_steps_are_the_same_on_both_attentions(monkeypatch: pytest.MonkeyPatch) 
             ours = _outcome(case.ours, inputs, True)
         assert set(kernels) == {"tiled" if native.missing else "cpu"}
         assert len(kernels) > len(shared)
+        # Beyond the budget of a ratio: where slopes all but cancel, the gradient of the queries' map errs 4 times as much.
         assert _error(ours, truth) <= 8 * _error(theirs, truth)
 
 

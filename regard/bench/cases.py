@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class Case:
     ours: Callable[..., Sequence[Tensor]]
     peer: Callable[..., Sequence[Tensor]]
     backward: bool = True
-    model: nn.Module | None = None
+    model: nn.Module = field(default_factory=nn.Identity)
 
 
 def _qkv(B: int, H: int, L: int, D: int) -> Callable[[], Inputs]:

@@ -50,11 +50,9 @@ def run(cases: Sequence[Case], *, rounds: int = 7, seconds: float = 0.1) -> Iter
     """
     for case in cases:
         for backward in (False, True) if case.backward else (False,):
-            if case.model is not None:
-                case.model.eval()
+            case.model.eval()
             ours_error, peer_error, kernel = _errors(case, backward)
-            if case.model is not None:
-                case.model.train()
+            case.model.train()
             inputs = case.inputs()
             calls = [partial(_outcome, f, inputs, backward) for f in (case.ours, case.peer)]
             times = race(calls, rounds=(rounds, rounds), burst=seconds)

@@ -27,7 +27,7 @@ def cross_entropy(hidden: Tensor, table: Tensor, target: Tensor, smoothing: floa
         smoothing: of the labels: this share of each is spread over the vocabulary.
 
     Returns:
-        The mean over the N rows, a scalar; it can be differentiated once.
+        The mean over the N rows, a scalar, in float64 where hidden is and float32 otherwise; it can be differentiated once.
 
     Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2016), section 7, for smoothing;
     Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), for not keeping the scores.

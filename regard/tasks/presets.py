@@ -39,7 +39,7 @@ PRESETS: dict[str, Preset] = {
             "transformer": translate.Settings(),
             "recurrent": translate.Settings(model="recurrent", layers=1),
         },
-        {kind: Training(epochs=20, rate=2e-3) for kind in ("transformer", "recurrent")},
+        {"transformer": Training(epochs=20, rate=2e-3), "recurrent": Training(epochs=20)},
     ),
     "tag": Preset(
         tag.Tag,
@@ -62,7 +62,7 @@ PRESETS: dict[str, Preset] = {
             ),
             "transformer": translate.Settings(units="symbols", width=128, hidden=256, layers=3),
         },
-        {kind: Training(epochs=10, rate=3e-3) for kind in ("recurrent", "transformer")},
+        {"recurrent": Training(epochs=10, rate=3e-3), "transformer": Training(epochs=10)},
         pronunciations,
     ),
 }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard import check
 from regard.models.beam import Found, search
@@ -78,6 +78,7 @@ class Translate(Task):
     kind = "translate"
     settings_of = Settings
     settings: Settings
+    model: Transformer | Recurrent
 
     @property
     def metric(self) -> str:
@@ -113,7 +114,7 @@ class Translate(Task):
         """The vocabulary of the target side."""
         return self.tokens["tokens" if self.settings.units == "pieces" else "target"]
 
-    def build(self) -> nn.Module:
+    def build(self) -> Transformer | Recurrent:
         """The model that the settings ask for."""
         s, sizes = self.settings, (len(self.source), len(self.target))
         shared = s.units == "pieces"
@@ -138,10 +139,10 @@ class Translate(Task):
         source, lengths = pad([pair.source for pair in batch])
         target, real = pad([pair.target for pair in batch])
         given = F.pad(target[:, :-1], (1, 0), value=START)
-        hidden = self.model.hidden(source, lengths, given)  # type: ignore[operator]
+        hidden = self.model.hidden(source, lengths, given)
         # Scores of the whole vocabulary are most of the work: none for padding.
         kept = torch.arange(target.shape[1]) < real[:, None]
-        loss = cross_entropy(hidden[kept], self.model.target.weight, target[kept], self.settings.smoothing)  # type: ignore[union-attr, arg-type]
+        loss = cross_entropy(hidden[kept], self.model.target.weight, target[kept], self.settings.smoothing)
         return loss, int(kept.sum())
 
     def evaluate(self, examples: Sequence[Pair], tell: Tell = quiet, beams: int = 1) -> dict[str, float]:
@@ -171,7 +172,7 @@ class Translate(Task):
     @torch.no_grad()
     def _told(self, text: str, tokens: list[int], align: bool) -> Translation:
         given = self.inputs(text, tokens)
-        weights = self.model.align(*given)[0] if align else None  # type: ignore[operator]
+        weights = self.model.align(*given)[0] if align else None
         names = self.source.names(given[0][0].tolist()), self.target.names(tokens)
         return Translation(self.target.decode(tokens), *names, tokens, weights)
 
@@ -189,7 +190,7 @@ class Translate(Task):
         done = 0
         for batch in deal([len(row) for row in encoded], max(_BATCH // beams, 1)):
             source, lengths = pad([encoded[i] for i in batch])
-            state = self.model.start(source, lengths)  # type: ignore[operator]
+            state = self.model.start(source, lengths)
             best = search(self._step, state, 2 * lengths + 10, start=START, end=END, beams=beams)
             for i, row in zip(batch, best, strict=True):
                 found[i] = row[0]
@@ -199,7 +200,7 @@ class Translate(Task):
 
     def _step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         """A step of the model, which says nothing that is no text."""
-        scores, state = self.model.step(tokens, state)  # type: ignore[operator]
+        scores, state = self.model.step(tokens, state)
         scores[:, [PAD, UNKNOWN, START]] = -torch.inf
         return scores, state
 
