@@ -149,6 +149,8 @@ def test_a_decoder_that_cannot_be(given: dict[str, Any], error: type[Exception],
 def test_what_an_encoder_does_not_read(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^RecurrentEncoder: {message}$"):
         RecurrentEncoder(X, H)(*given)
+    with pytest.raises(error, match=f"^RecurrentEncoder: {message}$"):
+        RecurrentEncoder(X, H).read(*given)
 
 
 def _f32(*shape: int) -> Tensor:

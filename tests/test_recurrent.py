@@ -285,8 +285,11 @@ def test_an_encoder_reads_each_row_as_if_alone(cell: Any, layers: int, bidirecti
     else:
         assert state.cell is None
     same(got, expected, [x, *layer.parameters()])
+    same([layer.read(x, N)], [torch.stack(rows)], [x, *layer.parameters()])
     whole, full = torch.full((B,), S), layer(x)
     close([full[0], full[1].hidden], [layer(x, whole)[0], layer(x, whole)[1].hidden])
+    close([full[0], full[0]], [layer.read(x), layer.read(x, whole)])
+    assert layer.read(x[:0], N[:0]).shape == (0, S, width)
 
 
 @CELL
@@ -316,11 +319,14 @@ def test_coverage_loss_by_loops() -> None:
 
 
 @pytest.mark.parametrize("layer", [RecurrentEncoder, RecurrentDecoder])
+@pytest.mark.parametrize("read", [False, True])
 @CELL
-def test_dropout_stands_between_layers(layer: Any, cell: Any, recwarn: pytest.WarningsRecorder) -> None:
+def test_dropout_stands_between_layers(layer: Any, read: bool, cell: Any, recwarn: pytest.WarningsRecorder) -> None:
     def run(module: Any) -> Tensor:
         torch.manual_seed(1)
-        return module(x)[0] if layer is RecurrentEncoder else module(x, memory, state=state)[0]
+        if layer is RecurrentDecoder:
+            return module(x, memory, state=state)[0]
+        return module.read(x, N.clamp(max=L)) if read else module(x)[0]
 
     sizes = (X, H) if layer is RecurrentEncoder else (X, H, M)
     for layers in (1, 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,6 +134,17 @@ def test_one_table_is_counted_once(name: str) -> None:
     assert apart - shared == (31 + 37 - 31) * 24
     with pytest.raises(ValueError, match="shared, but sources is 3 and targets is 4; expected the same"):
         MODELS[name](3, 4, shared=True)
+
+
+def test_layers_above_attention_know_what_was_looked_at() -> None:
+    """What the second layer remembers of a source changes what follows, though tokens and memory are the same."""
+    model, (source, lengths, target) = _made("recurrent"), _inputs()
+    with torch.no_grad():
+        here, there = (model.step(target[:, 0], model.start(x, lengths))[1] for x in (source, source.flip(0)))
+        assert here.above.shape == (1, 3, 34)
+        assert not torch.allclose(here.above, there.above)
+        first, second = (model.step(target[:, 1], replace(here, above=x.above))[0] for x in (here, there))
+        assert not torch.allclose(first, second)
 
 
 def test_bad_inputs() -> None:

@@ -98,7 +98,7 @@ class Reader(nn.Module):
         spelled = F.embedding(text.spelled, self.spelling(text.letters, text.letter_lengths))
         x: Tensor = self.dropout(torch.cat([self.table(words), spelled], -1))
         if self.kind == "recurrent":
-            x = self.layers(x, text.lengths)[0]
+            x = self.layers.read(x, text.lengths)  # type: ignore[operator]
         elif self.kind == "transformer":
             x = self.layers(x + sinusoidal(x.shape[1], self.width).to(x), mask.lengths(text.lengths))
         else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from regard import mask
 from regard.nn.additive import AdditiveAttention
 from regard.nn.cell import State as Steps
+from regard.nn.cell import make_cell
 from regard.nn.memory import Memory
 from regard.nn.recurrent import RecurrentDecoder, RecurrentEncoder
 from regard.summary import Summary
@@ -21,17 +22,20 @@ class State:
 
     steps: Steps
     memory: Memory
+    above: Tensor | None  # the state of the layers above attention, (layers, B, hidden)
 
     def reorder(self, rows: Tensor) -> State:
         """The state of these rows."""
-        return State(self.steps.reorder(rows), self.memory.reorder(rows))
+        above = None if self.above is None else self.above.index_select(1, rows)
+        return State(self.steps.reorder(rows), self.memory.reorder(rows), above)
 
 
 class Recurrent(nn.Module):
     """Encoder and decoder, from tokens (B, S) to scores of tokens (B, L, V): a GRU that reads the source in both directions,
     and one that writes the target and looks at the source by additive attention.
 
-    The decoder steps first and looks after, so that all steps of a known target are computed at once.
+    The first layer of the decoder steps, and looks at the source after; the others stand above, and so know what was looked
+    at. No layer waits for one above it: all steps of a known target are computed at once.
 
     Args:
         sources: how many source tokens there are. targets: how many target tokens, V.
@@ -41,7 +45,8 @@ class Recurrent(nn.Module):
 
     Source: Bahdanau, Cho, Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate" (2015), for the
     score; Luong, Pham, Manning, "Effective Approaches to Attention-based Neural Machine Translation" (2015), section 3, for
-    the order; Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017), for the tables.
+    the order; Wu et al., "Google's Neural Machine Translation System" (2016), section 3.1, for attention from the lowest
+    layer; Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017), for the tables.
     """
 
     def __init__(
@@ -60,22 +65,23 @@ class Recurrent(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.encoder = RecurrentEncoder(width, hidden // 2, layers=layers, dropout=dropout)
         cross = AdditiveAttention(hidden, hidden, width)
-        self.decoder = RecurrentDecoder(width, hidden, hidden, cross, layers=layers, order="luong", dropout=dropout)
+        self.decoder = RecurrentDecoder(width, hidden, hidden, cross, order="luong")
+        self.above = make_cell("Recurrent", hidden, hidden, "gru", layers - 1, dropout) if layers > 1 else None
         self.map = nn.Linear(hidden, width)
 
     def encode(self, source: Tensor, lengths: Tensor) -> State:
         """The state before the first target token: what the source (B, S), of which each row has so many tokens (B,), is
         remembered as.
         """
-        encoded, _ = self.encoder(self.dropout(self.source(source)), lengths)
+        encoded = self.encoder.read(self.dropout(self.source(source)), lengths)
         memory = self.decoder.remember(self.dropout(encoded), mask.lengths(lengths))
-        return State(self.decoder.initial(memory), memory)
+        return State(self.decoder.initial(memory), memory, None)
 
     def hidden(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
         """What `output` makes scores of, (B, L, width): for each target token (B, L), all it tells of the next."""
         state = self.encode(source, lengths)
         out = self.decoder(self.dropout(self.target(target)), state.memory, state=state.steps)[0]
-        return self._narrow(out)
+        return self._rise(out, state.above)[0]
 
     def output(self, hidden: Tensor) -> Tensor:
         """Scores (..., V) of the next token, before softmax."""
@@ -92,7 +98,8 @@ class Recurrent(nn.Module):
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Scores (B, V) of what follows these tokens (B,), and the state after them."""
         out, steps = self.decoder.step(self.dropout(self.target(tokens)), state.memory, state.steps)[:2]
-        return self.output(self._narrow(out)), State(steps, state.memory)
+        hidden, above = self._rise(out[:, None], state.above)
+        return self.output(hidden[:, 0]), State(steps, state.memory, above)
 
     def align(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
         """How much each target token (B, L) looked at each source token: weights (B, L, S)."""
@@ -102,7 +109,10 @@ class Recurrent(nn.Module):
         weights: Tensor = seen.full
         return weights
 
-    def _narrow(self, out: Tensor) -> Tensor:
+    def _rise(self, out: Tensor, above: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """From what attention gave (B, L, hidden) through the layers above to (B, L, width); and their state."""
+        if self.above is not None:
+            found, above = self.above(self.dropout(out), above)
+            out = out + found
         # Norms of the vectors in the table are about 1; so the scores begin small.
-        narrow: Tensor = self.map(self.dropout(out))
-        return narrow
+        return self.map(self.dropout(out)), above

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -65,19 +66,14 @@ class RecurrentEncoder(nn.Module):
             The memory (B, S, width), 0 beyond the lengths, where width is hidden_width times the directions; and the state
             after the last step, (layers, B, width).
         """
-        check_axes("RecurrentEncoder: x", x, "B, S", self.input_width)
+        self._check(x, lengths)
         if lengths is None:
             memory, last = self.cell(x)
         else:
-            B, S = x.shape[:2]
-            fits = check.is_ints(lengths)
-            if not fits or lengths.shape != (B,) or not bool(((lengths >= 0) & (lengths <= S)).all()):
-                expected = f"integers from 0 to {S} of shape (B,) = ({B},)"
-                raise check.wrong("RecurrentEncoder: lengths", lengths, expected, fits)
             # A packed sequence has at least one step. What it makes of none is taken out again.
             packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
             packed, last = self.cell(packed)
-            memory = pad_packed_sequence(packed, batch_first=True, total_length=S)[0]
+            memory = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0]
             empty = (lengths == 0)[:, None]
             memory = memory.masked_fill(empty[..., None], 0.0)
         parts = last if isinstance(last, tuple) else (last,)
@@ -85,6 +81,43 @@ class RecurrentEncoder(nn.Module):
             parts = tuple(part.masked_fill(empty, 0.0) for part in parts)
         states = [self._joined(part) for part in parts]
         return memory, State(states[0], states[1] if len(states) > 1 else None)
+
+    def read(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The memory alone, (B, S, width), as `forward` gives it. On the CPU this is faster, up to twice in bfloat16: torch
+        steps through packed sequences by slices. Here the padding is read as well, but after all that is real: whoever reads
+        backwards begins at the last real step.
+        """
+        self._check(x, lengths)
+        if lengths is None or not x.is_cpu:
+            memory: Tensor = self(x, lengths)[0]
+            return memory
+        B, S = x.shape[:2]
+        steps = torch.arange(S)
+        real = steps < lengths[:, None]
+        turned = torch.where(real, lengths[:, None] - 1 - steps, steps)[..., None]  # its own inverse
+        cell, directions = self.cell, 2 if self.cell.bidirectional else 1
+        zero = x.new_zeros(1, B, cell.hidden_size)
+        run: tuple[Any, Any] = (torch.lstm, (zero, zero)) if isinstance(cell, nn.LSTM) else (torch.gru, zero)
+        for layer in range(cell.num_layers):
+            if layer:
+                x = F.dropout(x, cell.dropout, self.training)
+            parts = []
+            for backwards in range(directions):
+                weights = cell.all_weights[layer * directions + backwards]
+                part = x.gather(1, turned.expand(-1, -1, x.shape[2])) if backwards else x
+                part = run[0](part, run[1], weights, True, 1, 0.0, self.training, False, True)[0]
+                parts.append(part.gather(1, turned.expand_as(part)) if backwards else part)
+            x = torch.cat(parts, -1)
+        return x.masked_fill(~real[..., None], 0.0)
+
+    def _check(self, x: Tensor, lengths: Tensor | None) -> None:
+        check_axes("RecurrentEncoder: x", x, "B, S", self.input_width)
+        if lengths is not None:
+            B, S = x.shape[:2]
+            fits = check.is_ints(lengths)
+            if not fits or lengths.shape != (B,) or not bool(((lengths >= 0) & (lengths <= S)).all()):
+                expected = f"integers from 0 to {S} of shape (B,) = ({B},)"
+                raise check.wrong("RecurrentEncoder: lengths", lengths, expected, fits)
 
     def _joined(self, x: Tensor) -> Tensor:
         """Both directions of a layer side by side: (layers * directions, B, hidden) -> (layers, B, width)."""
