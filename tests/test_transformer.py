@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,11 @@ from regard.models.transformer import Encoder, Transformer
 from regard.position import sinusoidal
 
 _SIZES: dict[str, Any] = {"width": 24, "hidden": 34, "layers": 2, "dropout": 0.3}
-MODELS = {"transformer": Transformer, "recurrent": Recurrent}
+MODELS: dict[str, Any] = {
+    "transformer": Transformer,
+    "recurrent": Recurrent,
+    "recurrent, lstm": partial(Recurrent, cell="lstm"),
+}
 
 
 def _made(name: str, shared: bool = False) -> Any:
@@ -141,8 +146,8 @@ def test_layers_above_attention_know_what_was_looked_at() -> None:
     model, (source, lengths, target) = _made("recurrent"), _inputs()
     with torch.no_grad():
         here, there = (model.step(target[:, 0], model.start(x, lengths))[1] for x in (source, source.flip(0)))
-        assert here.above.shape == (1, 3, 34)
-        assert not torch.allclose(here.above, there.above)
+        assert here.above.hidden.shape == (1, 3, 34)
+        assert not torch.allclose(here.above.hidden, there.above.hidden)
         first, second = (model.step(target[:, 1], replace(here, above=x.above))[0] for x in (here, there))
         assert not torch.allclose(first, second)
 

@@ -50,6 +50,7 @@ def train(
     hidden: Annotated[int | None, typer.Option(help="Of feed-forward layers, or of the recurrent state.")] = None,
     layers: Annotated[int | None, typer.Option(help="How many layers.")] = None,
     heads: Annotated[int | None, typer.Option(help="Of the transformer's attention.")] = None,
+    cell: Annotated[str | None, typer.Option(help="gru or lstm, of the recurrent model that translates.")] = None,
     dropout: Annotated[float | None, typer.Option(help="The chance that a number is dropped.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Tokens to know, at most.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
@@ -67,7 +68,8 @@ def train(
     if chosen not in kinds:
         raise ValueError(f"--model: {chosen!r}; expected one of {', '.join(kinds)}, for {task.value}")
     shape = {
-        "width": width, "hidden": hidden, "layers": layers, "heads": heads, "dropout": dropout, "vocabulary": vocabulary,
+        "width": width, "hidden": hidden, "layers": layers, "heads": heads, "cell": cell, "dropout": dropout,
+        "vocabulary": vocabulary,
     }  # fmt: skip
     settings = _with(preset.settings[chosen], shape, task.value)
     how = {"epochs": epochs, "batch": batch, "rate": rate, "patience": patience, "seed": seed, "bf16": bf16}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from regard import mask
 from regard.nn.additive import AdditiveAttention
+from regard.nn.cell import Kind, make_cell
 from regard.nn.cell import State as Steps
-from regard.nn.cell import make_cell
 from regard.nn.memory import Memory
 from regard.nn.recurrent import RecurrentDecoder, RecurrentEncoder
 from regard.summary import Summary
@@ -22,17 +22,17 @@ class State:
 
     steps: Steps
     memory: Memory
-    above: Tensor | None  # the state of the layers above attention, (layers, B, hidden)
+    above: Steps | None  # of the layers above attention
 
     def reorder(self, rows: Tensor) -> State:
         """The state of these rows."""
-        above = None if self.above is None else self.above.index_select(1, rows)
+        above = None if self.above is None else self.above.reorder(rows)
         return State(self.steps.reorder(rows), self.memory.reorder(rows), above)
 
 
 class Recurrent(nn.Module):
-    """Encoder and decoder, from tokens (B, S) to scores of tokens (B, L, V): a GRU that reads the source in both directions,
-    and one that writes the target and looks at the source by additive attention.
+    """Encoder and decoder, from tokens (B, S) to scores of tokens (B, L, V): a GRU or LSTM that reads the source in both
+    directions, and one that writes the target and looks at the source by additive attention.
 
     The first layer of the decoder steps, and looks at the source after; the others stand above, and so know what was looked
     at. No layer waits for one above it: all steps of a known target are computed at once.
@@ -40,7 +40,7 @@ class Recurrent(nn.Module):
     Args:
         sources: how many source tokens there are. targets: how many target tokens, V.
         width: of a token's vector. hidden: of the decoder's state; half of it in each direction of the encoder.
-        layers: on each side. dropout: of the vectors, between layers, and before the output.
+        layers: on each side. dropout: of the vectors, between layers, and before the output. cell: "gru" or "lstm".
         shared: source and target have one vocabulary and one table of vectors; the output map is that of the targets.
 
     Source: Bahdanau, Cho, Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate" (2015), for the
@@ -51,7 +51,7 @@ class Recurrent(nn.Module):
 
     def __init__(
         self, sources: int, targets: int, *, width: int = 256, hidden: int = 512, layers: int = 1, dropout: float = 0.2,
-        shared: bool = False,
+        cell: Kind = "gru", shared: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if shared and sources != targets:
@@ -63,10 +63,10 @@ class Recurrent(nn.Module):
         for table in dict.fromkeys((self.source, self.target)):
             nn.init.normal_(table.weight, std=width**-0.5)
         self.dropout = nn.Dropout(dropout)
-        self.encoder = RecurrentEncoder(width, hidden // 2, layers=layers, dropout=dropout)
+        self.encoder = RecurrentEncoder(width, hidden // 2, cell=cell, layers=layers, dropout=dropout)
         cross = AdditiveAttention(hidden, hidden, width)
-        self.decoder = RecurrentDecoder(width, hidden, hidden, cross, order="luong")
-        self.above = make_cell("Recurrent", hidden, hidden, "gru", layers - 1, dropout) if layers > 1 else None
+        self.decoder = RecurrentDecoder(width, hidden, hidden, cross, cell=cell, order="luong")
+        self.above = make_cell("Recurrent", hidden, hidden, cell, layers - 1, dropout) if layers > 1 else None
         self.map = nn.Linear(hidden, width)
 
     def encode(self, source: Tensor, lengths: Tensor) -> State:
@@ -109,10 +109,11 @@ class Recurrent(nn.Module):
         weights: Tensor = seen.full
         return weights
 
-    def _rise(self, out: Tensor, above: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _rise(self, out: Tensor, above: Steps | None) -> tuple[Tensor, Steps | None]:
         """From what attention gave (B, L, hidden) through the layers above to (B, L, width); and their state."""
         if self.above is not None:
-            found, above = self.above(self.dropout(out), above)
-            out = out + found
+            given = None if above is None else above.hidden if above.cell is None else (above.hidden, above.cell)
+            found, last = self.above(self.dropout(out), given)
+            out, above = out + found, Steps(*last) if isinstance(last, tuple) else Steps(last)
         # Norms of the vectors in the table are about 1; so the scores begin small.
         return self.map(self.dropout(out)), above

@@ -37,9 +37,9 @@ PRESETS: dict[str, Preset] = {
         read_pairs,
         {
             "transformer": translate.Settings(),
-            "recurrent": translate.Settings(model="recurrent", layers=1),
+            "recurrent": translate.Settings(model="recurrent", layers=1, dropout=0.3),
         },
-        {"transformer": Training(epochs=20, rate=2e-3), "recurrent": Training(epochs=20)},
+        {"transformer": Training(epochs=20, rate=2e-3), "recurrent": Training(epochs=19, rate=2e-3)},
     ),
     "tag": Preset(
         tag.Tag,

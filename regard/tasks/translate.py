@@ -15,6 +15,7 @@ from regard.models.beam import Found, search
 from regard.models.cross_entropy import cross_entropy
 from regard.models.recurrent import Recurrent
 from regard.models.transformer import Transformer
+from regard.nn.cell import Kind
 from regard.tasks.batch import deal, pad
 from regard.tasks.data import Pair
 from regard.tasks.task import Task, Tell, quiet
@@ -34,6 +35,7 @@ class Settings:
             space divides on the target side.
         vocabulary: how many pieces there are at most.
         width, heads, hidden, layers, dropout: as in `models.Transformer`; the recurrent model takes no heads.
+        cell: "gru" or "lstm", of the recurrent model.
         smoothing: of the labels: what the other tokens get of each.
     """
 
@@ -45,10 +47,12 @@ class Settings:
     hidden: int = 512
     layers: int = 3
     dropout: float = 0.2
+    cell: Kind = "gru"
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, known in (("model", ("transformer", "recurrent")), ("units", ("pieces", "symbols"))):
+        known_words = {"model": ("transformer", "recurrent"), "units": ("pieces", "symbols"), "cell": ("gru", "lstm")}
+        for name, known in known_words.items():
             if getattr(self, name) not in known:
                 raise check.wrong(f"settings: {name}", getattr(self, name), " or ".join(map(repr, known)), True)
         for name in ("vocabulary", "width", "heads", "hidden", "layers"):
@@ -119,7 +123,9 @@ class Translate(Task):
         s, sizes = self.settings, (len(self.source), len(self.target))
         shared = s.units == "pieces"
         if s.model == "recurrent":
-            return Recurrent(*sizes, width=s.width, hidden=s.hidden, layers=s.layers, dropout=s.dropout, shared=shared)
+            return Recurrent(
+                *sizes, width=s.width, hidden=s.hidden, layers=s.layers, dropout=s.dropout, cell=s.cell, shared=shared
+            )
         return Transformer(
             *sizes, width=s.width, heads=s.heads, hidden=s.hidden, layers=s.layers, dropout=s.dropout, shared=shared
         )
