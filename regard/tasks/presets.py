@@ -58,7 +58,7 @@ PRESETS: dict[str, Preset] = {
         read_pairs,
         {
             "recurrent": translate.Settings(
-                model="recurrent", units="symbols", width=128, hidden=256, layers=1, dropout=0.1
+                model="recurrent", units="symbols", width=128, hidden=256, layers=2, dropout=0.15, cell="lstm"
             ),
             "transformer": translate.Settings(units="symbols", width=128, hidden=256, layers=3),
         },
