@@ -318,8 +318,9 @@ def test_coverage_loss_by_loops() -> None:
     assert not coverage_loss(weights)[:, 0].any()
 
 
-@pytest.mark.parametrize("layer", [RecurrentEncoder, RecurrentDecoder])
-@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "read"), [(RecurrentEncoder, False), (RecurrentEncoder, True), (RecurrentDecoder, False)]
+)
 @CELL
 def test_dropout_stands_between_layers(layer: Any, read: bool, cell: Any, recwarn: pytest.WarningsRecorder) -> None:
     def run(module: Any) -> Tensor:

@@ -260,6 +260,9 @@ def test_a_bad_directory_is_said(tmp_path: Path) -> None:
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="settings: model is 'x'; expected 'transformer' or 'recurrent'"):
         translate.Settings(model="x")
+    unknown: Any = "x"
+    with pytest.raises(ValueError, match="settings: cell is 'x'; expected 'gru' or 'lstm'"):
+        translate.Settings(cell=unknown)
     with pytest.raises(ValueError, match="training: rate is 0; expected a finite number > 0"):
         Training(rate=0)
     with pytest.raises(ValueError, match="training: average is 1; expected a number from 0 to 1, without 1"):

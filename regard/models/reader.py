@@ -97,8 +97,8 @@ class Reader(nn.Module):
             words = words.masked_fill(unknown, _UNKNOWN)
         spelled = F.embedding(text.spelled, self.spelling(text.letters, text.letter_lengths))
         x: Tensor = self.dropout(torch.cat([self.table(words), spelled], -1))
-        if self.kind == "recurrent":
-            x = self.layers.read(x, text.lengths)  # type: ignore[operator]
+        if isinstance(self.layers, RecurrentEncoder):
+            x = self.layers.read(x, text.lengths)
         elif self.kind == "transformer":
             x = self.layers(x + sinusoidal(x.shape[1], self.width).to(x), mask.lengths(text.lengths))
         else:

@@ -112,8 +112,7 @@ class Recurrent(nn.Module):
     def _rise(self, out: Tensor, above: Steps | None) -> tuple[Tensor, Steps | None]:
         """From what attention gave (B, L, hidden) through the layers above to (B, L, width); and their state."""
         if self.above is not None:
-            given = None if above is None else above.hidden if above.cell is None else (above.hidden, above.cell)
-            found, last = self.above(self.dropout(out), given)
-            out, above = out + found, Steps(*last) if isinstance(last, tuple) else Steps(last)
+            found, last = self.above(self.dropout(out), None if above is None else above.given)
+            out, above = out + found, Steps.of(last)
         # Norms of the vectors in the table are about 1; so the scores begin small.
         return self.map(self.dropout(out)), above

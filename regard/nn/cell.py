@@ -44,6 +44,16 @@ class State(NamedTuple):
     coverage: Tensor | None = None
     position: int = 0
 
+    @classmethod
+    def of(cls, given: Any) -> State:
+        """What `torch.nn`'s layers give: the hidden state, or a pair of it and the cell."""
+        return cls(*given) if isinstance(given, tuple) and len(given) == 2 else cls(given)
+
+    @property
+    def given(self) -> Any:
+        """The same, as they take it."""
+        return self.hidden if self.cell is None else (self.hidden, self.cell)
+
     def reorder(self, rows: Tensor) -> State:
         """The state of these batch rows, integers of shape (N,), as often as each is named: for beam search."""
         check_rows("State.reorder: rows", rows)

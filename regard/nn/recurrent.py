@@ -87,10 +87,10 @@ class RecurrentEncoder(nn.Module):
         steps through packed sequences by slices. Here the padding is read as well, but after all that is real: whoever reads
         backwards begins at the last real step.
         """
-        self._check(x, lengths)
-        if lengths is None or not x.is_cpu:
+        if lengths is None or not isinstance(x, Tensor) or not x.is_cpu:
             memory: Tensor = self(x, lengths)[0]
             return memory
+        self._check(x, lengths)
         B, S = x.shape[:2]
         steps = torch.arange(S)
         real = steps < lengths[:, None]
@@ -294,10 +294,9 @@ class RecurrentDecoder(nn.Module):
         return self.order == "luong" and not self.input_feeding and self.coverage_map is None
 
     def _at_once(self, x: Tensor, memory: Memory, state: State, summary: Summary | None) -> tuple[Tensor, State, Any]:
-        hidden, last = self.cell(x, state.hidden if state.cell is None else (state.hidden, state.cell))
+        hidden, last = self.cell(x, state.given)
         context, seen = self._attend(hidden, memory, state.position, summary)
-        last_hidden, last_cell = (last, None) if state.cell is None else last
-        return self._output(context, hidden), State(last_hidden, last_cell, position=state.position + x.shape[1]), seen
+        return self._output(context, hidden), State.of(last)._replace(position=state.position + x.shape[1]), seen
 
     def _step(
         self, cells: Cell, mapped: Tensor, memory: Memory, state: State, summary: Summary | None
@@ -347,7 +346,7 @@ class RecurrentDecoder(nn.Module):
         if given is None:
             given = self.initial(memory)
         elif not isinstance(given, State):
-            given = State(*given) if isinstance(given, tuple) and len(given) == 2 else State(given)
+            given = State.of(given)
         state: State = given
         shapes: dict[str, tuple[int, ...]] = {"hidden": (self.cell.num_layers, B, self.cell.hidden_size)}
         if isinstance(self.cell, nn.LSTM):

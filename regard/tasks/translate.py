@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +51,8 @@ class Settings:
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        known_words = {"model": ("transformer", "recurrent"), "units": ("pieces", "symbols"), "cell": ("gru", "lstm")}
-        for name, known in known_words.items():
+        words = {"model": ("transformer", "recurrent"), "units": ("pieces", "symbols"), "cell": get_args(Kind)}
+        for name, known in words.items():
             if getattr(self, name) not in known:
                 raise check.wrong(f"settings: {name}", getattr(self, name), " or ".join(map(repr, known)), True)
         for name in ("vocabulary", "width", "heads", "hidden", "layers"):
