@@ -4,4 +4,5 @@ from __future__ import annotations
 
 from regard.cli import main
 
-main()
+if __name__ == "__main__":  # and not in the processes that training shares its work with
+    main()

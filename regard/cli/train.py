@@ -55,6 +55,7 @@ def train(
     vocabulary: Annotated[int | None, typer.Option(help="Tokens to know, at most.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute products in bfloat16.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes that share each batch, such as one a core.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no epoch after so many minutes.")] = None,
 ) -> None:
     """Train a model on files, and keep the one that does best. Run the same again to go on after an interruption."""
@@ -72,7 +73,10 @@ def train(
         "vocabulary": vocabulary,
     }  # fmt: skip
     settings = _with(preset.settings[chosen], shape, task.value)
-    how = {"epochs": epochs, "batch": batch, "rate": rate, "patience": patience, "seed": seed, "bf16": bf16}
+    how = {
+        "epochs": epochs, "batch": batch, "rate": rate, "patience": patience, "seed": seed, "bf16": bf16,
+        "workers": workers,
+    }  # fmt: skip
     training = _with(preset.training[chosen], how, task.value)
     test: list[Any] = []
     if data:

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from regard import check
 from regard.tasks.batch import deal
 from regard.tasks.data import DataError
 from regard.tasks.task import Task, write_whole
+from regard.tasks.workers import Workers
 
 METRICS, CURVES, _CHECKPOINT = "metrics.json", "curves.png", "checkpoint.pt"
 
@@ -38,6 +39,7 @@ class Training:
         seed: fixes the first weights, the order of the examples and what is dropped: the same seed gives the same model on
             the same machine with as many threads.
         bf16: compute products in bfloat16.
+        workers: how many processes share each batch; the results of one number are not those of another.
     """
 
     epochs: int = 20
@@ -49,9 +51,10 @@ class Training:
     patience: int = 5
     seed: int = 0
     bf16: bool = False
+    workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "patience"):
+        for name in ("epochs", "batch", "patience", "workers"):
             check.whole(f"training: {name}", getattr(self, name), 1)
         check.whole("training: warmup", self.warmup, 0)
         check.whole("training: seed", self.seed, 0)
@@ -137,27 +140,40 @@ def train(
     task: Task = kind.begin(settings, examples, training.seed)
     encoded = task.encode(examples)
     sizes = [task.size(one) for one in encoded]
-    run = _Run(task, training, steps=len(deal(sizes, training.batch)) * training.epochs)
     history = History()
+    run = _Run(task, encoded, training, steps=len(deal(sizes, training.batch)) * training.epochs)
     if saved is not None:
         history.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
         run.load(saved)
+    with closing(run.workers):
+        _go_on(run, history, sizes, dev, out, wanted, began + limit, tell)
+    (out / _CHECKPOINT).unlink(missing_ok=True)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    return kind.load(out, config), history
+
+
+def _go_on(
+    run: _Run, history: History, sizes: Sequence[int], dev: Sequence[Any], out: Path, wanted: dict[str, Any], end: float,
+    tell: Callable[[Step | Epoch], None],
+) -> None:  # fmt: skip
+    """The epochs after those of the history."""
+    task, training = run.task, run.training
     for number in range(len(history.epochs) + 1, training.epochs + 1):
         best = history.best
         if best is not None and number - best.number > training.patience:
             break
-        if time.monotonic() - began > limit:
+        if time.monotonic() > end:
             break
         started = time.monotonic()
         # What is drawn in an epoch depends on its number alone, so that it can be begun anew.
-        torch.manual_seed(training.seed * 1_000_003 + number)
-        order = torch.Generator().manual_seed(training.seed * 1_000_003 + number)
-        batches = deal(sizes, training.batch, order)
+        seed = training.seed * 1_000_003 + number
+        batches = deal(sizes, training.batch, torch.Generator().manual_seed(seed))
         total, tokens = 0.0, 0
-        for done, batch in enumerate(batches, 1):
-            loss = run.step([encoded[i] for i in batch])
-            total, tokens = total + loss, tokens + sum(sizes[i] for i in batch)
-            tell(Step(number, done, len(batches), loss, tokens / (time.monotonic() - started)))
+        with run.workers.epoch(seed):
+            for done, batch in enumerate(batches, 1):
+                loss = run.step(batch)
+                total, tokens = total + loss, tokens + sum(sizes[i] for i in batch)
+                tell(Step(number, done, len(batches), loss, tokens / (time.monotonic() - started)))
         with run.averaged():
             measured = task.evaluate(dev)
             better = task.better(measured, best.dev if best else None)
@@ -168,16 +184,14 @@ def train(
         run.save(out / _CHECKPOINT, {**wanted, "epochs": [dataclasses.asdict(one) for one in history.epochs]})
         _write(out, wanted, history)
         tell(epoch)
-    (out / _CHECKPOINT).unlink(missing_ok=True)
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    return kind.load(out, config), history
 
 
 class _Run:
     """A model, its optimiser, and the mean of its weights."""
 
-    def __init__(self, task: Task, training: Training, steps: int) -> None:
+    def __init__(self, task: Task, encoded: Sequence[Any], training: Training, steps: int) -> None:
         self.task, self.training = task, training
+        self.workers = Workers(task, encoded, training.workers, training.bf16)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         # Vectors, such as biases and the scales of norms, are not drawn to 0.
         matrices, vectors = ([p for p in self.parameters if (p.dim() > 1) == many] for many in (True, False))
@@ -187,16 +201,12 @@ class _Run:
         self.mean = [p.detach().clone() for p in self.parameters]
         self.steps = 0
 
-    def step(self, batch: Sequence[Any]) -> float:
-        """Learn from a batch; give its loss."""
+    def step(self, batch: Sequence[int]) -> float:
+        """Learn from a batch, numbers of examples; give its loss."""
         self.task.model.train()
-        with torch.autocast("cpu", torch.bfloat16) if self.training.bf16 else nullcontext():
-            loss, _ = self.task.loss(batch)
-        value = float(loss.detach())
+        value = self.workers.differentiate(batch)
         if not math.isfinite(value):
             raise DataError(f"the loss is {value} after {self.steps} steps; try a smaller --rate")
-        self.optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
         self.schedule.step()
