@@ -6,7 +6,7 @@ length, on every kernel but `reference`, and all have gradients (but `top.keys`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +104,11 @@ class Seen(NamedTuple):
     mass: Tensor | None = None
     rows: Tensor | None = None
     full: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Seen:
+        """The summaries, each changed alike."""
+        fields = {name: change(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(top=self.top and Top(*map(change, self.top)), **fields)
 
 
 def groups(numbers: Tensor | Sequence[int], count: int | None = None) -> Tensor:

@@ -21,7 +21,8 @@ def seen(
     received, most = weights.sum(-2), weights.amax(-1)
     path = name.format(layer=layer, kind=kind)
     found = Top(top.values, at)
-    return Record(path, layer, 0, kind, causal, heads, queries, keys, found, most, received, entropy, None)
+    kind = "decoder" if causal else kind
+    return Record(path, layer, 0, kind, heads, queries, keys, found, most, received, entropy, None)
 
 
 def random(

@@ -116,7 +116,7 @@ def test_padding_that_no_query_attends_changes_no_word() -> None:
     weights = torch.zeros(1, 1, 9, 9)
     weights[..., 0], weights[..., 1:4] = 0.7, 0.1
     record = seen(weights, causal=True)  # fills up with key -1 where a weight is 0
-    record = replace(record, causal=False)
+    record = replace(record, kind="self")
     tokens = ["[CLS]", "a", "b", "[SEP]", *["[PAD]"] * 5]
     (side,) = check([record], tokens, None, 0)
     (brief,) = briefs(record, rows(record, 0), side)

@@ -175,7 +175,7 @@ def _habits(record: Record, rows: Rows, sides: Sides, keys: Sequence[Reading]) -
         group("separator", markers)
     group("separator" if several and keys[0].marker else "first", torch.arange(size) == 0)
     group("punctuation", torch.tensor([is_punctuation(r.text) and not r.marker for r in keys], dtype=torch.bool))
-    if record.kind == "self":
+    if record.kind != "cross":
         own = torch.arange(record.queries) + rows.offset
         place("previous", own - 1)
         place("itself", own)
@@ -261,7 +261,7 @@ def _strongest(
     asks &= rows.allowed > 1
     answers = torch.tensor([not r.marker and not is_punctuation(r.text) for r in keys])
     words = asks[:, None] & answers[at.clamp(min=0)] & listed
-    if record.kind == "self":
+    if record.kind != "cross":
         words &= at != (torch.arange(record.queries) + rows.offset)[:, None]
     most = float(weights.max())
     if most <= 0:

@@ -31,7 +31,7 @@ class Record(Protocol):
     @property
     def layer(self) -> int: ...
     @property
-    def kind(self) -> str: ...  # "self" or "cross"
+    def kind(self) -> str: ...  # "self", "decoder" (causal self-attention) or "cross"
     @property
     def call(self) -> int: ...
     @property
@@ -71,7 +71,7 @@ def rows(record: Record, batch: int) -> Rows:
     keys = record.top.keys[batch].detach().cpu().long()
     listed = keys >= 0
     weights = record.top.weights[batch].detach().cpu().float().nan_to_num(0.0).masked_fill(~listed, 0.0)
-    offset = record.keys - record.queries if record.kind == "self" else 0
+    offset = 0 if record.kind == "cross" else record.keys - record.queries
     allowed = torch.full((record.queries,), record.keys)
     if record.causal:
         allowed = (torch.arange(record.queries) + offset + 1).clamp(0, record.keys)

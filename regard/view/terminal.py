@@ -238,7 +238,7 @@ class _Sheet:
         """A line a layer: its name, a sign for every head, then the most telling heads in words, as many as fit."""
         from rich.text import Text
 
-        names = [layer.label.replace("layer ", "") if layer.kind == "self" else layer.label for layer in layers]
+        names = [layer.label.replace("layer ", "") if layer.kind != "cross" else layer.label for layer in layers]
         wide = max(len(name) for name in names)
         strip = min(max(len(layer.briefs) for layer in layers), self.width // 3)
         for name, layer in zip(names, layers, strict=True):

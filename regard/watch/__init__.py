@@ -7,16 +7,18 @@ seen[0].top.keys
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from regard.summary import Seen, Summary
+from regard.watch import inside
+from regard.watch.ask import Shape
 from regard.watch.intercept import Intercept
+from regard.watch.place import Place
+from regard.watch.readable import readable
 from regard.watch.record import Record, Watched
 
 __all__ = ["Record", "Watched", "watch"]
@@ -54,27 +56,51 @@ def watch(
         raise TypeError(f"model: {type(model).__name__}; expected a torch.nn.Module")
     if not isinstance(top, int) or top < 1:
         raise ValueError(f"top: {top!r}; expected a whole number > 0: how many weights of each row to keep")
-    watched, place = Watched(), _Place()
-    summary = Summary(max=True, top=top, received=received, entropy=entropy, rows=tuple(rows or ()))
+    watched, place = Watched(), Place(model)
+    ask = _Ask(
+        watched,
+        place,
+        Summary(max=True, top=top, received=received, entropy=entropy, rows=tuple(rows or ())),
+        None if layers is None else frozenset(layers),
+    )
+    with ExitStack() as stack:
+        stack.enter_context(inside.exchanged())
+        stack.enter_context(readable(model))
+        stack.enter_context(place.follow())
+        stack.enter_context(Intercept(ask))
+        yield watched
+    if not watched.records and place.call >= 0 and layers is None:
+        warnings.warn(
+            f"no attention was seen in {type(model).__name__}: it calls neither regard.attention, "
+            "F.scaled_dot_product_attention nor nn.MultiheadAttention",
+            stacklevel=3,
+        )
 
-    def wanted() -> Summary | None:
-        if not place.path:
-            return None  # some other model, run inside the block
-        if layers is None or place.layer in layers:
-            return summary
-        place.layer += 1
-        return None
 
-    def tell(seen: Seen, shape: tuple[int, int, int, int], causal: bool) -> None:
+class _Ask:
+    """What a watch asks of each call, and the records that it makes of the answers."""
+
+    def __init__(self, watched: Watched, place: Place, summary: Summary, layers: frozenset[int] | None) -> None:
+        self._watched, self._place, self._summary, self._layers = watched, place, summary, layers
+        self._name, self._layer = "", 0
+
+    def wanted(self, within: str = "") -> Summary | None:
+        if self._place.is_outside:
+            return None
+        self._name = self._place.name(within)
+        self._layer = self._place.number(self._name)
+        return self._summary if self._layers is None or self._layer in self._layers else None
+
+    def tell(self, seen: Seen, shape: Shape, causal: bool) -> None:
         _, heads, queries, keys = shape
+        seen = seen.each(Tensor.detach)
         assert seen.top is not None and seen.max is not None
-        watched.records.append(
+        self._watched.records.append(
             Record(
-                name=place.path[-1],
-                layer=place.layer,
-                call=place.call,
-                kind="cross" if place.cross[-1] or _is_cross(place.path) else "self",
-                causal=causal,
+                name=self._name,
+                layer=self._layer,
+                call=self._place.call,
+                kind=self._place.kind(self._name, causal, queries, keys),
                 heads=heads,
                 queries=queries,
                 keys=keys,
@@ -85,76 +111,6 @@ def watch(
                 rows=seen.rows,
             )
         )
-        place.layer += 1
 
-    with ExitStack() as stack:
-        stack.enter_context(_implementation(model, "sdpa"))
-        stack.enter_context(place.follow(model))
-        stack.enter_context(Intercept(wanted, tell))
-        yield watched
-    if not watched.records and place.call >= 0 and layers is None:
-        warnings.warn(
-            f"no attention was seen in {type(model).__name__}: it calls neither regard.attention, "
-            "F.scaled_dot_product_attention nor nn.MultiheadAttention",
-            stacklevel=3,
-        )
-
-
-class _Place:
-    """Where in the model the thread is: the names of the modules it is inside of, the run, and the layer."""
-
-    def __init__(self) -> None:
-        self.path: list[str] = []
-        self.cross: list[bool] = []  # does the module itself say that it attends to another sequence?
-        self.call = -1
-        self.layer = 0
-        self._owner = threading.get_ident()
-
-    @contextmanager
-    def follow(self, model: nn.Module) -> Iterator[None]:
-        """Keep the place up to date by hooks on every module, for the time of the block."""
-        handles = []
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._entering(name)))
-            handles.append(module.register_forward_hook(self._leaving, always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _entering(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if threading.get_ident() == self._owner:
-                if not self.path:
-                    self.call, self.layer = self.call + 1, 0
-                self.path.append(name)
-                self.cross.append(getattr(module, "is_cross_attention", None) is True)
-
-        return hook
-
-    def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() == self._owner and self.path:
-            self.path.pop()
-            self.cross.pop()
-
-
-def _is_cross(path: Sequence[str]) -> bool:
-    """Do the names of the modules say that another sequence is attended to?"""
-    last = path[-1].lower()
-    return any(sign in last for sign in ("cross", "encdec", "encoder_attn", "multihead_attn"))
-
-
-@contextmanager
-def _implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Have Hugging Face's modules call torch's attention, for the time of the block."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation = name
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+    def heads(self) -> int | None:
+        return None if self._place.is_outside else self._place.heads()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,41 +15,57 @@ from regard import mask as masks
 from regard.attention import attention
 from regard.mask import Mask
 from regard.score import ScaledDot
-from regard.summary import Seen, Summary, Top
+from regard.watch import fast, flex, inside
+from regard.watch.ask import Ask
+from regard.watch.weights import Followed, are_causal, by_heads, looks_causal, summarise
 
-# What is told of a call: the summaries, the shape (B, H, L, S), and whether it is causal.
-Tell = Callable[[Seen, tuple[int, int, int, int], bool], None]
-
-_sdpa = F.scaled_dot_product_attention
-_mha = F.multi_head_attention_forward
-_mha_arguments = inspect.signature(_mha)
-_patching = threading.Lock()
+_mha_arguments = inspect.signature(F.multi_head_attention_forward)
+_NAMES: dict[Any, str] = {getattr(owner, attribute): name for name, (owner, attribute) in inside.FUNCTIONS.items()}
+_NAMES[attention] = "attention"
 
 
 class Intercept(TorchFunctionMode):
-    """While active, in this thread: attention is computed by `regard`, and its summaries are told.
+    """While active, in this thread: attention is computed by `regard`, and its summaries are told."""
 
-    `wanted` says which summaries a call is to give, or None to leave it alone.
-    """
-
-    def __init__(self, wanted: Callable[[], Summary | None], tell: Tell) -> None:
+    def __init__(self, ask: Ask) -> None:
         super().__init__()
-        self.wanted, self.tell = wanted, tell
+        self._ask = ask
+        self._followed = Followed()
+        self._heads: list[int] = []  # of the calls of torch's multi-head attention that are under way
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _sdpa:
-            return self._sdpa(*args, **kwargs)
-        if func is attention:
-            return self._attention(*args, **kwargs)
-        if func is _mha:
-            return self._mha(_mha_arguments.bind(*args, **kwargs))
-        return func(*args, **kwargs)
+        func = inside.original(func)
+        name = _NAMES.get(func)
+        if name is not None and name != "softmax":
+            return self.answer(name, func, args, kwargs)
+        if flex.is_flex(func):
+            return self._flex(func, *args, **kwargs)
+        out = func(*args, **kwargs)
+        weights = self._followed.follow(func, args, kwargs, out)
+        if weights is not None:
+            self._tell_weights(by_heads(weights, self._ask.heads()))
+        return out
+
+    def answer(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do what `function` does, and tell of it."""
+        return getattr(self, f"_{name}")(function, *args, **kwargs)
+
+    def see_softmax(self, weights: Tensor) -> None:
+        """Torch's multi-head attention took a softmax, as it does when it is asked for weights."""
+        if self._heads:
+            self._tell_weights(by_heads(weights.detach(), self._heads[-1]))
+
+    def _tell_weights(self, p: Tensor) -> None:
+        summary = self._ask.wanted()
+        if summary is not None:
+            self._ask.tell(summarise(p, summary), tuple(p.shape), are_causal(p))
 
     def _sdpa(
         self,
+        function: Callable[..., Tensor],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -62,30 +76,32 @@ class Intercept(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        summary = self.wanted()
+        summary = None if query.is_nested or key.is_nested else self._ask.wanted()
         if summary is None:
-            return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        q, k, v = (x[None, None] if x.dim() == 2 else x[:, None] if x.dim() == 3 else x for x in (query, key, value))
+            return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        q, k, v = _batched(query, key, value, enable_gqa)
+        mask, bias = _restrictions(attn_mask, is_causal, query.dim(), q.shape[:-3])
+        lead = q.shape[:-2] if query.dim() > 3 else q.shape[: query.dim() - 2]  # without the axes that were put in
         q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
-        mask, bias = _restrictions(attn_mask, is_causal, query.dim())
         score = None if scale is None else ScaledDot(float(scale))
         if dropout_p:
             # The model's own random numbers decide what it drops; the summaries are of the weights before that.
-            out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            out = function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
             with torch.no_grad():
                 _, seen = attention(q, k, v, score=score, mask=mask, bias=bias, summary=summary)
         else:
             answer, seen = attention(q, k, v, score=score, mask=mask, bias=bias, summary=summary)
-            out = answer.reshape(*query.shape[:-1], value.shape[-1])
-        shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        self.tell(_each(seen, Tensor.detach), shape, is_causal or _looks_causal(attn_mask))
+            out = answer.reshape(*lead, *answer.shape[-2:])
+        B, H, L, _ = q.shape
+        S = k.shape[2]
+        self._ask.tell(seen, (B, H, L, S), (is_causal and L == S) or looks_causal(attn_mask))
         return out
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **words: Any) -> Any:
+    def _attention(self, function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, **words: Any) -> Any:
         """A call of our own: what it asks for stays the same, and the watch's summaries come in the same pass if it asks for
         none of its own, and drops nothing.
         """
-        summary = self.wanted()
+        summary = self._ask.wanted()
         if summary is None:
             return attention(q, k, v, **words)
         if words["summary"] is None and not words["dropout"]:
@@ -95,92 +111,67 @@ class Intercept(TorchFunctionMode):
             with torch.no_grad():
                 _, seen = attention(q, k, v, **{**words, "summary": summary, "dropout": 0.0, "seed": None})
         lead = q.dim() - 2
-        seen = _each(seen, lambda x: x.flatten(0, lead - 2) if lead > 1 else x[:, None] if lead else x[None, None])
+        seen = seen.each(lambda x: x.flatten(0, lead - 2) if lead > 1 else x[:, None] if lead else x[None, None])
         assert seen.max is not None
         B, H, L = seen.max.shape
-        self.tell(_each(seen, Tensor.detach), (B, H, L, k.shape[-2]), _forbids_later(words["mask"]))
+        self._ask.tell(seen, (B, H, L, k.shape[-2]), _forbids_later(words["mask"], L, k.shape[-2]))
         return answer
 
-    def _mha(self, call: inspect.BoundArguments) -> tuple[Tensor, Tensor | None]:
-        """`nn.MultiheadAttention` calls torch's attention out of reach of a mode, or, asked for weights, a path of its
-        own: the first is patched while it runs, the second hands its weights over.
-        """
-        call.apply_defaults()
-        arguments = call.arguments
-        if not arguments["need_weights"]:
-            with _patched(self._sdpa):
-                return _mha(**arguments)
-        averaged = arguments["average_attn_weights"]
-        out, weights = _mha(**{**arguments, "average_attn_weights": False})
-        assert weights is not None
-        summary = self.wanted()
-        if summary is not None:
-            p = weights if weights.dim() == 4 else weights[None]
-            B, H, L, S = p.shape
-            self.tell(_from_weights(p.detach(), summary), (B, H, L, S), _looks_causal(arguments["attn_mask"]))
-        return out, weights.mean(-3) if averaged else weights
+    def _flex(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        summary = self._ask.wanted()
+        if summary is None:
+            return function(*args, **kwargs)
+        out, seen, causal = flex.answer(summary, function, *args, **kwargs)
+        assert seen.max is not None
+        self._ask.tell(seen, (*seen.max.shape, args[1].shape[-2]), causal)
+        return out
 
-
-@contextmanager
-def _patched(replacement: Callable[..., Tensor]) -> Iterator[None]:
-    """Answer calls of torch's attention from this thread, and leave those of other threads alone."""
-    owner = threading.get_ident()
-
-    def answer(*args: Any, **kwargs: Any) -> Tensor:
-        mine = threading.get_ident() == owner
-        return replacement(*args, **kwargs) if mine else _sdpa(*args, **kwargs)
-
-    with _patching:
-        F.scaled_dot_product_attention = answer
+    def _mha(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """It calls torch's attention out of reach of a mode or, asked for weights, takes a softmax of its own."""
+        self._heads.append(_mha_arguments.bind(*args, **kwargs).arguments["num_heads"])
         try:
-            yield
+            with inside.answered_by(self):
+                return function(*args, **kwargs)
         finally:
-            F.scaled_dot_product_attention = _sdpa
+            self._heads.pop()
+
+    def _fast_mha(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs)
+        fast.tell_attention(self._ask, *args, **kwargs)
+        return out
+
+    def _fast_layer(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs)
+        fast.tell_layer(self._ask, *args, **kwargs)
+        return out
 
 
-def _restrictions(attn_mask: Tensor | None, is_causal: bool, axes: int) -> tuple[Mask | None, Tensor | None]:
-    """Torch's mask arguments as a mask and a bias."""
+def _batched(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (..., H, L, D), with all axes before H alike, as torch broadcasts them."""
+    tensors = [x[None, None] if x.dim() == 2 else x[:, None] if x.dim() == 3 else x for x in (query, key, value)]
+    end = -3 if grouped else -2
+    lead = torch.broadcast_shapes(*(x.shape[:end] for x in tensors))
+    q, k, v = (x.expand(*lead, *x.shape[end:]) for x in tensors)
+    return q, k, v
+
+
+def _restrictions(
+    attn_mask: Tensor | None, is_causal: bool, axes: int, lead: torch.Size
+) -> tuple[Mask | None, Tensor | None]:
+    """Torch's mask arguments as a mask and a bias. axes: of the query; lead: its axes before the heads."""
     if attn_mask is None:
         return (masks.causal("start") if is_causal else None), None
     if axes == 3 and attn_mask.dim() == 3:
         attn_mask = attn_mask[:, None]
     elif attn_mask.dim() > 4:
-        attn_mask = attn_mask.flatten(0, -4)
+        attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
     if attn_mask.dtype == torch.bool:
         return masks.dense(attn_mask), None
     return None, attn_mask
 
 
-def _looks_causal(attn_mask: Tensor | None) -> bool:
-    """Does a mask forbid every later key, and allow more than one key somewhere? The last query stands beside the last
-    key. Large negative numbers forbid, as Hugging Face has it.
-    """
-    if attn_mask is None or attn_mask.dim() < 2 or 1 in attn_mask.shape[-2:]:
-        return False
-    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1e4
-    return not bool(allowed.triu(1 + allowed.shape[-1] - allowed.shape[-2]).any())
-
-
-def _from_weights(p: Tensor, summary: Summary) -> Seen:
-    """The summaries of weights (B, H, L, S) that are there already."""
-    weights, keys = F.pad(p, (0, max(summary.top - p.shape[-1], 0))).topk(summary.top, -1)
-    return Seen(
-        max=p.amax(-1),
-        entropy=-(p * torch.log(torch.where(p > 0, p, 1.0))).sum(-1) if summary.entropy else None,
-        top=Top(weights, keys.masked_fill(weights == 0, -1)),
-        received=p.sum(-2) if summary.received else None,
-        rows=p[..., list(summary.row_numbers), :] if summary.row_numbers else None,
-    )
-
-
-def _forbids_later(mask: Mask | None) -> bool:
-    """Does a mask of ours forbid every later key?"""
+def _forbids_later(mask: Mask | None, L: int, S: int) -> bool:
+    """Does a mask of ours forbid every later key, the last query standing beside the last key?"""
     if isinstance(mask, masks.And):
-        return _forbids_later(mask.left) or _forbids_later(mask.right)
-    return isinstance(mask, masks.Band) and mask.right == 0
-
-
-def _each(seen: Seen, change: Callable[[Tensor], Tensor]) -> Seen:
-    """The summaries, each changed alike."""
-    top = seen.top and Top(*map(change, seen.top))
-    return seen._replace(top=top, **{name: change(x) for name, x in seen._asdict().items() if isinstance(x, Tensor)})
+        return _forbids_later(mask.left, L, S) or _forbids_later(mask.right, L, S)
+    return isinstance(mask, masks.Band) and mask.right == 0 and (L == S or mask.align == "end")

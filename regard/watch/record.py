@@ -21,8 +21,7 @@ class Record:
     name: str  # the path of the module that called it, "encoder.layer.0.attention.self"
     layer: int  # which attention of the model it is, in the order of calls, from 0
     call: int  # which run of the model it belongs to, from 0
-    kind: str  # "self" or "cross"
-    causal: bool  # no query may attend to a later key
+    kind: str  # "self", "decoder" (self-attention in which no query may attend to a later key) or "cross"
     heads: int
     queries: int
     keys: int
@@ -31,6 +30,11 @@ class Record:
     received: Tensor | None  # the sum of each key's weights (B, H, S)
     entropy: Tensor | None  # of each row, in nats (B, H, L)
     rows: Tensor | None  # the whole weights of the rows asked for (B, H, R, S)
+
+    @property
+    def causal(self) -> bool:
+        """May no query attend to a later key?"""
+        return self.kind == "decoder"
 
     @property
     def missing(self) -> Tensor:

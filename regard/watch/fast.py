@@ -1,0 +1,91 @@
+"""Torch's fast path: whole layers in one operator, which tells nothing. What they attend to is computed beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard import mask as masks
+from regard.attention import attention
+from regard.mask import Mask
+from regard.watch.ask import Ask
+from regard.watch.weights import looks_causal
+
+# What a mask of the operators is: one for all (L, S), a row of padding for each text (B, S), or everything (B, H, L, S).
+_FOR_ALL, _PADDING = 0, 1
+_FEW = 8  # values that are looked at by nobody
+
+
+def tell_layer(
+    ask: Ask,
+    src: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    *rest: Any,
+) -> None:
+    """Tell what a call of `torch._transformer_encoder_layer_fwd` attends to."""
+    mask, kind = rest[6:8] if len(rest) > 6 else (None, None)
+    x = src
+    if norm_first:
+        x = F.layer_norm(src, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+    _tell(ask, "self_attn", x, x, num_heads, qkv_weight, qkv_bias, mask, kind)
+
+
+def tell_attention(
+    ask: Ask,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_head: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    mask: Tensor | None = None,
+    need_weights: bool = True,
+    average_attn_weights: bool = True,
+    mask_type: int | None = None,
+) -> None:
+    """Tell what a call of `torch._native_multi_head_attention` attends to."""
+    _tell(ask, "", query, key, num_head, qkv_weight, qkv_bias, mask, mask_type)
+
+
+@torch.no_grad()
+def _tell(
+    ask: Ask, within: str, query: Tensor, key: Tensor, heads: int, weight: Tensor, bias: Tensor | None, mask: Any, kind: Any
+) -> None:
+    summary = ask.wanted(within)
+    if summary is None:
+        return
+    may: Mask | None = None
+    if mask is not None:
+        allowed = ~mask.bool()  # torch's True forbids
+        allowed = allowed[:, None, None] if kind == _PADDING else allowed
+        may = masks.dense(allowed)
+    if query.is_nested:
+        # Texts of several lengths without padding: it comes back, and attends to nothing.
+        n = query._nested_tensor_size()[:, 0].to(query.device)
+        query = key = query.to_padded_tensor(0.0)
+        may = masks.lengths(n) & masks.where(lambda b, h, q, k: q < n[b])
+    width = weight.shape[1]
+    biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
+    q, k = (
+        F.linear(x, some, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for x, some, b in zip((query, key), weight.split(width), biases, strict=False)
+    )
+    _, seen = attention(q, k, k[..., :_FEW], mask=may, summary=summary)
+    causal = kind == _FOR_ALL and mask is not None and looks_causal(allowed)
+    ask.tell(seen, (*q.shape[:3], k.shape[2]), causal)
