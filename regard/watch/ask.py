@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
+
+import torch
 
 from regard.summary import Seen, Summary
 
@@ -20,3 +24,17 @@ class Ask(Protocol):
 
     def heads(self) -> int | None:
         """How many heads the module says that it has."""
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """What is computed in the block is for the summaries alone: it is in no graph, and no other watch sees it."""
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        yield
+
+
+def is_kept_by_others() -> bool:
+    """Does somebody else decide what is kept for the backward pass? A checkpoint keeps nothing, computes all again, and
+    compares: each call must stay what it is without a watch.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

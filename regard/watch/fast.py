@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regard import mask as masks
 from regard.attention import attention
 from regard.mask import Mask
-from regard.watch.ask import Ask
+from regard.watch.ask import Ask, aside
 from regard.watch.weights import looks_causal
 
-# What a mask of the operators is: one for all (L, S), a row of padding for each text (B, S), or everything (B, H, L, S).
-_FOR_ALL, _PADDING = 0, 1
+# The type of a mask that is padding, (B, S); others are (L, S) or (B, H, L, S).
+_PADDING = 1
 _FEW = 8  # values that are looked at by nobody
 
 
@@ -63,29 +62,30 @@ def tell_attention(
     _tell(ask, "", query, key, num_head, qkv_weight, qkv_bias, mask, mask_type)
 
 
-@torch.no_grad()
 def _tell(
     ask: Ask, within: str, query: Tensor, key: Tensor, heads: int, weight: Tensor, bias: Tensor | None, mask: Any, kind: Any
 ) -> None:
     summary = ask.wanted(within)
     if summary is None:
         return
-    may: Mask | None = None
-    if mask is not None:
-        allowed = ~mask.bool()  # torch's True forbids
-        allowed = allowed[:, None, None] if kind == _PADDING else allowed
-        may = masks.dense(allowed)
-    if query.is_nested:
-        # Texts of several lengths without padding: it comes back, and attends to nothing.
-        n = query._nested_tensor_size()[:, 0].to(query.device)
-        query = key = query.to_padded_tensor(0.0)
-        may = masks.lengths(n) & masks.where(lambda b, h, q, k: q < n[b])
-    width = weight.shape[1]
-    biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
-    q, k = (
-        F.linear(x, some, b).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for x, some, b in zip((query, key), weight.split(width), biases, strict=False)
-    )
-    _, seen = attention(q, k, k[..., :_FEW], mask=may, summary=summary)
-    causal = kind == _FOR_ALL and mask is not None and looks_causal(allowed)
-    ask.tell(seen, (*q.shape[:3], k.shape[2]), causal)
+    with aside():
+        may: Mask | None = None
+        causal = False
+        if mask is not None:
+            allowed = ~mask.bool()  # torch's True forbids
+            causal = kind != _PADDING and looks_causal(allowed)
+            may = masks.dense(allowed[:, None, None] if kind == _PADDING else allowed)
+        if query.is_nested:
+            # Texts of several lengths without padding: it comes back, and attends to nothing.
+            n = query._nested_tensor_size()[:, 0].to(query.device)
+            query = key = query.to_padded_tensor(0.0)
+            may = masks.lengths(n) & masks.where(lambda b, h, q, k: q < n[b])
+        width = weight.shape[1]
+        biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
+        q, k = (
+            F.linear(x, some, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for x, some, b in zip((query, key), weight.split(width), biases, strict=False)
+        )
+        _, seen = attention(q, k, k[..., :_FEW], mask=may, summary=summary)
+    B, H, L, _ = q.shape
+    ask.tell(seen, (B, H, L, k.shape[2]), causal)

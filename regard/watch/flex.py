@@ -19,6 +19,7 @@ from regard.mask import Mask
 from regard.score import Product, Score
 from regard.summary import Seen, Summary
 from regard.tile import Sizes, Tile
+from regard.watch.ask import aside, is_kept_by_others
 
 Vectorised = Callable[..., Tensor]
 
@@ -86,13 +87,13 @@ def answer(
     mask = mask if table is None else mask & table
     words: dict[str, Any] = {"score": Modified(scale, change), "mask": mask}
     causal = _is_causal(may, query.shape[-2], key.shape[-2], query.device)
-    if kernel_options.get("OUTPUT_MAX") or _has_gradients(change, query.device):
+    if kernel_options.get("OUTPUT_MAX") or is_kept_by_others() or _has_gradients(change, query.device):
         # What only the operator itself can give: the largest scores, and gradients of what the functions close over.
         out = function(
             query, key, value, score_mod, block_mask, scale, kernel_options, score_mod_other_buffers,
             mask_mod_other_buffers,
         )  # fmt: skip
-        with torch.no_grad():
+        with aside():
             _, seen = attention(query, key, value, **words, summary=summary)
         return out, seen, causal
     asked = Summary(True, summary.max, summary.entropy, summary.top, summary.received, None, summary.rows)

@@ -16,7 +16,7 @@ from regard.attention import attention
 from regard.mask import Mask
 from regard.score import ScaledDot
 from regard.watch import fast, flex, inside
-from regard.watch.ask import Ask
+from regard.watch.ask import Ask, aside, is_kept_by_others
 from regard.watch.weights import Followed, are_causal, by_heads, looks_causal, summarise
 
 _mha_arguments = inspect.signature(F.multi_head_attention_forward)
@@ -84,10 +84,10 @@ class Intercept(TorchFunctionMode):
         lead = q.shape[:-2] if query.dim() > 3 else q.shape[: query.dim() - 2]  # without the axes that were put in
         q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
         score = None if scale is None else ScaledDot(float(scale))
-        if dropout_p:
+        if dropout_p or is_kept_by_others():
             # The model's own random numbers decide what it drops; the summaries are of the weights before that.
             out = function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-            with torch.no_grad():
+            with aside():
                 _, seen = attention(q, k, v, score=score, mask=mask, bias=bias, summary=summary)
         else:
             answer, seen = attention(q, k, v, score=score, mask=mask, bias=bias, summary=summary)
@@ -104,11 +104,11 @@ class Intercept(TorchFunctionMode):
         summary = self._ask.wanted()
         if summary is None:
             return attention(q, k, v, **words)
-        if words["summary"] is None and not words["dropout"]:
+        if words["summary"] is None and not words["dropout"] and not is_kept_by_others():
             answer, seen = attention(q, k, v, **{**words, "summary": summary})
         else:
             answer = attention(q, k, v, **words)
-            with torch.no_grad():
+            with aside():
                 _, seen = attention(q, k, v, **{**words, "summary": summary, "dropout": 0.0, "seed": None})
         lead = q.dim() - 2
         seen = seen.each(lambda x: x.flatten(0, lead - 2) if lead > 1 else x[:, None] if lead else x[None, None])
