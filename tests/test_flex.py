@@ -67,7 +67,9 @@ WORDS = [
 quiet = pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
 
 
-def weights_of(q: Tensor, k: Tensor, score_mod: Any = None, block_mask: Any = None, scale: float | None = None) -> Tensor:
+def weights_of(
+    q: Tensor, k: Tensor, score_mod: Any = None, block_mask: Any = None, scale: float | None = None
+) -> Tensor:
     """The equation, number by number."""
     scores = q @ k.repeat_interleave(2, 1).mT * (8**-0.5 if scale is None else scale)
     places = torch.meshgrid(*(torch.arange(n) for n in scores.shape), indexing="ij")
@@ -91,7 +93,9 @@ def test_functions_of_scores_and_masks(words: dict[str, Any]) -> None:
     (record,) = seen
     truth = weights_of(q, k, **words)
     assert (record.heads, record.queries, record.keys) == (4, 13, 13)
-    assert record.kind == ("decoder" if "block_mask" in words and words["block_mask"].mask_mod is causal_rule else "self")
+    assert record.kind == (
+        "decoder" if "block_mask" in words and words["block_mask"].mask_mod is causal_rule else "self"
+    )
     assert (dense(record) - truth).abs().max() <= 8 * EPS
     assert record.rows is not None
     assert (record.rows - truth[:, :, 3:4]).abs().max() <= 8 * EPS

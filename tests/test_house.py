@@ -101,7 +101,10 @@ def test_the_core_needs_nothing_but_torch(module: str) -> None:
     bare = (
         module == "__init__" or place(module) in ("nn.*", "watch.*", "models.*") or RANK[place(module)] < RANK["nn.*"]
     )
-    extras = {"transformers"} if module in ("watch", "nn.replace") else set()
+    extras = {
+        "nn.replace": {"transformers"}, "watch.store": {"safetensors"}, "watch.export": {"pandas"},
+        "watch.rollout": {"scipy"},
+    }.get(module, set())  # fmt: skip
     top = {name.split(".")[0] for name in imports(MODULES[module])}
     assert not bare or top <= set(sys.stdlib_module_names) | {"torch", "regard"} | extras
 
@@ -168,8 +171,15 @@ TESTED_BY = {
     **{f"tasks.{part}": "train" for part in ("classify", "open", "tag", "task", "translate")},
     **{f"tasks.{part}": "predict" for part in ("presets", "pronounce")},
     "tasks.words": "reader",
+    "watch.ask": "watch",
+    "watch.compare": "head",
+    "watch.counted": "readable",
+    "watch.export": "watched",
+    "watch.fast": "inside",
     "watch.intercept": "watch",
+    "watch.join": "watched",
     "watch.record": "watch",
+    "watch.store": "watched",
     "view": "page",
     "view.brief": "page",
     "view.pack": "page",

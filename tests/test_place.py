@@ -59,6 +59,8 @@ def test_generation_from_an_encoder(family: object) -> None:
     words = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     with regard.watch(model) as seen:
         model.generate(**words, **quiet, num_beams=1)
+        model.generate(**words, **quiet, num_beams=1)
+    assert [record.call for record in seen][len(seen) // 2] == 4, "the encoder begins the next one"
     first = [record for record in seen if record.call == 0]
     assert [record.kind for record in first] == ["self", "self", "decoder", "cross", "decoder", "cross"]
     assert [record.layer for record in first] == list(range(6))

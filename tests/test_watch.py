@@ -81,7 +81,9 @@ def dense(record: Record) -> Tensor:
     return weights.scatter_add(-1, keys.clamp(min=0), record.top.weights * (keys >= 0))
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning", "ignore:_compile flag:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without:UserWarning", "ignore:_compile flag:DeprecationWarning"
+)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("family", MODELS)
 def test_hugging_face(family: str, implementation: str) -> None:

@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from regard.summary import Seen, Summary
 from regard.watch import inside
 from regard.watch.ask import Shape
+from regard.watch.compare import Compared, compare, differing
+from regard.watch.head import Heads, Share, heads, share, similarity
 from regard.watch.intercept import Intercept
 from regard.watch.place import Place
 from regard.watch.readable import readable
-from regard.watch.record import Record, Watched
+from regard.watch.record import Record
+from regard.watch.rollout import Traced, flow, rollout
+from regard.watch.watched import Watched
 
-__all__ = ["Record", "Watched", "watch"]
+__all__ = [
+    "Compared", "Heads", "Record", "Share", "Traced", "Watched", "compare", "differing", "flow", "heads", "rollout", "share",
+    "similarity", "watch",
+]  # fmt: skip
 
 
 @contextmanager

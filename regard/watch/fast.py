@@ -63,7 +63,15 @@ def tell_attention(
 
 
 def _tell(
-    ask: Ask, within: str, query: Tensor, key: Tensor, heads: int, weight: Tensor, bias: Tensor | None, mask: Any, kind: Any
+    ask: Ask,
+    within: str,
+    query: Tensor,
+    key: Tensor,
+    heads: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Any,
+    kind: Any,
 ) -> None:
     summary = ask.wanted(within)
     if summary is None:
@@ -83,8 +91,8 @@ def _tell(
         width = weight.shape[1]
         biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
         q, k = (
-            F.linear(x, some, b).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for x, some, b in zip((query, key), weight.split(width), biases, strict=False)
+            F.linear(x, some, b).view(*x.shape[:2], heads, -1).transpose(1, 2)
+            for x, some, b in zip((query, key), weight.chunk(3), biases, strict=False)
         )
         _, seen = attention(q, k, k[..., :_FEW], mask=may, summary=summary)
     B, H, L, _ = q.shape

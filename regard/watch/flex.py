@@ -26,7 +26,7 @@ Vectorised = Callable[..., Tensor]
 
 def is_flex(function: Any) -> bool:
     """Is it the operator that `flex_attention` comes down to?"""
-    return isinstance(function, torch._ops.HigherOrderOperator) and function.name() == "flex_attention"
+    return isinstance(function, torch._ops.HigherOrderOperator) and function._name == "flex_attention"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Torch's own layers from inside: their attention is seen, and the fast path that they take stays.
 
-Any mode that sees torch's functions turns the fast path of `nn.TransformerEncoder` and `nn.MultiheadAttention` off, and with it
-what they give for padding. So a watch takes its modes off while such a layer runs, and the functions that those layers call
-are exchanged instead. That holds for the whole process; only a thread that is inside, in a watch, is answered.
+Any mode that sees torch's functions turns the fast path of `nn.TransformerEncoder` and `nn.MultiheadAttention` off, and
+with it what they give for padding. So a watch takes its modes off while such a layer runs, and the functions that those
+layers call are exchanged instead. That holds for the whole process; only a thread that is inside, in a watch, is
+answered.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def enter() -> None:
     """The thread enters one of torch's own layers."""
     _thread.depth += 1
     if _thread.depth == 1:
-        while (stack := _get_current_function_mode_stack()) and hasattr(stack[-1], "answer"):
-            _thread.modes.insert(0, _pop_mode())
+        while (stack := _get_current_function_mode_stack()) and hasattr(stack[-1], "see_softmax"):  # type: ignore[no-untyped-call]
+            _thread.modes.insert(0, _pop_mode())  # type: ignore[no-untyped-call]
 
 
 def leave() -> None:
@@ -70,7 +71,7 @@ def leave() -> None:
     if _thread.depth == 0:
         modes, _thread.modes = _thread.modes, []
         for mode in modes:
-            _push_mode(mode)
+            _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

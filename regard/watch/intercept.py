@@ -61,7 +61,8 @@ class Intercept(TorchFunctionMode):
     def _tell_weights(self, p: Tensor) -> None:
         summary = self._ask.wanted()
         if summary is not None:
-            self._ask.tell(summarise(p, summary), tuple(p.shape), are_causal(p))
+            B, H, L, S = p.shape
+            self._ask.tell(summarise(p, summary), (B, H, L, S), are_causal(p))
 
     def _sdpa(
         self,
@@ -150,7 +151,7 @@ def _batched(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[
     """Queries, keys and values (..., H, L, D), with all axes before H alike, as torch broadcasts them."""
     tensors = [x[None, None] if x.dim() == 2 else x[:, None] if x.dim() == 3 else x for x in (query, key, value)]
     end = -3 if grouped else -2
-    lead = torch.broadcast_shapes(*(x.shape[:end] for x in tensors))
+    lead = torch.broadcast_shapes(*(x.shape[:end] for x in tensors))  # type: ignore[no-untyped-call]
     q, k, v = (x.expand(*lead, *x.shape[end:]) for x in tensors)
     return q, k, v
 

@@ -26,7 +26,8 @@ class Place:
         self._path: list[tuple[nn.Module, str]] = []
         self._names = {id(module): _plain(name) for name, module in model.named_modules()}
         self._torch_own = {id(module) for module in model.modules() if inside.is_torch_own(module)}
-        self._entered: set[str] = set()
+        self._entered: set[str] = set()  # what ran in this run
+        self._whole: set[str] = set()  # of these, what the model's user called
         self._times: Counter[str] = Counter()  # how often each name has attended in this run
         self._layers: dict[tuple[str, int], int] = {}
         self._causal: set[str] = set()
@@ -56,10 +57,14 @@ class Place:
         name = self._names.get(id(module))
         if name is None or threading.get_ident() != self._owner:
             return
-        if not self._path and (self.call < 0 or name in self._entered):
-            self.call += 1
-            self._entered.clear()
-            self._times.clear()
+        if not self._path:
+            if self.call < 0 or name in self._entered or any(_is_part(name, whole) for whole in self._whole):
+                # What ran in this run, by itself or in something larger, begins another.
+                self.call += 1
+                self._entered.clear()
+                self._whole.clear()
+                self._times.clear()
+            self._whole.add(name)
         self._entered.add(name)
         self._path.append((module, name))
         if id(module) in self._torch_own:
@@ -85,7 +90,7 @@ class Place:
         return self._layers.setdefault(turn, len(self._layers))
 
     def kind(self, name: str, causal: bool, queries: int, keys: int) -> str:
-        """ "cross", "decoder" or "self": by what the module says of itself, by its name, and by the mask."""
+        """Whether it is "cross", "decoder" or "self": by what the module says of itself, by its name, and by the mask."""
         module = self._path[-1][0]
         last = name.rsplit(".", 1)[-1].lower()
         if getattr(module, "is_cross_attention", None) is True or any(sign in last for sign in _CROSS):
@@ -107,6 +112,10 @@ class Place:
 
 
 _CROSS = ("cross", "encdec", "encoder_attn", "multihead_attn")
+
+
+def _is_part(name: str, whole: str) -> bool:
+    return not whole or name == whole or name.startswith(f"{whole}.")
 
 
 def _plain(name: str) -> str:

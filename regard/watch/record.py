@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import overload
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from regard.summary import Top
+
+KINDS = ("self", "decoder", "cross")
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,3 @@ class Record:
     def missing(self) -> Tensor:
         """The weight of each row that `top` leaves out (B, H, L): it went to other keys."""
         return (1 - self.top.weights.sum(-1)).clamp(min=0) * (self.max > 0)
-
-
-@dataclass
-class Watched(Sequence[Record]):
-    """The records of a watch, in the order of the calls."""
-
-    records: list[Record] = field(default_factory=list)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        return self.records[index]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self.records)
-
-    def __repr__(self) -> str:
-        if not self.records:
-            return "Watched(no attention seen)"
-        layers = {record.layer for record in self.records}
-        last = self.records[-1]
-        shape = f"{last.heads} heads, {last.queries} queries x {last.keys} keys at last"
-        return f"Watched({len(self.records)} calls in {len(layers)} layers; {shape})"

@@ -30,7 +30,9 @@ class Followed:
     def __init__(self) -> None:
         self._sources = WeakIdKeyDictionary()
 
-    def follow(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Tensor | None:
+    def follow(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> Tensor | None:
         """A function was called and gave `out`: the weights (..., L, S) that it multiplied values by, if it did.
 
         Weights are what a softmax over the last axis gave, and are told as that softmax gave them.
@@ -40,9 +42,9 @@ class Followed:
             if isinstance(out, Tensor) and out.dim() > 1 and axis in (-1, out.dim() - 1):
                 self._sources[out] = out.detach()
         elif function in _SAME:
-            if self._sources and isinstance(out, Tensor) and out.dim() and (source := self._of(args)) is not None:
-                if out.shape[-1] == source.shape[-1]:
-                    self._sources[out] = source if out.shape[:-2] == source.shape[:-2] else _shaped(source, out)
+            source = self._of(args) if self._sources and isinstance(out, Tensor) and out.dim() else None
+            if source is not None and out.shape[-1] == source.shape[-1]:
+                self._sources[out] = source if out.shape[:-2] == source.shape[:-2] else _shaped(source, out)
         elif function in _PRODUCT:
             return self._of(args) if self._sources else None
         elif function is torch.einsum and self._sources:
@@ -50,8 +52,8 @@ class Followed:
         return None
 
     def _of(self, args: tuple[Any, ...]) -> Tensor | None:
-        found: Tensor | None = self._sources.get(args[0]) if args and isinstance(args[0], Tensor) else None
-        return found
+        tensor = args[0] if args else None
+        return self._sources[tensor] if isinstance(tensor, Tensor) and tensor in self._sources else None
 
     def _in_einsum(self, equation: Any, *operands: Any) -> Tensor | None:
         """The operand that are weights, whose last axis is summed over."""
@@ -80,7 +82,7 @@ def by_heads(weights: Tensor, heads: int | None) -> Tensor:
         return weights[:, None, None]
     if weights.dim() == 3:
         heads = heads if heads and weights.shape[0] % heads == 0 else 1
-        return weights.unflatten(0, (-1, heads)) if weights.shape[0] else weights[:, None]
+        return weights.view(-1, heads, *weights.shape[1:]) if weights.shape[0] else weights[:, None]
     return weights.flatten(0, -4)
 
 
@@ -109,7 +111,12 @@ def looks_causal(attn_mask: Tensor | None) -> bool:
     """Does a mask (..., L, S) forbid every later key, and allow more than one key somewhere? The last query stands beside
     the last key. Large negative numbers forbid, as Hugging Face has it.
     """
-    if attn_mask is None or attn_mask.dim() < 2 or 1 in attn_mask.shape[-2:] or attn_mask.shape[-2] > attn_mask.shape[-1]:
+    if (
+        attn_mask is None
+        or attn_mask.dim() < 2
+        or 1 in attn_mask.shape[-2:]
+        or attn_mask.shape[-2] > attn_mask.shape[-1]
+    ):
         return False
     # What is repeated over batch and heads is looked at once.
     attn_mask = attn_mask[tuple(0 if step == 0 else slice(None) for step in attn_mask.stride()[:-2])]

@@ -1,0 +1,79 @@
+"""What a watch saw: all its records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+from regard.watch import export, store
+from regard.watch.join import join
+from regard.watch.record import Record
+
+
+@dataclass
+class Watched(Sequence[Record]):
+    """The records of a watch, in the order of the calls.
+
+    `tokens` and `key_tokens` are the texts that they are of, where somebody has put them there: those of the queries, and
+    those that cross attention looks at. They are saved and exported with the records.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    tokens: list[str] | None = None
+    key_tokens: list[str] | None = None
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        return self.records[index]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def joined(self) -> Watched:
+        """The same with one record for all steps of a layer that continue one another: a text that was generated token by
+        token, as if it had been read at once. `rows` of single steps are left out.
+        """
+        return Watched(join(self.records), self.tokens, self.key_tokens)
+
+    def save(self, path: str | Path) -> None:
+        """Write all of it to a safetensors file, in the format that `regard.watch.store` documents."""
+        store.write(path, self.records, self.tokens, self.key_tokens)
+
+    @staticmethod
+    def load(path: str | Path) -> Watched:
+        """Read what `save` wrote. A file from elsewhere gives a ValueError, never code.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such file, or it is none of ours, or damaged.
+        """
+        return Watched(*store.read(path))
+
+    def numpy(self) -> list[dict[str, Any]]:
+        """The tensors of each record as NumPy arrays."""
+        return [export.to_numpy(record) for record in self.records]
+
+    def frame(self) -> Any:
+        """A pandas data frame with a row for each weight that was kept: call, layer, name, kind, batch, head, query, key,
+        weight, and the tokens of query and key where they are known.
+        """
+        return export.to_pandas(self.records, self.tokens, self.key_tokens)
+
+    def json(self) -> str:
+        """Everything as JSON."""
+        return export.to_json(self.records, self.tokens, self.key_tokens)
+
+    def __repr__(self) -> str:
+        if not self.records:
+            return "Watched(no attention seen)"
+        layers = {record.layer for record in self.records}
+        last = self.records[-1]
+        shape = f"{last.heads} heads, {last.queries} queries x {last.keys} keys at last"
+        return f"Watched({len(self.records)} calls in {len(layers)} layers; {shape})"
