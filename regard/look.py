@@ -74,7 +74,25 @@ def look(text: str, model: str | None = None, *, top: int | None = None) -> Look
         network(**inputs)
     if not watched.records:
         raise ValueError(f"model: {name} shows no attention; expected a transformer that calls torch's attention")
+    watched.tokens = tokens
     return Looked(name, text, tokens, watched, whole["input_ids"].shape[1] - len(tokens))
+
+
+def look_at_record(path: Path) -> Looked:
+    """What `Watched.save` wrote, of whatever model; without tokens, the numbers of its places stand for them."""
+    watched = Watched.load(path)
+    if not watched.records:
+        raise ValueError(f"{path}: holds no records; expected some attention that was seen")
+    own = [record for record in watched if record.kind != "cross"]
+    cross = [record for record in watched if record.kind == "cross"]
+    tokens, source = watched.tokens, watched.key_tokens
+    if tokens is None:
+        longest = max(
+            [record.keys for record in own if record.kind == "decoder"] or [record.keys for record in own] or [0]
+        )
+        tokens = [str(n) for n in range(cross[0].queries if cross else longest)]
+        source = [str(n) for n in range(cross[0].keys)] if cross else None
+    return Looked(path.stem, "", list(tokens), watched, source=source)
 
 
 @torch.no_grad()
@@ -98,6 +116,7 @@ def _look_at_task(text: str, folder: Path, top: int | None) -> Looked:
     watched.records = [record for record in watched if ".spelling" not in record.name]
     if not watched.records:
         raise ValueError(f"model: {folder} shows no attention between words; train one with --model transformer")
+    watched.tokens, watched.key_tokens = tokens, source
     return Looked(folder.resolve().name, text, tokens, watched, source=source)
 
 

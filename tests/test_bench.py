@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -16,6 +17,7 @@ import torch
 from regard.attention import attention
 from regard.bench import cpu, table
 from regard.bench import steps as bench_steps
+from regard.bench import watch as bench_watch
 from regard.bench.cases import Case, cases
 from regard.bench.error import Error, error
 from regard.bench.goal import Goal, Shape
@@ -86,6 +88,22 @@ def test_steps_are_the_same_on_both_attentions(monkeypatch: pytest.MonkeyPatch) 
         assert len(kernels) > len(shared)
         # Beyond the budget of a ratio: where slopes all but cancel, the gradient of the queries' map errs 4 times as much.
         assert _error(ours, truth) <= 8 * _error(theirs, truth)
+
+
+def test_watching_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In time here, and in memory in a process of its own, which grows with the text."""
+    with_memory = bench_watch.Length("llama", 40, 9.0)
+    (result,) = bench_watch.measure([with_memory], torch.get_num_threads(), rounds=1)
+    assert result.error < 1e-5
+    assert result.weights_error is not None
+    assert result.weights_error < 1e-6
+    assert result.eager_ms is not None
+    assert min(result.eager_ms, result.watched_ms, result.unwatched_ms, result.ratio) > 0
+    assert (result.watched_memory is None) == (sys.platform != "linux")
+    monkeypatch.setattr(bench_watch, "_MOST_WEIGHTS", 0)
+    monkeypatch.setattr(bench_watch, "_memory", lambda *_: None)
+    (result,) = bench_watch.measure([with_memory], torch.get_num_threads(), rounds=1)
+    assert result.eager_ms is None, "too large to ask for"
 
 
 def test_a_wrong_result_gets_no_ratio() -> None:

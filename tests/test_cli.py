@@ -14,6 +14,8 @@ import transformers
 
 from regard.cli import main
 from regard.look import look
+from regard.watch import Watched
+from tests.test_page import block
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +81,21 @@ def test_look_at_a_causal_model_and_cut_what_is_too_long(causal_model: str, tmp_
     assert looked.truncated == 2
     assert [record.causal for record in looked.watched] == [True, True]
     assert int(looked.watched[0].top.keys[0, 0, 0, 1:].max()) == -1
+
+
+def test_what_was_seen_is_saved_and_looked_at_again(causal_model: str, tmp_path: Path) -> None:
+    saved, first, again = (tmp_path / name for name in ("seen.safetensors", "first.html", "again.html"))
+    run("look", "the cat sat", "--model", causal_model, "--save", str(saved), "--out", str(first))
+    run("look", str(saved), "--out", str(again))
+    data = [block(page.read_text(encoding="utf-8")) for page in (first, again)]
+    assert [token[0] for token in data[1]["texts"][0]] == ["the", "cat", "sat"]
+    assert data[0]["layers"] == data[1]["layers"]
+    watched = Watched.load(saved)
+    watched.tokens = None
+    watched.save(saved)
+    run("look", str(saved), "--out", str(again))  # the numbers of the places stand for tokens
+    saved.write_bytes(b"nothing" * 9)
+    assert "is no safetensors file" in run("look", str(saved), "--out", str(again), expect=2).stderr
 
 
 def test_look_tells_what_is_wrong(tmp_path: Path) -> None:

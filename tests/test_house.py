@@ -159,6 +159,7 @@ TESTED_BY = {
     "bench.run": "bench",
     "bench.steps": "bench",
     "bench.table": "bench",
+    "bench.watch": "bench",
     **{f"cli.{part}": "cli" for part in ("__main__", "app", "demo", "doctor", "look")},
     "models": "transformer",
     "models.classifier": "reader",

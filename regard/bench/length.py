@@ -81,7 +81,7 @@ def memory(what: str, length: int, width: int, threads: int, instructions: str, 
     return Memory(**json.loads(done.stdout))
 
 
-def _held() -> int:
+def held() -> int:
     """The most bytes that this process has held. Not by `getrusage`, where a child starts from the peak of its parent."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
@@ -92,12 +92,12 @@ def _measure(what: str, length: int, width: int, kernel: str | None) -> Memory:
 
     def run(n: int) -> tuple[int, int, float]:
         q, k, v = (torch.randn(1, 1, n, width, requires_grad=True) for _ in range(3))
-        given, before, start = torch.randn(1, 1, n, width), _held(), time.perf_counter()
+        given, before, start = torch.randn(1, 1, n, width), held(), time.perf_counter()
         out = attention(q, k, v, kernel=kernel, **words)  # type: ignore[call-overload]
         out.backward(given)
         gradients = [x.grad for x in (q, k, v) if x.grad is not None]
         assert len(gradients) == 3
-        return _held() - before, sum(4 * x.numel() for x in (out, *gradients)), time.perf_counter() - start
+        return held() - before, sum(4 * x.numel() for x in (out, *gradients)), time.perf_counter() - start
 
     run(256)  # what the first call sets up is not the problem's
     with chosen() as ran:

@@ -107,6 +107,39 @@ def cpu(
         raise typer.Exit(1)
 
 
+@measured.command()
+def watch(
+    threads: Annotated[int, typer.Option(min=1, help="Threads for all sides.")] = 2,
+    longest: Annotated[int, typer.Option(min=512, help="Leave out texts of more tokens.")] = 16384,
+) -> None:
+    """What watching a model costs, in time and memory, beside the model unwatched and asked for all its weights."""
+    from regard.bench.watch import LENGTHS, measure
+
+    chosen = [length for length in LENGTHS if length.tokens <= longest]
+    table = Table(box=box.SIMPLE_HEAD, title=f"{threads} threads; ms, and MiB beyond the model")
+    for name in ("model", "tokens", "plain", "watched", "eager", "watched : plain", "MiB", "plain"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    notes = []
+    with progress(not console.is_terminal) as bar:
+        row = bar.add_task("measuring", total=len(chosen))
+        for result in measure(chosen, threads):
+            length = result.length
+            style = "green" if result.ratio <= length.goal else "yellow"
+            sizes = [result.watched_memory, result.unwatched_memory]
+            table.add_row(
+                length.model, f"{length.tokens:,}", f"{result.unwatched_ms:.0f}", f"{result.watched_ms:.0f}",
+                "-" if result.eager_ms is None else f"{result.eager_ms:.0f}",
+                Text(f"{result.ratio:.2f}x (≤ {length.goal})", style=style),
+                *("-" if size is None else f"{size / 2**20:.0f}" for size in sizes),
+            )  # fmt: skip
+            told = "" if result.weights_error is None else f", weights {result.weights_error:.0e} beside the eager ones"
+            notes.append(f"  [dim]{length.model}, {length.tokens:,} tokens: output within {result.error:.0e}{told}[/]")
+            bar.advance(row)
+    console.print(table)
+    for note in notes:
+        console.print(note)
+
+
 def compare(
     only: str | None, quick: bool, as_json: bool, plot: Path | None, cases: Sequence[Case] | None = None
 ) -> None:

@@ -24,13 +24,14 @@ def demo(
 ) -> None:
     """The tour: the three stages on one sentence, a look at a real model, one that learns, a benchmark, and one page."""
     from regard.demo import SENTENCE, stages
+    from regard.look import look
 
     out.mkdir(parents=True, exist_ok=True)
     console.rule("[bold]1  The three stages[/]")
     for part in stages():
         console.print(part)
     console.rule("[bold]2  What a real model attends to[/]")
-    show(SENTENCE, None, out / "attention.html")
+    show(lambda: look(SENTENCE), out / "attention.html")
     if not quick:
         console.rule("[bold]3  A small model learns to pronounce[/]")
         _pronounce(out / "pronounce")

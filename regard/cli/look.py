@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from regard.cli.app import app, console
+
+if TYPE_CHECKING:
+    from regard.look import Looked
 
 
 @app.command()
@@ -18,7 +22,8 @@ def look(
     text: Annotated[
         list[str],
         typer.Argument(
-            metavar="[DIR] TEXT", help="Any text, in quotes; - reads standard input. Before it, a directory of `train`."
+            metavar="[DIR] TEXT",
+            help="Any text, in quotes; - reads standard input. Before it, a directory of `train`. Or a file of `--save`.",
         ),
     ],
     model: Annotated[
@@ -26,28 +31,39 @@ def look(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("attention.html"),
     top: Annotated[int | None, typer.Option(min=1, help="Weights to keep per token. [default: all that fit]")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write what was seen here too, as safetensors; look at it again by its name.")
+    ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """See what a model attends to in a text: here, and on a page."""
+    from regard.look import look as run
+    from regard.look import look_at_record
+
     if len(text) == 2 and model is None:
         model = text.pop(0)
     if len(text) != 1:
         raise ValueError(f"TEXT: {len(text)} arguments are given; expected one text, in quotes")
-    show(sys.stdin.read() if text == ["-"] else text[0], model, out, top)
+    if text[0].endswith(".safetensors") and Path(text[0]).is_file():
+        show(lambda: look_at_record(Path(text[0])), out, None)
+    else:
+        show(lambda: run(sys.stdin.read() if text == ["-"] else text[0], model, top=top), out, save)
     if open_page:
         webbrowser.open(out.resolve().as_uri())
 
 
-def show(text: str, model: str | None, out: Path, top: int | None = None) -> None:
-    """Look at a text here, and on a page."""
-    from regard.look import look as run
+def show(run: Callable[[], Looked], out: Path, save: Path | None = None) -> None:
+    """Look here, and on a page, at what a run saw; and save it."""
     from regard.view.page import page
     from regard.view.terminal import terminal
 
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: the folder {out.parent} does not exist")
+    for name, path in (("--out", out), ("--save", save)):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{name}: the folder {path.parent} does not exist")
     with console.status("loading the model and reading the text"):
-        looked = run(text, model, top=top)
+        looked = run()
+        if save is not None:
+            looked.watched.save(save)
         document = page(
             looked.watched, looked.tokens, title=looked.model, subtitle=looked.text, key_tokens=looked.source
         )
