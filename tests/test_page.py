@@ -260,17 +260,17 @@ def test_tokens_are_reached_by_the_arrow_keys(opened: Opener) -> None:
     assert_shows(figures(tab, "answer"), FULL[0][0, 2, 3])
     tab.keyboard.press("ArrowRight")
     assert_shows(figures(tab, "ask"), FULL[0][0, 2, :, 3])
-    tab.locator(".sheet").focus()
+    tab.locator("#matrix .sheet").focus()
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         tab.keyboard.press(key)
-    assert tab.locator(".tip").text_content().endswith(f"{float(FULL[0][0, 2, 1, 1]):.3f}")
+    assert tab.locator("#matrix .tip").text_content().endswith(f"{float(FULL[0][0, 2, 1, 1]):.3f}")
 
 
 def test_hovering_the_matrix_tells_its_cell(opened: Opener) -> None:
     tab = opened(page([seen(FULL[1])], TOKENS), at="#0.4")
-    box = tab.locator(".sheet canvas").bounding_box()
+    box = tab.locator("#matrix .sheet canvas").bounding_box()
     tab.mouse.move(box["x"] + box["width"] - 4, box["y"] + box["height"] - 4)
-    assert tab.locator(".tip").text_content() == f"[SEP] → [SEP] {float(FULL[1][0, 4, 11, 11]):.3f}"
+    assert tab.locator("#matrix .tip").text_content() == f"[SEP] → [SEP] {float(FULL[1][0, 4, 11, 11]):.3f}"
 
 
 def test_a_hostile_token_stays_text(opened: Opener) -> None:
@@ -349,7 +349,7 @@ def test_thumbnails_habits_views_and_theme(opened: Opener) -> None:
     for name, left in (("Lines", "#matrix"), ("Matrix", "#lines")):
         tab.get_by_role("radio", name=name).click()
         assert not tab.locator(left).is_visible()
-    assert tab.locator(".sheet canvas").bounding_box()["width"] > 100
+    assert tab.locator("#matrix .sheet canvas").bounding_box()["width"] > 100
 
 
 def test_a_phone_shows_it_without_scrolling_sideways(opened: Opener) -> None:
@@ -372,7 +372,7 @@ def test_everything_that_can_be_pressed_has_a_name(opened: Opener) -> None:
 def test_the_saved_picture_stands_alone(opened: Opener, tmp_path: Path) -> None:
     tab = opened(page([seen(FULL[0])], TOKENS, title="a <model>"))
     with tab.expect_download() as download:
-        tab.get_by_role("button", name="Save picture").click()
+        tab.get_by_role("button", name="Save picture", exact=True).click()
     download.value.save_as(tmp_path / "picture.svg")
     root = ET.parse(tmp_path / "picture.svg").getroot()
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]

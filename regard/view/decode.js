@@ -29,6 +29,29 @@ function headOf(layerIndex, headIndex) {
   if (decoded.has(id)) return decoded.get(id);
   const layer = data.layers[layerIndex];
   const packed = layer.heads[headIndex];
+  const head = packed.rows === null ? overviewOf(packed) : detailOf(layer, packed);
+  decoded.set(id, head);
+  return head;
+}
+
+// A served page asks for the heads that it does not hold; the answer takes the place of the overview.
+async function fetchHead(layerIndex, headIndex) {
+  const answer = await fetch(`head/${layerIndex}/${headIndex}`);
+  if (!answer.ok) return false;
+  Object.assign(data.layers[layerIndex].heads[headIndex], await answer.json());
+  decoded.delete(layerIndex * 4096 + headIndex);
+  return true;
+}
+
+const thousandths = (text) => (text === null ? null : Float32Array.from(numbers(text), (n) => n / data.thousand));
+
+// A head of which the page holds the overview alone: `cells` as in data.py, sums in parts.
+function overviewOf(packed) {
+  const cells = Uint8Array.from(atob(packed.cells), (c) => c.charCodeAt(0));
+  return { cells, entropy: thousandths(packed.entropy), received: thousandths(packed.received) };
+}
+
+function detailOf(layer, packed) {
   const stream = numbers(packed.rows);
   const start = new Uint32Array(layer.queries + 1);
   const complete = new Uint8Array(layer.queries);
@@ -54,19 +77,17 @@ function headOf(layerIndex, headIndex) {
     least[i] = Math.min(least[i], rest[i]);
     start[i + 1] = count;
   }
-  const thousandths = (text) => Float32Array.from(numbers(text), (n) => n / data.thousand);
-  const head = {
+  return {
+    cells: null,
     start,
     complete,
     rest,
     least,
     key: key.slice(0, count),
     weight: weight.slice(0, count),
-    entropy: packed.entropy === null ? null : thousandths(packed.entropy),
+    entropy: thousandths(packed.entropy),
     received: thousandths(packed.received),
   };
-  decoded.set(id, head);
-  return head;
 }
 
 // How many keys query i may attend, by the causal rule alone.
@@ -76,6 +97,7 @@ function allowed(layer, i) {
 
 // How many keys query i may attend, as far as the page knows.
 function reach(layer, head, i) {
+  if (head.cells) return allowed(layer, i);
   return head.complete[i] ? head.start[i + 1] - head.start[i] : allowed(layer, i);
 }
 
@@ -85,6 +107,7 @@ const BARRED = 2; // may not be attended
 
 // The weight between query i and key j: {kind, weight}; for an unknown one, `weight` is the most it can be.
 function cell(layer, head, i, j) {
+  if (head.cells) return { kind: j < allowed(layer, i) ? UNKNOWN : BARRED, weight: 1 };
   let low = head.start[i];
   let high = head.start[i + 1];
   while (low < high) {

@@ -23,10 +23,13 @@ function figures() {
   let best = 0;
   head.received.forEach((amount, j) => (best = amount > head.received[best] ? j : best));
   const sign = layer.receivedExact ? "" : "at least ";
-  facts.push(["Receives most", keyTokens(layer)[best][0], `${sign}${head.received[best].toFixed(2)} of ${layer.queries} in all`]);
+  if (!head.cells) facts.push(["Receives most", keyTokens(layer)[best][0], `${sign}${head.received[best].toFixed(2)} of ${layer.queries} in all`]);
+  if (told.distance !== null) facts.push(["Looks away", `${told.distance < 10 ? told.distance : Math.round(told.distance)} tokens`, "on average, over the weight recorded"]);
   const open = [];
-  head.complete.forEach((complete, i) => complete || open.push(head.rest[i]));
-  if (open.length) {
+  if (head.cells) facts.push(["Held", "in overview", data.served ? "the rest is being fetched" : "this page has no room for the rest"]);
+  else head.complete.forEach((complete, i) => complete || open.push(head.rest[i]));
+  if (head.cells) open.length = 0;
+  else if (open.length) {
     const mean = open.reduce((sum, rest) => sum + rest, 0) / open.length;
     facts.push(["Not recorded", `${three(mean)} of a row`, `on average, beyond its ${layer.top} largest of ${layer.keys}`]);
   } else facts.push(["Recorded", "every weight", layer.causal ? "of the keys a query may attend" : `${layer.queries} × ${layer.keys}`]);
@@ -49,7 +52,7 @@ function legend() {
   }
   const entries = [make("span", {}, "Weight"), make("div", { class: "scale" }, bar, ticks)];
   const swatch = (kind, text) => make("span", { class: "swatch" }, make("i", { class: kind, "aria-hidden": "true" }), text);
-  if (head.complete.includes(0)) entries.push(swatch("unknown", "not recorded"));
+  if (head.cells || head.complete.includes(0)) entries.push(swatch("unknown", "not recorded"));
   const barred = Array.from({ length: layer.queries }, (_, i) => reach(layer, head, i)).some((count) => count < layer.keys);
   if (barred) entries.push(swatch("barred", "may not attend"));
   if (keyTokens(layer).some((token) => token[2])) {
@@ -78,6 +81,16 @@ function step(by) {
   chooseHead(layer, head);
 }
 
+// Keep the chosen head where it is, and choose another beside it.
+byId("compare").addEventListener("click", () => {
+  state.beside = state.beside ? null : { layer: state.layer, head: state.head };
+  tell("beside");
+});
+on("beside", () => {
+  byId("compare").setAttribute("aria-pressed", state.beside !== null);
+  byId("panels").classList.toggle("compared", state.beside !== null);
+});
+
 byId("before").addEventListener("click", () => step(-1));
 byId("after").addEventListener("click", () => step(1));
 segments(
@@ -91,6 +104,8 @@ segments(
   (value) => (state.view = value),
   "view",
 );
-on("view", () => (byId("panels").className = state.view));
+on("view", () => {
+  for (const name of ["lines", "matrix", "both"]) byId("panels").classList.toggle(name, name === state.view);
+});
 on("head", figures);
 on("head theme", legend);

@@ -1,67 +1,248 @@
-// The chosen head as a matrix: a row a query, a column a key. Point at a cell, or move over the cells with the arrow keys.
+// The chosen head as a matrix: a row a query, a column a key. It is drawn a view at a time, so that its size does not matter: the
+// wheel with Ctrl, the keys + - 0 and the buttons zoom; dragging, the wheel and the arrow keys move. Point at a cell, or move over
+// the cells with the arrow keys.
 
-const matrixView = { cell: 0, left: 0, top: 0 };
 const LABELS = 11; // cells of this many pixels or more leave room for the tokens beside them
+const LARGEST = 34; // pixels of a cell
 
-function buildMatrix() {
-  const canvas = make("canvas", { role: "img" });
+const matrices = [];
+
+// `source` gives the layer and the head that are shown, or null.
+function buildMatrix(box, source) {
+  const canvas = make("canvas", { role: "img", "aria-label": "Matrix of weights" });
   const tip = make("div", { class: "tip", "aria-hidden": "true" });
   const mark = make("div", { class: "cursor", "aria-hidden": "true" });
   const across = make("div", { class: "band", "aria-hidden": "true" });
   const down = make("div", { class: "band", "aria-hidden": "true" });
-  const sheet = make("div", { class: "sheet", tabindex: "0", role: "application", "aria-label": "Matrix of weights. The arrow keys move over the cells." }, canvas, across, down, mark, tip);
-  byId("matrix").append(make("div", { class: "scroll" }, sheet));
-  Object.assign(matrixView, { canvas, tip, mark, across, down, sheet });
+  const sheet = make("div", { class: "sheet", tabindex: "0", role: "application", "aria-label": "Matrix of weights. The arrow keys move over the cells; plus, minus and 0 zoom." }, canvas, across, down, mark, tip);
+  const name = make("p", { class: "name soft" });
+  const zoomed = make("div", { class: "zoom" });
+  box.append(name, sheet, zoomed);
+  // x, y: the cell at the corner; size: pixels a cell, 0 for all that fits
+  const view = { box, source, canvas, tip, mark, across, down, sheet, name, x: 0, y: 0, size: 0, left: 0, top: 0, wide: 0, high: 0, cell: 1 };
+  matrices.push(view);
 
-  const place = (event) => {
-    const box = canvas.getBoundingClientRect();
-    const j = Math.floor((event.clientX - box.left - matrixView.left) / matrixView.cell);
-    const i = Math.floor((event.clientY - box.top - matrixView.top) / matrixView.cell);
-    const layer = chosenLayer();
-    return i >= 0 && j >= 0 && i < layer.queries && j < layer.keys ? [i, j] : null;
+  for (const [text, label, act] of [["−", "Zoom out", () => zoom(view, 1 / 1.6)], ["Fit", "Show the whole matrix", () => zoom(view, 0)], ["+", "Zoom in", () => zoom(view, 1.6)]]) {
+    const button = make("button", { type: "button", class: "quiet", "aria-label": label }, text);
+    button.addEventListener("click", act);
+    zoomed.append(button);
+  }
+
+  const at = (event) => {
+    const place = canvas.getBoundingClientRect();
+    return [view.x + (event.clientX - place.left - view.left) / view.cell, view.y + (event.clientY - place.top - view.top) / view.cell];
   };
-  sheet.addEventListener("pointermove", (event) => {
-    if (event.pointerType === "mouse") point(...(place(event) || [null, null]));
+  const place = (event) => {
+    const [x, y] = at(event);
+    const { layer } = source();
+    const inside = x >= view.x && y >= view.y && x < Math.min(layer.keys, view.x + view.wide) && y < Math.min(layer.queries, view.y + view.high);
+    return inside ? [Math.floor(y), Math.floor(x)] : null;
+  };
+  let drag = null;
+  sheet.addEventListener("pointerdown", (event) => {
+    if (event.button === 0 && isZoomed(view)) drag = { from: at(event), x: event.clientX, y: event.clientY, moved: false };
   });
-  sheet.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && point(null, null));
+  sheet.addEventListener("pointermove", (event) => {
+    if (drag && event.buttons) {
+      drag.moved ||= Math.hypot(event.clientX - drag.x, event.clientY - drag.y) > 4;
+      if (drag.moved) {
+        const [x, y] = at(event);
+        return move(view, drag.from[0] - x, drag.from[1] - y);
+      }
+    }
+    if (event.pointerType === "mouse") point(...(place(event) || [null, null]));
+    return undefined;
+  });
+  sheet.addEventListener("pointerleave", (event) => {
+    drag = null;
+    if (event.pointerType === "mouse") point(null, null);
+  });
   sheet.addEventListener("click", (event) => {
-    const found = place(event);
+    const found = !(drag && drag.moved) && place(event);
+    drag = null;
     if (found) pin(...found);
   });
+  sheet.addEventListener("dblclick", (event) => zoom(view, 2, at(event)));
+  sheet.addEventListener(
+    "wheel",
+    (event) => {
+      if (event.ctrlKey || event.metaKey) zoom(view, Math.exp(-event.deltaY / 200), at(event));
+      else if (!isZoomed(view) || !move(view, event.deltaX / view.cell, event.deltaY / view.cell)) return;
+      event.preventDefault();
+    },
+    { passive: false },
+  );
   sheet.addEventListener("focusout", () => point(null, null));
   sheet.addEventListener("keydown", (event) => {
     const step = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key];
     const focus = state.focus || {};
     if (step) {
-      const layer = chosenLayer();
+      const { layer } = source();
       const first = focus.query == null || focus.key == null;
-      const i = first ? focus.query || 0 : focus.query + step[0];
-      const j = first ? focus.key || 0 : focus.key + step[1];
+      const i = first ? focus.query ?? Math.floor(view.y) : focus.query + step[0];
+      const j = first ? focus.key ?? Math.floor(view.x) : focus.key + step[1];
       point(Math.max(0, Math.min(layer.queries - 1, i)), Math.max(0, Math.min(layer.keys - 1, j)));
-    } else if (event.key === "Enter" && state.focus) pin(focus.query, focus.key);
+      show(view, state.focus.query, state.focus.key);
+    } else if (event.key === "Enter" && state.focus) pin(state.focus.query, state.focus.key);
+    else if (event.key === "+" || event.key === "=") zoom(view, 1.6);
+    else if (event.key === "-") zoom(view, 1 / 1.6);
+    else if (event.key === "0") zoom(view, 0);
     else return;
     event.preventDefault();
   });
+  return view;
 }
 
-// The picture of the cells, a pixel a cell, and masks of the cells that take a texture.
-function cells(layer, head) {
-  const size = layer.keys * layer.queries;
-  const kinds = new Uint8Array(size).fill(BARRED);
-  const image = new ImageData(layer.keys, layer.queries);
-  const ramp = tables[theme()];
-  for (let i = 0; i < layer.queries; i++) {
-    const from = i * layer.keys;
-    if (!head.complete[i]) kinds.fill(UNKNOWN, from, from + allowed(layer, i));
-    for (let n = head.start[i]; n < head.start[i + 1]; n++) {
-      const colour = ramp[Math.round(255 * height(head.weight[n]))];
-      const at = from + head.key[n];
-      kinds[at] = KNOWN;
-      image.data[4 * at] = colour[0];
-      image.data[4 * at + 1] = colour[1];
-      image.data[4 * at + 2] = colour[2];
-      image.data[4 * at + 3] = 255;
+const isZoomed = (view) => {
+  const { layer } = view.source();
+  return view.wide < layer.keys || view.high < layer.queries;
+};
+
+// Matrices of one shape move together, so that what stands side by side stays beside itself.
+function alike(view) {
+  const shape = ({ layer }) => `${layer.queries} ${layer.keys}`;
+  return matrices.filter((other) => other === view || (other.source() && shape(other.source()) === shape(view.source())));
+}
+
+function zoom(view, by, about = null) {
+  const { layer } = view.source();
+  const [x, y] = about || (state.pin && state.pin.key !== null && state.pin.query !== null ? [state.pin.key + 0.5, state.pin.query + 0.5] : [view.x + view.wide / 2, view.y + view.high / 2]);
+  const fit = fitting(view, layer).size;
+  const size = by === 0 ? 0 : Math.min(LARGEST, view.cell * by);
+  for (const other of alike(view)) {
+    const before = other.cell;
+    other.size = size <= fit ? 0 : size;
+    other.x = x - ((x - other.x) * before) / Math.max(size, fit);
+    other.y = y - ((y - other.y) * before) / Math.max(size, fit);
+    drawMatrix(other);
+  }
+}
+
+// Move by so many cells; false where there is nothing to move to.
+function move(view, x, y) {
+  const before = [view.x, view.y];
+  for (const other of alike(view)) {
+    other.x = before[0] + x;
+    other.y = before[1] + y;
+    drawMatrix(other);
+  }
+  return view.x !== before[0] || view.y !== before[1];
+}
+
+// Bring a cell into view.
+function show(view, query, key) {
+  const inside = (n, from, count) => n === null || (n >= from && n + 1 <= from + count);
+  if (inside(key, view.x, view.wide) && inside(query, view.y, view.high)) return;
+  move(view, key === null ? 0 : key + 0.5 - view.wide / 2 - view.x, query === null ? 0 : query + 0.5 - view.high / 2 - view.y);
+}
+
+// The size of a cell at which the whole matrix stands in the room there is, and whether it leaves room for tokens.
+function fitting(view, layer) {
+  const context = view.canvas.getContext("2d");
+  context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+  const room = view.box.clientWidth;
+  const longest = (tokens) => {
+    let most = 0;
+    for (const token of tokens.length > 400 ? tokens.slice(0, 400) : tokens) most = Math.max(most, Math.ceil(context.measureText(token[0]).width));
+    return Math.min(84, most) + 10;
+  };
+  const left = longest(queryTokens(layer));
+  const top = longest(keyTokens(layer));
+  const labelled = (room - left - 2) / layer.keys;
+  const size = labelled >= LABELS ? Math.floor(labelled) : room / layer.keys;
+  return { room, left, top, size: Math.min(size, LARGEST) };
+}
+
+function drawMatrix(view) {
+  const chosen = view.source();
+  if (!chosen || !view.box.clientWidth) return;
+  const { layer, head } = chosen;
+  const { canvas, sheet } = view;
+  const fit = fitting(view, layer);
+  let size = view.size || fit.size;
+  const labelled = size >= LABELS;
+  if (labelled) size = Math.max(LABELS, Math.floor(size));
+  const left = labelled ? fit.left : 0;
+  const top = labelled ? fit.top : 0;
+  const across = Math.min(size * layer.keys, fit.room - left);
+  const down = Math.min(size * layer.queries, Math.max(440, 0.74 * innerHeight) - top);
+  const clamp = (n, most) => Math.max(0, Math.min(most, n));
+  Object.assign(view, { cell: size, left, top, wide: across / size, high: down / size });
+  view.x = clamp(view.x, layer.keys - view.wide);
+  view.y = clamp(view.y, layer.queries - view.high);
+  if (labelled) [view.x, view.y] = [Math.round(view.x), Math.round(view.y)];
+  const scale = Math.min(devicePixelRatio || 1, 2);
+  canvas.width = Math.ceil((left + across) * scale);
+  canvas.height = Math.ceil((top + down) * scale);
+  canvas.style.width = sheet.style.width = `${left + across}px`;
+  canvas.style.height = sheet.style.height = `${top + down}px`;
+  const context = canvas.getContext("2d");
+  const box = { x: Math.round(left * scale), y: Math.round(top * scale), wide: Math.max(1, Math.floor(across * scale)), high: Math.max(1, Math.floor(down * scale)) };
+  const { image, kinds } = pixels(view, layer, head, box, size * scale);
+  for (const kind of [UNKNOWN, BARRED]) fillKind(context, kinds, kind, scale, box);
+  context.drawImage(asCanvas(image), box.x, box.y);
+  context.setTransform(scale, 0, 0, scale, 0, 0);
+  if (labelled) {
+    context.fillStyle = cssColour("--panel"); // gaps between the cells
+    for (let j = 1; j < view.wide; j++) context.fillRect(left + j * size - 0.5, top, 1, down);
+    for (let i = 1; i < view.high; i++) context.fillRect(left, top + i * size - 0.5, across, 1);
+    label(context, view, layer, size);
+  }
+  const told = layer.heads[chosen.index];
+  canvas.setAttribute("aria-label", `Weights of ${layer.label}, head ${chosen.index}: ${layer.queries} queries by ${layer.keys} keys. ${told.sentence}`);
+  view.name.textContent = matrices.some((other) => other !== view && other.source()) ? `${layer.label}, head ${chosen.index}: ${told.words}` : "";
+  markCell(view);
+}
+
+// The pixels of the view: of several cells in one pixel, the largest weight; and which of them take a texture.
+function pixels(view, layer, head, box, size) {
+  const { wide, high } = box;
+  const kinds = new Uint8Array(wide * high).fill(BARRED);
+  const image = new ImageData(wide, high);
+  const colours = new Uint32Array(image.data.buffer);
+  const ramp = tables[theme()].map((c) => (255 << 24) | (c[2] << 16) | (c[1] << 8) | c[0]);
+  const best = new Uint8Array(wide * high); // 1 + the place on the ramp; 0: nothing known
+  const put = (x0, x1, y0, y1, tone) => {
+    for (let y = y0; y < y1; y++) {
+      for (let at = y * wide + x0; at < y * wide + x1; at++) {
+        if (tone > best[at]) best[at] = tone;
+      }
     }
+  };
+  const span = (n, from, most) => {
+    const start = Math.floor((n - from) * size);
+    return [Math.max(0, start), Math.min(most, Math.max(start + 1, Math.floor((n + 1 - from) * size)))];
+  };
+  const unknown = (i, y0, y1) => {
+    const end = Math.min(wide, Math.ceil((allowed(layer, i) - view.x) * size));
+    for (let y = y0; y < y1 && end > 0; y++) kinds.fill(UNKNOWN, y * wide, y * wide + end);
+  };
+  const last = Math.min(layer.queries, Math.ceil(view.y + view.high));
+  for (let i = Math.floor(view.y); i < last; i++) {
+    const [y0, y1] = span(i, view.y, high);
+    if (head.cells || !head.complete[i]) unknown(i, y0, y1);
+    if (head.cells) continue;
+    for (let n = head.start[i]; n < head.start[i + 1]; n++) {
+      const [x0, x1] = span(head.key[n], view.x, wide);
+      if (x0 < x1) put(x0, x1, y0, y1, 1 + Math.round(254 * height(head.weight[n])));
+    }
+  }
+  if (head.cells) {
+    const [columns, rows] = [Math.min(CELLS, layer.keys), Math.min(CELLS, layer.queries)];
+    head.cells.forEach((byte, place) => {
+      const column = place % columns;
+      const row = Math.floor(place / columns);
+      const edge = (n, count, whole, from, most) => Math.max(0, Math.min(most, Math.round(((n * whole) / count - from) * size)));
+      put(
+        edge(column, columns, layer.keys, view.x, wide), edge(column + 1, columns, layer.keys, view.x, wide),
+        edge(row, rows, layer.queries, view.y, high), edge(row + 1, rows, layer.queries, view.y, high), byte,
+      );
+    });
+  }
+  for (let at = 0; at < best.length; at++) {
+    if (!best[at]) continue;
+    colours[at] = ramp[Math.round(((best[at] - 1) * 255) / 254)];
+    kinds[at] = KNOWN;
   }
   return { image, kinds };
 }
@@ -74,82 +255,36 @@ function asCanvas(image) {
   return canvas;
 }
 
-function fillKind(context, layer, kinds, kind, scale, box) {
+function fillKind(context, kinds, kind, scale, box) {
   if (!kinds.includes(kind)) return;
-  const mask = new ImageData(layer.keys, layer.queries);
-  kinds.forEach((found, at) => (mask.data[4 * at + 3] = found === kind ? 255 : 0));
-  const sheet = document.createElement("canvas");
-  sheet.width = Math.ceil(box.wide);
-  sheet.height = Math.ceil(box.high);
+  const mask = new ImageData(box.wide, box.high);
+  const bytes = new Uint32Array(mask.data.buffer);
+  for (let at = 0; at < kinds.length; at++) if (kinds[at] === kind) bytes[at] = 0xff000000;
+  const sheet = asCanvas(mask);
   const paint = sheet.getContext("2d");
-  paint.imageSmoothingEnabled = false;
-  paint.drawImage(asCanvas(mask), 0, 0, box.wide, box.high);
   paint.globalCompositeOperation = "source-in";
   paint.fillStyle = texture(paint, kind, scale);
   paint.fillRect(0, 0, sheet.width, sheet.height);
   context.drawImage(sheet, box.x, box.y);
 }
 
-function drawMatrix() {
-  if (state.view === "lines") return;
-  const layer = chosenLayer();
-  const head = chosenHead();
-  const { canvas, sheet } = matrixView;
-  const context = canvas.getContext("2d");
-  const font = `12px ${getComputedStyle(document.body).fontFamily}`;
-  context.font = font;
-  const room = byId("matrix").clientWidth;
-  if (!room) return;
-  const longest = (tokens) => Math.min(84, Math.max(0, ...tokens.map((token) => Math.ceil(context.measureText(token[0]).width))) + 10);
-  let left = longest(queryTokens(layer));
-  let top = longest(keyTokens(layer));
-  let size = (room - left - 2) / layer.keys;
-  const labelled = size >= LABELS;
-  if (!labelled) {
-    left = top = 0;
-    size = room / layer.keys;
-  }
-  size = Math.min(Math.max(2, size), 34, 8000 / Math.max(layer.keys, layer.queries));
-  if (labelled) size = Math.floor(size);
-  Object.assign(matrixView, { cell: size, left, top });
-  const wide = left + size * layer.keys;
-  const high = top + size * layer.queries;
-  const scale = Math.min(devicePixelRatio || 1, 12000 / Math.max(wide, high));
-  canvas.width = Math.ceil(wide * scale);
-  canvas.height = Math.ceil(high * scale);
-  canvas.style.width = sheet.style.width = `${wide}px`;
-  canvas.style.height = sheet.style.height = `${high}px`;
-  const { image, kinds } = cells(layer, head);
-  const box = { x: left * scale, y: top * scale, wide: size * layer.keys * scale, high: size * layer.queries * scale };
-  context.imageSmoothingEnabled = size < 1;
-  for (const kind of [UNKNOWN, BARRED]) fillKind(context, layer, kinds, kind, scale, box);
-  context.drawImage(asCanvas(image), box.x, box.y, box.wide, box.high);
-  context.setTransform(scale, 0, 0, scale, 0, 0);
-  if (labelled) {
-    context.fillStyle = cssColour("--panel"); // gaps between the cells
-    for (let j = 1; j < layer.keys; j++) context.fillRect(left + j * size - 0.5, top, 1, size * layer.queries);
-    for (let i = 1; i < layer.queries; i++) context.fillRect(left, top + i * size - 0.5, size * layer.keys, 1);
-    label(context, layer, font, left, top, size);
-  }
-  canvas.setAttribute("aria-label", `Weights of ${layer.label}, head ${state.head}: ${layer.queries} queries by ${layer.keys} keys. ${layer.heads[state.head].sentence}`);
-  markCell();
-}
-
-function label(context, layer, font, left, top, size) {
+function label(context, view, layer, size) {
+  const { left, top } = view;
   const fit = (token, room) => {
     let text = token[0];
     while (text.length > 1 && context.measureText(text).width > room) text = `${text.replace(/…$/, "").slice(0, -1)}…`;
     return text;
   };
-  context.font = font;
+  context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
   context.textBaseline = "middle";
   context.fillStyle = cssColour("--soft");
   context.textAlign = "right";
-  queryTokens(layer).forEach((token, i) => context.fillText(fit(token, left - 8), left - 7, top + (i + 0.5) * size));
+  const seen = (tokens, from, count) => tokens.slice(Math.floor(from), Math.ceil(from + count));
+  seen(queryTokens(layer), view.y, view.high).forEach((token, n) => context.fillText(fit(token, left - 8), left - 7, top + (n + 0.5) * size));
   context.textAlign = "left";
-  keyTokens(layer).forEach((token, j) => {
+  seen(keyTokens(layer), view.x, view.wide).forEach((token, n) => {
     context.save();
-    context.translate(left + (j + 0.5) * size, top - 7);
+    context.translate(left + (n + 0.5) * size, top - 7);
     context.rotate(-Math.PI / 2);
     context.fillText(fit(token, top - 8), 0, 0);
     context.restore();
@@ -165,26 +300,35 @@ function lay(element, x, y, wide, high, shown) {
 }
 
 // The cell, row or column that is pointed at, and its number in words.
-function markCell() {
-  const { cell: size, left, top, tip, mark, across, down } = matrixView;
-  const layer = chosenLayer();
+function markCell(view) {
+  const chosen = view.source();
+  if (!chosen) return;
+  const { layer, head } = chosen;
+  const { cell: size, left, top, tip, mark, across, down } = view;
   const { query, key } = state.focus || { query: null, key: null };
-  lay(across, left, top + query * size, layer.keys * size, size, query !== null);
-  lay(down, left + key * size, top, size, layer.queries * size, key !== null);
-  const cellular = query !== null && key !== null;
-  lay(mark, left + key * size, top + query * size, size, size, cellular);
+  const x = left + (key - view.x) * size;
+  const y = top + (query - view.y) * size;
+  const thick = Math.max(1, size);
+  const seenRow = query !== null && query < layer.queries && query >= view.y && query < view.y + view.high;
+  const seenColumn = key !== null && key < layer.keys && key >= view.x && key < view.x + view.wide;
+  lay(across, left, y, view.wide * size, thick, seenRow);
+  lay(down, x, top, thick, view.high * size, seenColumn);
+  const cellular = seenRow && seenColumn;
+  lay(mark, x, y, thick, thick, cellular);
   tip.hidden = !cellular;
   if (!cellular) return;
-  const found = cell(layer, chosenHead(), query, key);
+  const found = cell(layer, head, query, key);
   const told = { [KNOWN]: three(found.weight), [UNKNOWN]: `not recorded, ${atMost(found.weight)}`, [BARRED]: "may not attend" }[found.kind];
-  tip.replaceChildren(make("span", {}, `${queryTokens(layer)[query][0]} → ${keyTokens(layer)[key][0]} `), make("b", {}, told));
+  tip.replaceChildren(make("span", {}, `${queryTokens(layer)[query][0]} → ${keyTokens(layer)[key][0]} `), make("b", {}, head.cells ? "in overview alone" : told));
   const wide = tip.offsetWidth;
-  const across_ = left + (key + 1) * size + 8;
-  const x = across_ + wide > matrixView.sheet.clientWidth ? left + key * size - wide - 8 : across_;
-  tip.style.transform = `translate(${Math.max(0, x)}px, ${Math.max(0, top + query * size - 34)}px)`;
+  const right = x + thick + 8;
+  tip.style.transform = `translate(${Math.max(0, right + wide > view.sheet.clientWidth ? x - wide - 8 : right)}px, ${Math.max(0, y - 34)}px)`;
 }
 
-buildMatrix();
-on("head view theme", drawMatrix);
-on("focus", markCell);
-addEventListener("resize", () => requestAnimationFrame(drawMatrix));
+const matrixView = buildMatrix(byId("matrix"), () => ({ layer: chosenLayer(), head: chosenHead(), index: state.head }));
+const besideView = buildMatrix(byId("beside"), () => state.beside && { layer: data.layers[state.beside.layer], head: headOf(state.beside.layer, state.beside.head), index: state.beside.head });
+const drawMatrices = () => state.view !== "lines" && matrices.forEach(drawMatrix);
+on("head view theme beside", drawMatrices);
+on("focus", () => matrices.forEach(markCell));
+on("pin", () => state.pin && matrices.forEach((view) => view.source() && show(view, state.pin.query, state.pin.key)));
+addEventListener("resize", () => requestAnimationFrame(drawMatrices));

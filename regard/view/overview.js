@@ -3,18 +3,26 @@
 
 const dense = data.layers.some((layer) => layer.heads.length > 16);
 const THUMB = dense ? 32 : 96; // pixels a side, about
+const CELLS = 32; // of a head that the page holds in overview alone, as in data.py
 const POOL = dense ? 32 : 40; // cells a side; a longer text is pooled by its greatest weight, so a thin line stays a line
 
 function drawPattern(canvas, layer, head) {
-  const wide = Math.min(POOL, layer.keys);
-  const high = Math.min(POOL, layer.queries);
+  const side = head.cells ? CELLS : POOL;
+  const wide = Math.min(side, layer.keys);
+  const high = Math.min(side, layer.queries);
   const across = Math.ceil(THUMB / wide); // whole pixels a cell, else some cells come out wider than others
   const down = Math.ceil(THUMB / high);
   const image = new ImageData(wide * across, high * down);
   const pixels = new Uint32Array(image.data.buffer);
   const most = new Float32Array(wide * high).fill(-1); // -1: nothing known here
   const open = new Uint8Array(wide * high); // some key here may be attended
-  for (let i = 0; i < layer.queries; i++) {
+  if (head.cells) {
+    head.cells.forEach((byte, place) => {
+      if (byte) most[place] = ((byte - 1) / 254) ** 2;
+    });
+    for (let y = 0; y < high; y++) open.fill(1, y * wide, y * wide + Math.ceil((allowed(layer, Math.ceil(((y + 1) * layer.queries) / high) - 1) * wide) / layer.keys));
+  }
+  for (let i = 0; i < layer.queries && !head.cells; i++) {
     const y = Math.floor((i * high) / layer.queries);
     for (let n = head.start[i]; n < head.start[i + 1]; n++) {
       const place = y * wide + Math.floor((head.key[n] * wide) / layer.keys);
@@ -66,12 +74,22 @@ function drawThumb(thumb) {
   const head = headOf(thumb.layer, thumb.head);
   if (state.show === "pattern") drawPattern(thumb.canvas, layer, head);
   else if (state.show === "received") {
-    const most = Math.max(1e-9, ...head.received);
+    const most = head.received.reduce((a, b) => Math.max(a, b), 1e-9);
     drawBars(thumb.canvas, Array.from(head.received, (amount) => Math.sqrt(amount / most)), true);
-  } else {
-    const part = (nats, i) => nats / Math.max(1e-9, Math.log(Math.max(1, reach(layer, head, i))));
+  } else if (state.show === "distance") drawShade(thumb.canvas, layer, layer.heads[thumb.head].distance);
+  else {
+    const place = (i) => Math.min(layer.queries - 1, Math.floor(((i + 0.5) * layer.queries) / (head.entropy || [0]).length));
+    const part = (nats, i) => nats / Math.max(1e-9, Math.log(Math.max(1, head.cells ? allowed(layer, place(i)) : reach(layer, head, i))));
     drawBars(thumb.canvas, Array.from(head.entropy || [], (nats, i) => Math.min(1, part(nats, i))), false);
   }
+}
+
+// One colour for one number: how far a head looks, on a scale of doublings up to the whole text.
+function drawShade(canvas, layer, distance) {
+  canvas.width = canvas.height = THUMB;
+  const context = canvas.getContext("2d");
+  context.fillStyle = distance === null ? cssColour("--unknown") : shade(Math.log1p(distance) / Math.log1p(layer.keys));
+  context.fillRect(0, 0, THUMB, THUMB);
 }
 
 const thumbs = [];
@@ -100,7 +118,7 @@ function buildOverview() {
         const canvas = make("canvas", { "aria-hidden": "true" });
         const button = make("button", { type: "button", role: "gridcell", class: "thumb", tabindex: "-1" }, canvas);
         button.setAttribute("aria-label", `${layer.label}, head ${h}: ${head.words}`);
-        button.title = `${layer.label}, head ${h}: ${head.words}`;
+        button.title = `${layer.label}, head ${h}: ${head.words}${head.distance === null ? "" : `, ${head.distance} tokens away`}`;
         button.addEventListener("click", () => chooseHead(n, h));
         button.addEventListener("keydown", moveInGrid);
         row.append(button);
@@ -154,7 +172,8 @@ function redrawThumbs() {
     pattern: "Down: queries. Across: keys. Darker is more attention.",
     received: "Across: keys. A bar is the attention a key receives from all queries.",
     entropy: "Down: queries. A bar is how wide a query looks, of as wide as it may.",
-  }[state.show].replace("Darker", theme() === "dark" ? "Brighter" : "Darker");
+    distance: "How many tokens lie between a query and what it looks at: darker is farther.",
+  }[state.show].replace(/([Dd])arker/, (word, d) => (theme() === "light" ? word : d === "D" ? "Brighter" : "brighter"));
 }
 
 function markThumbs() {
@@ -190,6 +209,7 @@ segments(
     ["pattern", "Pattern", "Which key each query looks at"],
     ["received", "Received", "How much attention each key receives"],
     ["entropy", "Spread", "How wide each query looks (entropy)"],
+    ["distance", "Distance", "How far each head looks"],
   ],
   () => state.show,
   (value) => (state.show = value),

@@ -45,5 +45,5 @@ addEventListener("keydown", (event) => {
 });
 
 fromAddress();
-for (const topic of ["theme", "view", "head", "focus", "show", "habit"]) tell(topic);
+for (const topic of ["theme", "view", "beside", "head", "focus", "show", "habit"]) tell(topic);
 document.documentElement.dataset.ready = "";

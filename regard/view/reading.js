@@ -1,17 +1,41 @@
 // The text as it is read, shaded by the chosen head, and the sentence at the foot of the page that says the same in numbers.
 
+const CHUNK = 128; // tokens that are made, shown and shaded together, where a text is longer than that
+
 const flows = data.texts.map((text, index) => {
   const box = make("p", { class: `flow${text.length > 60 ? " long" : ""}${text.length > 160 ? " endless" : ""}` });
-  const words = text.map((token, n) => {
-    const word = make("span", { class: `word${token[2] ? " marker" : ""}${token[1] ? " joined" : ""}`, title: `${rawOf(token)}  (token ${n})`, tabindex: "-1" }, token[0]);
-    word.dataset.token = n;
-    if (n && !token[1]) box.append(" ");
-    box.append(word);
-    return word;
-  });
   const note = make("span", { class: "flow-note soft" });
   const name = data.texts.length > 1 ? make("span", { class: "flow-name" }, index ? "Source" : "Text") : null;
   byId("texts").append(make("div", { class: "text" }, name, box, note));
+  const flow = { text, box, note, index, chunks: [], shown: new Set() };
+  // What is out of sight is not made, and what was made and left sight is not shaded again until it is back.
+  const sight = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        const n = Number(entry.target.dataset.chunk);
+        if (entry.isIntersecting) {
+          flow.shown.add(n);
+          makeChunk(flow, n);
+        } else flow.shown.delete(n);
+      }
+      drawText(flow);
+    },
+    { root: text.length > 160 ? box : null, rootMargin: "300px" },
+  );
+  for (let from = 0; from < text.length; from += CHUNK) {
+    const tokens = text.slice(from, from + CHUNK);
+    const element = make("span", { class: text.length > CHUNK ? "chunk" : "" });
+    element.dataset.chunk = flow.chunks.length;
+    const letters = tokens.reduce((sum, token) => sum + token[0].length + (token[1] ? 0 : 1), 0);
+    if (text.length > CHUNK) element.style.containIntrinsicHeight = `auto ${Math.ceil((letters * 8.2) / 1200) * 30}px`;
+    flow.chunks.push({ element, from, tokens, words: null });
+    box.append(element, " ");
+    if (text.length > CHUNK) sight.observe(element);
+    else {
+      flow.shown.add(0);
+      makeChunk(flow, 0);
+    }
+  }
   const side = () => {
     const layer = chosenLayer();
     return layer.queryText === index ? "query" : layer.keyText === index ? "key" : null;
@@ -19,10 +43,7 @@ const flows = data.texts.map((text, index) => {
   const target = (event) => {
     const word = event.target.closest(".word");
     if (!word || !side()) return null;
-    const n = Number(word.dataset.token);
-    if (side() === "key") return [null, n];
-    const query = n - chosenLayer().offset;
-    return query < 0 ? [null, n] : [query, null];
+    return placeOf(index, Number(word.dataset.token));
   };
   box.addEventListener("pointerover", (event) => {
     const found = event.pointerType === "mouse" && target(event);
@@ -33,8 +54,40 @@ const flows = data.texts.map((text, index) => {
     const found = target(event);
     if (found) pin(...found);
   });
-  return { box, words, note, index };
+  return flow;
 });
+
+// What token n of a text is to the chosen layer: a query if it asks, else a key.
+function placeOf(index, n) {
+  const layer = chosenLayer();
+  if (layer.queryText !== index) return [null, n];
+  const query = n - layer.offset;
+  return query < 0 || query >= layer.queries ? [null, n] : [query, null];
+}
+
+function makeChunk(flow, number) {
+  const chunk = flow.chunks[number];
+  if (chunk.words) return;
+  chunk.words = chunk.tokens.map((token, m) => {
+    const n = chunk.from + m;
+    const word = make("span", { class: `word${token[2] ? " marker" : ""}${token[1] ? " joined" : ""}`, title: `${rawOf(token)}  (token ${n})`, tabindex: "-1" }, token[0]);
+    word.dataset.token = n;
+    if (m && !token[1]) chunk.element.append(" ");
+    chunk.element.append(word);
+    return word;
+  });
+}
+
+// Bring a token of a text into the sight of its box.
+function revealToken(index, n) {
+  const flow = flows[index];
+  if (!flow.box.classList.contains("endless")) return;
+  const number = Math.floor(n / CHUNK);
+  makeChunk(flow, number);
+  const word = flow.chunks[number].words[n - flow.chunks[number].from];
+  const top = word.getBoundingClientRect().top - flow.box.getBoundingClientRect().top + flow.box.scrollTop;
+  reveal(flow.box, top, top + word.offsetHeight);
+}
 
 const dressed = new WeakMap(); // what each word wears, so that only words that change are touched
 
@@ -54,37 +107,44 @@ function receivedScale(layer, head) {
   head.received.forEach((amount, j) => {
     if (!tokens[j][2] && amount > most) most = amount;
   });
-  if (!most) most = Math.max(1e-9, ...head.received);
+  if (!most) most = head.received.reduce((a, b) => Math.max(a, b), 1e-9);
   return (j) => Math.min(1, head.received[j] / most);
 }
 
-function drawTexts() {
+function drawText(flow) {
   const layer = chosenLayer();
   const head = chosenHead();
   const { query, key } = state.focus || { query: null, key: null };
-  for (const { words, note, index } of flows) {
-    const asks = layer.queryText === index;
-    const answers = layer.keyText === index;
-    const scale = answers && query === null && key === null ? receivedScale(layer, head) : null;
-    words.forEach((word, n) => {
+  const { note, index } = flow;
+  const asks = layer.queryText === index;
+  const answers = layer.keyText === index;
+  const scale = answers && query === null && key === null && !head.cells ? receivedScale(layer, head) : null;
+  for (const number of flow.shown) {
+    const { words, from } = flow.chunks[number];
+    words.forEach((word, m) => {
+      const n = from + m;
       const classes = [];
       if (asks && query !== null && n - layer.offset === query) classes.push("asking");
       if (answers && key !== null && n === key) classes.push("answering");
       let t = scale ? 0.8 * scale(n) : null;
       let found = null;
-      if (answers && query !== null) found = cell(layer, head, query, n);
+      if (head.cells) found = null;
+      else if (answers && query !== null) found = cell(layer, head, query, n);
       else if (asks && key !== null && query === null && n >= layer.offset) found = cell(layer, head, n - layer.offset, key);
       if (found && found.kind === KNOWN) t = height(found.weight);
       else if (found) classes.push(found.kind === UNKNOWN ? "unknown" : "barred");
       dress(word, classes, t !== null && t < 0.02 ? null : t);
     });
-    const title = `${layer.label}, head ${state.head}`;
-    if (scale) note.textContent = `Shaded by the attention each token receives in ${title}.`;
-    else if (answers && query !== null) note.textContent = `Shaded by where “${queryTokens(layer)[query][0]}” looks in ${title}.`;
-    else if (asks && key !== null) note.textContent = `Shaded by who looks at “${keyTokens(layer)[key][0]}” in ${title}.`;
-    else note.textContent = asks || answers ? "" : `Not part of ${title}.`;
   }
+  const title = `${layer.label}, head ${state.head}`;
+  if (scale) note.textContent = `Shaded by the attention each token receives in ${title}.`;
+  else if (head.cells) note.textContent = "";
+  else if (answers && query !== null) note.textContent = `Shaded by where “${queryTokens(layer)[query][0]}” looks in ${title}.`;
+  else if (asks && key !== null) note.textContent = `Shaded by who looks at “${keyTokens(layer)[key][0]}” in ${title}.`;
+  else note.textContent = asks || answers ? "" : `Not part of ${title}.`;
 }
+
+const drawTexts = () => flows.forEach(drawText);
 
 // What a row leaves out, as a sentence; null where it leaves out nothing.
 function restOf(layer, head, i) {
@@ -110,7 +170,10 @@ function sentence() {
   const { query, key } = state.focus || { query: null, key: null };
   const quote = (token, kind) => make("b", { class: kind }, token[0]);
   const parts = [];
-  if (query !== null && key !== null) {
+  if (head.cells) {
+    const how = data.served ? "The rest of this head is on its way." : "The page holds this head in overview alone: regard serve shows all of a record.";
+    parts.push(make("span", { class: "soft" }, how));
+  } else if (query !== null && key !== null) {
     const found = cell(layer, head, query, key);
     const told = {
       [KNOWN]: three(found.weight),
@@ -151,5 +214,14 @@ function sentence() {
   byId("reading").replaceChildren(make("p", {}, ...parts));
 }
 
+// What was pinned elsewhere comes into sight here.
+function showPinnedToken() {
+  if (!state.pin) return;
+  const layer = chosenLayer();
+  if (state.pin.query !== null) revealToken(layer.queryText, state.pin.query + layer.offset);
+  else revealToken(layer.keyText, state.pin.key);
+}
+
 on("head focus theme", drawTexts);
+on("pin", showPinnedToken);
 on("head focus", sentence);

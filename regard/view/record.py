@@ -66,11 +66,12 @@ class Rows:
     offset: int  # the place of the first query in its text
 
 
-def rows(record: Record, batch: int) -> Rows:
-    """The rows of one batch entry. Queries stand at the end of the keys where a cache makes L < S."""
-    keys = record.top.keys[batch].detach().cpu().long()
+def rows(record: Record, batch: int, heads: Sequence[int] | None = None) -> Rows:
+    """The rows of one batch entry, of some heads or all. Queries stand at the end of the keys where a cache makes L < S."""
+    some = slice(None) if heads is None else list(heads)
+    keys = record.top.keys[batch][some].detach().cpu().long()
     listed = keys >= 0
-    weights = record.top.weights[batch].detach().cpu().float().nan_to_num(0.0).masked_fill(~listed, 0.0)
+    weights = record.top.weights[batch][some].detach().cpu().float().nan_to_num(0.0).masked_fill(~listed, 0.0)
     offset = 0 if record.kind == "cross" else record.keys - record.queries
     allowed = torch.full((record.queries,), record.keys)
     if record.causal:
@@ -79,13 +80,13 @@ def rows(record: Record, batch: int) -> Rows:
     complete = (count < keys.shape[-1]) | (count >= allowed)
     exact = record.received is not None or bool(complete.all())
     if record.received is not None:
-        received = record.received[batch].detach().cpu().float().nan_to_num(0.0)
+        received = record.received[batch][some].detach().cpu().float().nan_to_num(0.0)
     else:
         received = torch.zeros(keys.shape[0], record.keys)
         received.scatter_add_(1, keys.clamp(min=0).flatten(1), weights.flatten(1))
     entropy = None
     if record.entropy is not None:
-        entropy = record.entropy[batch].detach().cpu().float().nan_to_num(0.0)
+        entropy = record.entropy[batch][some].detach().cpu().float().nan_to_num(0.0)
     elif bool(complete.all()):
         entropy = -torch.special.xlogy(weights, weights).sum(-1)
     rest = (1 - weights.sum(-1)).clamp(0, 1)

@@ -10,9 +10,10 @@ const state = {
   view: matchMedia("(max-width: 760px)").matches ? "lines" : "both",
   markers: true, // draw the lines to special tokens, which often hide all others
   habit: null, // the habit picked out in the overview
+  beside: null, // {layer, head}: another head, kept beside the chosen one
 };
 
-const listeners = { head: [], markers: [], pin: [], focus: [], show: [], view: [], habit: [], theme: [] };
+const listeners = { head: [], markers: [], pin: [], focus: [], show: [], view: [], habit: [], theme: [], beside: [] };
 
 const on = (topics, act) => topics.split(" ").forEach((topic) => listeners[topic].push(act));
 const tell = (topic) => listeners[topic].forEach((act) => act());
@@ -30,6 +31,13 @@ function chooseHead(layer, head) {
   if (!same) state.focus = state.pin = null; // its positions mean nothing in another text
   tell("head");
   tell("focus");
+  if (data.served && chosenHead().cells) {
+    fetchHead(layer, head).then((held) => {
+      if (!held || state.layer !== layer || state.head !== head) return;
+      tell("head");
+      tell("focus");
+    });
+  }
 }
 
 const sameFocus = (a, b) => (a && a.query) === (b && b.query) && (a && a.key) === (b && b.key);
