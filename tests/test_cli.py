@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from test_page import block
 
 from regard.cli import main
 from regard.look import look
 from regard.watch import Watched
-from tests.test_page import block
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_watch import dense
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 import regard
 from regard.watch import flex
-from tests.test_watch import dense
 
 EPS = torch.finfo(torch.float32).eps
 DOCUMENTS = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3])

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from records import random, seen
 from torch import Tensor
 
 from regard.watch import compare, differing, heads, share, similarity
-from tests.records import random, seen
 
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 1, 5, 3])
 SIZE = len(IDS)

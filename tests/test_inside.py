@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from test_watch import dense
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 import regard
 from regard.watch import inside
-from tests.test_watch import dense
 
 EPS = torch.finfo(torch.float32).eps
 LENGTHS = torch.tensor([7, 4, 6])

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import shutil
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Opener
 from records import random, seen
 from torch import Tensor
 
@@ -23,16 +21,6 @@ from regard.view.page import page
 from regard.view.record import rows
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
 TOKENS = ["[CLS]", "the", "cat", HOSTILE, "un", "##like", "'", '"', "&amp;", "{{data}}", "\u2028", "[SEP]"]
 FULL = [random(2, 5, 12, 12, seed=layer) for layer in range(3)]
 
@@ -142,60 +130,6 @@ def test_errors_name_the_argument() -> None:
 
 
 # What the browser makes of it
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not path:
-        if os.environ.get("REGARD_NO_BROWSER") == "1":
-            pytest.skip("REGARD_NO_BROWSER=1: the page is not tried in a browser")
-        pytest.fail("no chromium on the path: install it, name it in CHROMIUM, or set REGARD_NO_BROWSER=1 to skip")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield started
-        started.close()
-
-
-Opener = Callable[..., Any]
-
-
-@pytest.fixture
-def opened(browser: Any, tmp_path: Path) -> Iterator[Opener]:
-    """Opens a document as a file; by the end nothing may have complained, asked for anything or raised a dialog."""
-    complaints: list[str] = []
-    contexts = []
-
-    def refused(dialog: Any) -> None:
-        complaints.append(f"dialog: {dialog.message}")
-        dialog.dismiss()
-
-    def asked(url: str, own: str) -> None:
-        if url != own and not url.startswith(("data:", "blob:")):
-            complaints.append(f"request: {url}")
-
-    def open_page(document: str, width: int = 1400, scheme: str = "light", at: str = "", **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.set_default_timeout(8000)
-        path = tmp_path / f"{len(contexts)}.html"
-        path.write_text(document, encoding="utf-8")
-        address = path.as_uri()
-        tab.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
-        tab.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-        tab.on("dialog", refused)
-        tab.on("request", lambda request: asked(request.url.split("#")[0], address))
-        tab.goto(address + at)
-        tab.wait_for_selector("#grid[data-drawn]")
-        return tab
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
 
 
 def figures(tab: Any, kind: str) -> list[str]:

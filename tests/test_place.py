@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from test_watch import IDS, albert, bart, gpt2, t5
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import regard
-from tests.test_watch import IDS, albert, bart, gpt2, t5
 
 quiet = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 

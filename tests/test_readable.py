@@ -8,12 +8,12 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from test_watch import bert
 from torch import Tensor, nn
 
 import regard
 from regard.watch.counted import Counted
 from regard.watch.readable import readable
-from tests.test_watch import bert
 
 
 def test_a_hidden_kernel_gives_way_and_comes_back() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from records import random, seen
 from scipy.optimize import linprog
 from torch import Tensor
 
 from regard.watch import flow, rollout
-from tests.records import random, seen
 
 
 def stack(layers: int = 3, size: int = 7, batch: int = 2, causal: bool = False) -> list[Tensor]:

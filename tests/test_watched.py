@@ -10,12 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from records import random, seen
+from test_place import quiet
+from test_watch import IDS, bart, dense
 
 import regard
 from regard.watch import Record, Watched
-from tests.records import random, seen
-from tests.test_place import quiet
-from tests.test_watch import IDS, bart, dense
 
 
 def equal(a: Record, b: Record) -> bool:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from test_watch import dense
 from torch import Tensor, nn
 
 import regard
-from tests.test_watch import dense
 
 EPS = torch.finfo(torch.float32).eps
 X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,10 @@
-"""The command line: look, train, predict, evaluate, bench, doctor, demo."""
+"""The command line: look, serve, train, predict, evaluate, bench, doctor, demo."""
 
 from __future__ import annotations
 
 try:
     # The commands register themselves.
-    from regard.cli import bench, demo, doctor, look, predict, train  # noqa: F401
+    from regard.cli import bench, demo, doctor, look, predict, serve, train  # noqa: F401
     from regard.cli.app import main
 except ImportError as error:
     if error.name not in ("typer", "rich"):

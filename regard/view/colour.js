@@ -45,11 +45,14 @@ const shadeBytes = (t) => tables[theme()][Math.round(255 * Math.min(1, Math.max(
 
 const shade = (t) => `rgb(${shadeBytes(t).join(" ")})`;
 
-// Ink that reads on a shade: where the ramp crosses middle lightness (OKLCH 0.62), the ink turns over.
-function inkOn(t) {
-  if (theme() === "light") return t < 0.5 ? "#141824" : "#ffffff";
-  return t < 0.52 ? "#f2f4f9" : "#0c0f16";
+// The luminance of a colour of bytes, as WCAG has it.
+function luminance(bytes) {
+  const [r, g, b] = bytes.map((byte) => (byte <= 10 ? byte / 3294 : ((byte / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
+
+// Ink that reads on a shade: black or white, whichever stands out more, which is by 4.58 at least.
+const inkOn = (t) => (luminance(shadeBytes(t)) + 0.05 > Math.sqrt(1.05 * 0.05) ? "#000000" : "#ffffff");
 
 // A colour of the style sheet as it is now; a canvas understands neither var() nor light-dark().
 const probe = document.body.appendChild(document.createElement("i"));

@@ -43,7 +43,7 @@ class Data:
     def whole(self, budget: int) -> dict[str, Any]:
         """All of it as JSON has it, with heads in detail until their text is so many bytes."""
         details: dict[tuple[int, int], dict[str, Any]] = {}
-        size = sum(len(token[0]) + 12 for text in self._texts for token in map(_token, text))  # type: ignore[arg-type]
+        size = sum(len(reading.text) + len(reading.raw) + 12 for text in self._texts for reading in text)
         size += sum(len(layer["heads"]) for layer in self._layers) * (_CELLS**2 * 4 // 3 + 2 * _PARTS * 2 + 300)
         layers = [self._layers[n] | {"heads": list(self._layers[n]["heads"])} for n in range(len(self._layers))]
         for layer, head in self._by_interest():

@@ -21,6 +21,12 @@ function buildMatrix(box, source) {
   // x, y: the cell at the corner; size: pixels a cell, 0 for all that fits
   const view = { box, source, canvas, tip, mark, across, down, sheet, name, x: 0, y: 0, size: 0, left: 0, top: 0, wide: 0, high: 0, cell: 1 };
   matrices.push(view);
+  let room = 0;
+  new ResizeObserver(() => {
+    if (box.clientWidth === room) return;
+    room = box.clientWidth;
+    drawMatrix(view);
+  }).observe(box);
 
   for (const [text, label, act] of [["−", "Zoom out", () => zoom(view, 1 / 1.6)], ["Fit", "Show the whole matrix", () => zoom(view, 0)], ["+", "Zoom in", () => zoom(view, 1.6)]]) {
     const button = make("button", { type: "button", class: "quiet", "aria-label": label }, text);
@@ -30,7 +36,8 @@ function buildMatrix(box, source) {
 
   const at = (event) => {
     const place = canvas.getBoundingClientRect();
-    return [view.x + (event.clientX - place.left - view.left) / view.cell, view.y + (event.clientY - place.top - view.top) / view.cell];
+    const [left, top] = [event.clientX - place.left, event.clientY - place.top];
+    return [view.x + (left - view.left) / view.cell, view.y + (top - view.top) / view.cell, left, top];
   };
   const place = (event) => {
     const [x, y] = at(event);
@@ -104,16 +111,18 @@ function alike(view) {
   return matrices.filter((other) => other === view || (other.source() && shape(other.source()) === shape(view.source())));
 }
 
+// Zoom about a cell [x, y] that stands at [left, top] of the canvas, by default the one in the middle; by 0 to all that fits.
 function zoom(view, by, about = null) {
   const { layer } = view.source();
-  const [x, y] = about || (state.pin && state.pin.key !== null && state.pin.query !== null ? [state.pin.key + 0.5, state.pin.query + 0.5] : [view.x + view.wide / 2, view.y + view.high / 2]);
-  const fit = fitting(view, layer).size;
-  const size = by === 0 ? 0 : Math.min(LARGEST, view.cell * by);
+  const [x, y, left, top] = about || [view.x + view.wide / 2, view.y + view.high / 2, view.left + (view.wide * view.cell) / 2, view.top + (view.high * view.cell) / 2];
+  const fit = fitting(view, layer);
+  const wanted = Math.min(LARGEST, view.cell * by);
+  const size = wanted <= fit.size ? 0 : wanted >= LABELS ? Math.floor(wanted) : wanted;
   for (const other of alike(view)) {
-    const before = other.cell;
-    other.size = size <= fit ? 0 : size;
-    other.x = x - ((x - other.x) * before) / Math.max(size, fit);
-    other.y = y - ((y - other.y) * before) / Math.max(size, fit);
+    other.size = size;
+    const labelled = (size || fit.size) >= LABELS;
+    other.x = x - (left - (labelled ? fit.left : 0)) / (size || fit.size);
+    other.y = y - (top - (labelled ? fit.top : 0)) / (size || fit.size);
     drawMatrix(other);
   }
 }
@@ -148,9 +157,12 @@ function fitting(view, layer) {
   };
   const left = longest(queryTokens(layer));
   const top = longest(keyTokens(layer));
-  const labelled = (room - left - 2) / layer.keys;
-  const size = labelled >= LABELS ? Math.floor(labelled) : room / layer.keys;
-  return { room, left, top, size: Math.min(size, LARGEST) };
+  const high = Math.max(440, 0.74 * innerHeight);
+  // One that is far higher than wide is as wide as there is room, and moves.
+  const tall = layer.queries > 3 * layer.keys;
+  const labelled = Math.min((room - left - 2) / layer.keys, tall ? LARGEST : (high - top) / layer.queries);
+  const size = labelled >= LABELS ? Math.floor(labelled) : Math.min(room / layer.keys, tall ? LABELS : high / layer.queries);
+  return { room, high, left, top, size: Math.min(size, LARGEST) };
 }
 
 function drawMatrix(view) {
@@ -165,7 +177,7 @@ function drawMatrix(view) {
   const left = labelled ? fit.left : 0;
   const top = labelled ? fit.top : 0;
   const across = Math.min(size * layer.keys, fit.room - left);
-  const down = Math.min(size * layer.queries, Math.max(440, 0.74 * innerHeight) - top);
+  const down = Math.min(size * layer.queries, fit.high - top);
   const clamp = (n, most) => Math.max(0, Math.min(most, n));
   Object.assign(view, { cell: size, left, top, wide: across / size, high: down / size });
   view.x = clamp(view.x, layer.keys - view.wide);
@@ -331,4 +343,3 @@ const drawMatrices = () => state.view !== "lines" && matrices.forEach(drawMatrix
 on("head view theme beside", drawMatrices);
 on("focus", () => matrices.forEach(markCell));
 on("pin", () => state.pin && matrices.forEach((view) => view.source() && show(view, state.pin.query, state.pin.key)));
-addEventListener("resize", () => requestAnimationFrame(drawMatrices));

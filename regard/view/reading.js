@@ -4,6 +4,7 @@ const CHUNK = 128; // tokens that are made, shown and shaded together, where a t
 
 const flows = data.texts.map((text, index) => {
   const box = make("p", { class: `flow${text.length > 60 ? " long" : ""}${text.length > 160 ? " endless" : ""}` });
+  if (text.length > 160) box.tabIndex = 0; // what scrolls is reached by the keys
   const note = make("span", { class: "flow-note soft" });
   const name = data.texts.length > 1 ? make("span", { class: "flow-name" }, index ? "Source" : "Text") : null;
   byId("texts").append(make("div", { class: "text" }, name, box, note));
