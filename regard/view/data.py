@@ -42,6 +42,7 @@ class Data:
 
     def whole(self, budget: int) -> dict[str, Any]:
         """All of it as JSON has it, with heads in detail until their text is so many bytes."""
+        start = self.start
         details: dict[tuple[int, int], dict[str, Any]] = {}
         size = sum(len(reading.text) + len(reading.raw) + 12 for text in self._texts for reading in text)
         size += sum(len(layer["heads"]) for layer in self._layers) * (_CELLS**2 * 4 // 3 + 2 * _PARTS * 2 + 300)
@@ -54,7 +55,7 @@ class Data:
                     details[layer, n] = packed
             packed = details[layer, head]
             size += sum(len(part) for part in packed.values() if isinstance(part, str))
-            if size > budget and (layer, head) != self.start:
+            if size > budget and (layer, head) != start:
                 break
             layers[layer]["heads"][head] = self._layers[layer]["heads"][head] | packed
         return {
@@ -63,7 +64,7 @@ class Data:
             "habits": HABITS,
             "texts": [[_token(reading) for reading in text] for text in self._texts],
             "layers": layers,
-            "start": list(self.start),
+            "start": list(start),
         }
 
     def details(self, layer: int, heads: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 // The text as it is read, shaded by the chosen head, and the sentence at the foot of the page that says the same in numbers.
 
-const CHUNK = 128; // tokens that are made, shown and shaded together, where a text is longer than that
+const CHUNK = 128; // tokens that are made, shown and shaded together, where a text is longer than that, or a few more
 
 const flows = data.texts.map((text, index) => {
   const box = make("p", { class: `flow${text.length > 60 ? " long" : ""}${text.length > 160 ? " endless" : ""}` });
@@ -23,8 +23,9 @@ const flows = data.texts.map((text, index) => {
     },
     { root: text.length > 160 ? box : null, rootMargin: "300px" },
   );
-  for (let from = 0; from < text.length; from += CHUNK) {
-    const tokens = text.slice(from, from + CHUNK);
+  for (let from = 0, to = 0; from < text.length; from = to) {
+    to = endOfChunk(text, from);
+    const tokens = text.slice(from, to);
     const element = make("span", { class: text.length > CHUNK ? "chunk" : "" });
     element.dataset.chunk = flow.chunks.length;
     const letters = tokens.reduce((sum, token) => sum + token[0].length + (token[1] ? 0 : 1), 0);
@@ -58,6 +59,13 @@ const flows = data.texts.map((text, index) => {
   return flow;
 });
 
+// Where a chunk ends: with a sentence or a line, if one ends soon.
+function endOfChunk(text, from) {
+  const to = Math.min(text.length, from + CHUNK);
+  for (let n = to; n < Math.min(text.length, to + CHUNK / 2); n++) if (/^[.!?↵]+$/.test(text[n - 1][0])) return n;
+  return to;
+}
+
 // What token n of a text is to the chosen layer: a query if it asks, else a key.
 function placeOf(index, n) {
   const layer = chosenLayer();
@@ -83,7 +91,7 @@ function makeChunk(flow, number) {
 function revealToken(index, n) {
   const flow = flows[index];
   if (!flow.box.classList.contains("endless")) return;
-  const number = Math.floor(n / CHUNK);
+  const number = flow.chunks.findLastIndex((chunk) => chunk.from <= n);
   makeChunk(flow, number);
   const word = flow.chunks[number].words[n - flow.chunks[number].from];
   const top = word.getBoundingClientRect().top - flow.box.getBoundingClientRect().top + flow.box.scrollTop;
@@ -101,12 +109,13 @@ function dress(word, classes, t) {
   word.style.color = t === null ? "" : inkOn(t);
 }
 
-// The part of the scale for attention received: the words' own greatest is full, since markers often take ten times as much.
+// The part of the scale for attention received: the words' own greatest is full, since markers and sinks take ten times as much.
 function receivedScale(layer, head) {
   const tokens = keyTokens(layer);
   let most = 0;
   head.received.forEach((amount, j) => {
-    if (!tokens[j][2] && amount > most) most = amount;
+    const sink = layer.causal && j === 0; // the first token, which later ones look at where they look at nothing
+    if (!tokens[j][2] && !sink && amount > most) most = amount;
   });
   if (!most) most = head.received.reduce((a, b) => Math.max(a, b), 1e-9);
   return (j) => Math.min(1, head.received[j] / most);

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 # Markers that stand for a place in the text (start, end, separator, padding), not for a word. `[UNK]` and `[MASK]`
 # stand for words and `<0x0A>` is a byte, so they are left out.
@@ -72,6 +72,7 @@ def is_marker(token: str) -> bool:
     return _MARKER.fullmatch(token) is not None
 
 
+@lru_cache(1 << 16)
 def is_punctuation(text: str) -> bool:
     """Whether a token's text is punctuation alone."""
     return bool(text) and all(unicodedata.category(c).startswith("P") for c in text)
@@ -99,6 +100,7 @@ def _byte_of() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(0x100 + n): b for n, b in enumerate(rest)}
 
 
+@lru_cache(1 << 16)
 def _bytes_to_text(raw: str) -> str:
     table = _byte_of()
     if not all(c in table for c in raw):
@@ -106,6 +108,7 @@ def _bytes_to_text(raw: str) -> str:
     return bytes(table[c] for c in raw).decode("utf-8", "replace")
 
 
+@lru_cache(1 << 16)
 def _visible(text: str) -> str:
     """White space and control characters as signs: as they are they would vanish, or steer a terminal or the layout."""
     if not text:
