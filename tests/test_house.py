@@ -185,6 +185,7 @@ TESTED_BY = {
     "cli.serve": "serve",
     "view.brief": "page",
     "view.data": "page",
+    "view.picture": "long_page",
     "view.pack": "page",
     "view.record": "page",
     "view.token": "page",

@@ -44,6 +44,15 @@ addEventListener("keydown", (event) => {
   if (event.key === "Escape") release();
 });
 
+// In a notebook's frame, the page says which head is chosen, and is told.
+if (parent !== window) {
+  on("head", () => parent.postMessage({ regardHead: [state.layer, state.head] }, "*"));
+  addEventListener("message", (event) => {
+    const [layer, head] = Array.isArray(event.data?.regardHead) ? event.data.regardHead : [];
+    if (event.source === parent && data.layers[layer]?.heads[head]) chooseHead(layer, head);
+  });
+}
+
 fromAddress();
 for (const topic of ["theme", "view", "beside", "head", "focus", "show", "habit"]) tell(topic);
 document.documentElement.dataset.ready = "";

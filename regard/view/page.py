@@ -16,9 +16,12 @@ from importlib import resources
 from typing import Any
 
 from regard.view.data import Data
+from regard.view.picture import Picture
 from regard.view.record import Record
 
-SCRIPTS = ("decode", "colour", "state", "reading", "overview", "lines", "matrix", "detail", "save", "search", "page")
+SCRIPTS = (
+    "decode", "colour", "state", "reading", "picture", "overview", "lines", "matrix", "detail", "save", "search", "page",
+)  # fmt: skip
 BUDGET = 20_000_000  # bytes of data: a browser takes that in a second
 
 
@@ -31,6 +34,7 @@ def page(
     batch: int = 0,
     key_tokens: Sequence[str] | None = None,
     budget: int = BUDGET,
+    picture: Picture | None = None,
 ) -> str:
     """A whole HTML document, as text, that shows what every head of `records` attends to.
 
@@ -43,14 +47,26 @@ def page(
     states the weight it does not show. Every head is in the overview; in detail, as many as fit in `budget` bytes, the
     most telling first (`regard serve` shows them all).
 
-    Raises ValueError where `records` is empty or the tokens do not fit them.
+    `picture` is what the text that is looked at was cut from, for vision models: its patches are shaded as words are.
+
+    Raises ValueError where `records` is empty, the tokens do not fit them, or the picture does not fit the tokens.
     """
-    return document(Data(records, tokens, key_tokens, batch), title, subtitle, budget)
+    patches = None if picture is None else picture.describe(len(tokens if key_tokens is None else key_tokens))
+    return document(Data(records, tokens, key_tokens, batch), title, subtitle, budget, picture=patches)
 
 
-def document(data: Data, title: str = "", subtitle: str = "", budget: int = BUDGET, served: bool = False) -> str:
-    """The same of data; one that is `served` asks for the heads that it does not hold."""
-    whole = {"title": title, "subtitle": subtitle, "served": served, **data.whole(budget)}
+def document(
+    data: Data,
+    title: str = "",
+    subtitle: str = "",
+    budget: int = BUDGET,
+    served: bool = False,
+    picture: dict[str, Any] | None = None,
+) -> str:
+    """The same of data, and of a picture as `Picture.describe` gives it; one that is `served` asks for the heads that it
+    does not hold.
+    """
+    whole = {"title": title, "subtitle": subtitle, "served": served, "picture": picture, **data.whole(budget)}
     return _document(title or "What the heads look at", whole, served)
 
 

@@ -74,6 +74,8 @@ function placeOf(index, n) {
   return query < 0 || query >= layer.queries ? [null, n] : [query, null];
 }
 
+const isPatch = (index, n) => Boolean(data.picture) && index === data.texts.length - 1 && n >= data.picture.first;
+
 function makeChunk(flow, number) {
   const chunk = flow.chunks[number];
   if (chunk.words) return;
@@ -81,6 +83,7 @@ function makeChunk(flow, number) {
     const n = chunk.from + m;
     const word = make("span", { class: `word${token[2] ? " marker" : ""}${token[1] ? " joined" : ""}`, title: `${rawOf(token)}  (token ${n})`, tabindex: "-1" }, token[0]);
     word.dataset.token = n;
+    word.hidden = isPatch(flow.index, n); // the picture shows it
     if (m && !token[1]) chunk.element.append(" ");
     chunk.element.append(word);
     return word;
@@ -121,6 +124,30 @@ function receivedScale(layer, head) {
   return (j) => Math.min(1, head.received[j] / most);
 }
 
+// How token n of a text stands to what is chosen: the part of the scale that it is shaded by, or null, and the classes it wears.
+function standing(layer, head, index, n, scale) {
+  const { query, key } = state.focus || { query: null, key: null };
+  const asks = layer.queryText === index;
+  const answers = layer.keyText === index;
+  const classes = [];
+  if (asks && query !== null && n - layer.offset === query) classes.push("asking");
+  if (answers && key !== null && n === key) classes.push("answering");
+  let t = scale ? 0.8 * scale(n) : null;
+  let found = null;
+  if (head.cells) found = null;
+  else if (answers && query !== null) found = cell(layer, head, query, n);
+  else if (asks && key !== null && query === null && n >= layer.offset) found = cell(layer, head, n - layer.offset, key);
+  if (found && found.kind === KNOWN) t = height(found.weight);
+  else if (found) classes.push(found.kind === UNKNOWN ? "unknown" : "barred");
+  return { t: t !== null && t < 0.02 ? null : t, classes };
+}
+
+// The scale of a text while nothing is pointed at; null where something is, or nothing is known.
+function restingScale(layer, head, index) {
+  const { query, key } = state.focus || { query: null, key: null };
+  return layer.keyText === index && query === null && key === null && !head.cells ? receivedScale(layer, head) : null;
+}
+
 function drawText(flow) {
   const layer = chosenLayer();
   const head = chosenHead();
@@ -128,22 +155,12 @@ function drawText(flow) {
   const { note, index } = flow;
   const asks = layer.queryText === index;
   const answers = layer.keyText === index;
-  const scale = answers && query === null && key === null && !head.cells ? receivedScale(layer, head) : null;
+  const scale = restingScale(layer, head, index);
   for (const number of flow.shown) {
     const { words, from } = flow.chunks[number];
     words.forEach((word, m) => {
-      const n = from + m;
-      const classes = [];
-      if (asks && query !== null && n - layer.offset === query) classes.push("asking");
-      if (answers && key !== null && n === key) classes.push("answering");
-      let t = scale ? 0.8 * scale(n) : null;
-      let found = null;
-      if (head.cells) found = null;
-      else if (answers && query !== null) found = cell(layer, head, query, n);
-      else if (asks && key !== null && query === null && n >= layer.offset) found = cell(layer, head, n - layer.offset, key);
-      if (found && found.kind === KNOWN) t = height(found.weight);
-      else if (found) classes.push(found.kind === UNKNOWN ? "unknown" : "barred");
-      dress(word, classes, t !== null && t < 0.02 ? null : t);
+      const { t, classes } = standing(layer, head, index, from + m, scale);
+      dress(word, classes, t);
     });
   }
   const title = `${layer.label}, head ${state.head}`;
