@@ -74,7 +74,9 @@ function placeOf(index, n) {
   return query < 0 || query >= layer.queries ? [null, n] : [query, null];
 }
 
-const isPatch = (index, n) => Boolean(data.picture) && index === data.texts.length - 1 && n >= data.picture.first;
+function isPatch(index, n) {
+  return Boolean(data.picture) && index === data.texts.length - 1 && n >= data.picture.first;
+}
 
 function makeChunk(flow, number) {
   const chunk = flow.chunks[number];
