@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
-from regard.summary import Seen, Summary
+from regard.summary import Seen, Summary, Top
 from regard.watch import inside
 from regard.watch.ask import Shape
 from regard.watch.compare import Compared, compare, differing
@@ -102,16 +103,22 @@ class _Ask:
         _, heads, queries, keys = shape
         seen = seen.each(Tensor.detach)
         assert seen.top is not None and seen.max is not None
+        kind = self._place.kind(self._name, causal, queries, keys)
+        top = seen.top
+        if causal and kind == "decoder":
+            # Large negative numbers forbid later keys as a mask does, but leave them among those of weight 0.
+            own = torch.arange(queries, device=top.keys.device) + keys - queries
+            top = Top(top.weights, top.keys.masked_fill((top.keys > own[:, None]) & (top.weights == 0), -1))
         self._watched.records.append(
             Record(
                 name=self._name,
                 layer=self._layer,
                 call=self._place.call,
-                kind=self._place.kind(self._name, causal, queries, keys),
+                kind=kind,
                 heads=heads,
                 queries=queries,
                 keys=keys,
-                top=seen.top,
+                top=top,
                 max=seen.max,
                 received=seen.received,
                 entropy=seen.entropy,
