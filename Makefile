@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # The native kernels are built against the torch that is installed, not one of their own.
 INSTALL := $(PIP) --no-build-isolation
 
-.PHONY: demo test test-all check docs bench clean
+.PHONY: demo test test-all check docs bench page clean
 
 demo: $(VENV)/demo
 	$(BIN)/regard demo --out build/demo
@@ -26,6 +26,10 @@ check: $(VENV)/dev
 # The docstrings as pages, in build/docs.
 docs: $(VENV)/dev
 	$(BIN)/pdoc --math --output-directory build/docs regard '!regard.cli'
+
+# The script of the page, from its source; a test holds the one to the other. esbuild 0.17.0 is Debian's.
+page:
+	esbuild frontend/page.js --bundle --format=iife --charset=utf8 --minify --outfile=regard/view/page.js
 
 # The figures of the README.
 bench: $(VENV)/demo

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +88,19 @@ def test_a_page_that_is_too_large_keeps_the_largest_weights_and_says_what_it_lef
 def test_a_page_of_72_heads_and_128_tokens_stays_small() -> None:
     records = [seen(random(1, 12, 128, 128, seed=layer, sharp=1.0), layer) for layer in range(6)]
     assert len(page(records, [f"token{n}" for n in range(128)]).encode()) < 2_500_000
+
+
+def test_the_script_is_built_from_its_source(tmp_path: Path) -> None:
+    """What is in the package is what `make page` makes; other versions of esbuild write the same otherwise."""
+    esbuild = shutil.which("esbuild")
+    version = esbuild and subprocess.run([esbuild, "--version"], capture_output=True, text=True).stdout.strip()
+    if version != "0.17.0":
+        pytest.skip(f"esbuild 0.17.0 makes the script, and here is {version or 'none'}")
+    root = Path(__file__).parent.parent
+    command = next(line for line in (root / "Makefile").read_text().splitlines() if line.startswith("\tesbuild "))
+    built = tmp_path / "page.js"
+    subprocess.run([*command.split()[:-1], f"--outfile={built}"], cwd=root, check=True, capture_output=True)
+    assert built.read_text("utf-8") == (root / "regard/view/page.js").read_text("utf-8"), "run `make page`"
 
 
 def test_no_token_or_title_leaves_its_place() -> None:

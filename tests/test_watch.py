@@ -143,7 +143,9 @@ def test_kinds_and_names() -> None:
     assert [record.causal for record in seen][:6] == [False, False, True, False, True, False]
     assert [record.layer for record in seen] == [*range(6), *range(6)]
     assert {record.call for record in seen[6:]} == {1}
-    assert int((seen[2].top.keys[0, 0] >= 0).sum(-1)[1]) == 2, "a later key is none, though it is in the list of T5's mask"
+    assert int((seen[2].top.keys[0, 0] >= 0).sum(-1)[1]) == 2, (
+        "a later key is none, though it is in the list of T5's mask"
+    )
     assert seen[3].name == "decoder.block.0.layer.1.EncDecAttention"
     assert repr(seen) == "Watched(12 calls in 6 layers; 4 heads, 9 queries x 17 keys at last)"
 

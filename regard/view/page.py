@@ -19,9 +19,6 @@ from regard.view.data import Data
 from regard.view.picture import Picture
 from regard.view.record import Record
 
-SCRIPTS = (
-    "decode", "colour", "state", "reading", "picture", "overview", "lines", "matrix", "detail", "save", "search", "page",
-)  # fmt: skip
 BUDGET = 20_000_000  # bytes of data: a browser takes that in a second
 
 
@@ -73,8 +70,7 @@ def document(
 def _document(title: str, data: dict[str, Any], served: bool) -> str:
     assets = resources.files("regard.view")
     style = assets.joinpath("page.css").read_text("utf-8")
-    parts = [assets.joinpath(f"{name}.js").read_text("utf-8") for name in SCRIPTS]
-    script = '"use strict";\n(() => {\n' + "\n".join(parts) + "})();\n"
+    script = assets.joinpath("page.js").read_text("utf-8")  # built from frontend/ by `make page`
     policy = (
         f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"

@@ -1,7 +1,9 @@
 // What is chosen, and who wants to know. `focus` is what is pointed at: a query, a key, or both (one cell); `pin` is what stays
 // when the pointer leaves.
 
-const state = {
+import { data, fetchHead, headOf } from "./decode.js";
+
+export const state = {
   layer: data.start[0],
   head: data.start[1],
   focus: null, // {query, key}, either may be null
@@ -15,13 +17,13 @@ const state = {
 
 const listeners = { head: [], markers: [], pin: [], focus: [], show: [], view: [], habit: [], theme: [], beside: [] };
 
-const on = (topics, act) => topics.split(" ").forEach((topic) => listeners[topic].push(act));
-const tell = (topic) => listeners[topic].forEach((act) => act());
+export const on = (topics, act) => topics.split(" ").forEach((topic) => listeners[topic].push(act));
+export const tell = (topic) => listeners[topic].forEach((act) => act());
 
-const chosenLayer = () => data.layers[state.layer];
-const chosenHead = () => headOf(state.layer, state.head);
+export const chosenLayer = () => data.layers[state.layer];
+export const chosenHead = () => headOf(state.layer, state.head);
 
-function chooseHead(layer, head) {
+export function chooseHead(layer, head) {
   if (layer === state.layer && head === state.head) return;
   const before = chosenLayer();
   state.layer = layer;
@@ -40,16 +42,16 @@ function chooseHead(layer, head) {
   }
 }
 
-const sameFocus = (a, b) => (a && a.query) === (b && b.query) && (a && a.key) === (b && b.key);
+export const sameFocus = (a, b) => (a && a.query) === (b && b.query) && (a && a.key) === (b && b.key);
 
-function point(query, key) {
+export function point(query, key) {
   const focus = query === null && key === null ? state.pin : { query, key };
   if (sameFocus(focus, state.focus)) return;
   state.focus = focus;
   tell("focus");
 }
 
-function pin(query, key) {
+export function pin(query, key) {
   const wanted = { query, key };
   state.pin = state.pin && sameFocus(state.pin, wanted) ? null : wanted;
   state.focus = state.pin || (query === null && key === null ? null : wanted);
@@ -57,18 +59,18 @@ function pin(query, key) {
   tell("pin");
 }
 
-function release() {
+export function release() {
   state.pin = state.focus = null;
   tell("focus");
 }
 
 // The tokens of the chosen layer's queries and keys: [text, continues, marker, raw].
-const queryTokens = (layer) => data.texts[layer.queryText].slice(layer.offset, layer.offset + layer.queries);
-const keyTokens = (layer) => data.texts[layer.keyText];
-const rawOf = (token) => (token.length > 3 ? token[3] : token[0]);
+export const queryTokens = (layer) => data.texts[layer.queryText].slice(layer.offset, layer.offset + layer.queries);
+export const keyTokens = (layer) => data.texts[layer.keyText];
+export const rawOf = (token) => (token.length > 3 ? token[3] : token[0]);
 
 // Elements. Text goes in as text nodes only, so no token can become markup.
-function make(tag, attributes = {}, ...children) {
+export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name === "class") element.className = value;
@@ -78,19 +80,19 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-const byId = (id) => document.getElementById(id);
-const three = (number) => number.toFixed(3);
-const atMost = (number) => (number < 0.0005 ? "<0.001" : `≤${three(number)}`);
+export const byId = (id) => document.getElementById(id);
+export const three = (number) => number.toFixed(3);
+export const atMost = (number) => (number < 0.0005 ? "<0.001" : `≤${three(number)}`);
 // Scroll a box, and nothing around it, so that a part of it (pixels from its top) is in sight.
-function reveal(box, from, to) {
+export function reveal(box, from, to) {
   if (from >= box.scrollTop && to <= box.scrollTop + box.clientHeight) return;
   box.scrollTop = Math.max(0, (from + to - box.clientHeight) / 2);
 }
 
-const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+export const many = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 // A row of options of which one is chosen, as radio buttons are: arrows move, and the choice follows.
-function segments(box, options, read, write, topic) {
+export function segments(box, options, read, write, topic) {
   const buttons = options.map(([value, text, hint]) => {
     const button = make("button", { type: "button", role: "radio", title: hint }, text);
     button.addEventListener("click", () => choose(value));

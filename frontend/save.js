@@ -1,5 +1,11 @@
 // The drawing of the chosen head as a picture: an SVG that stands alone, with the matrix inside it where it is shown.
 
+import { data } from "./decode.js";
+import { cssColour } from "./colour.js";
+import { byId, chosenHead, chosenLayer, keyTokens, make, queryTokens, state } from "./state.js";
+import { ROW, hot, linesView, rest } from "./lines.js";
+import { matrices } from "./matrix.js";
+
 const escaped = (text) => text.replace(/[<>&"']/g, (c) => `&#${c.charCodeAt(0)};`).replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f]/g, "\ufffd");
 
 function picture() {

@@ -2,10 +2,15 @@
 // wheel with Ctrl, the keys + - 0 and the buttons zoom; dragging, the wheel and the arrow keys move. Point at a cell, or move over
 // the cells with the arrow keys.
 
+import { BARRED, KNOWN, UNKNOWN, allowed, cell, data, headOf } from "./decode.js";
+import { cssColour, height, tables, texture, theme } from "./colour.js";
+import { atMost, byId, chosenHead, chosenLayer, keyTokens, make, on, pin, point, queryTokens, state, three } from "./state.js";
+import { CELLS } from "./overview.js";
+
 const LABELS = 11; // cells of this many pixels or more leave room for the tokens beside them
 const LARGEST = 34; // pixels of a cell
 
-const matrices = [];
+export const matrices = [];
 
 // `source` gives the layer and the head that are shown, or null.
 function buildMatrix(box, source) {

@@ -1,5 +1,9 @@
 // The chosen head in words and figures, its tools, and the key to the colours.
 
+import { data, reach } from "./decode.js";
+import { height, shade } from "./colour.js";
+import { byId, chooseHead, chosenHead, chosenLayer, keyTokens, make, on, pin, queryTokens, segments, state, tell, three } from "./state.js";
+
 function figures() {
   const layer = chosenLayer();
   const head = chosenHead();

@@ -1,5 +1,9 @@
 // The text as it is read, shaded by the chosen head, and the sentence at the foot of the page that says the same in numbers.
 
+import { BARRED, KNOWN, UNKNOWN, allowed, cell, data, reach } from "./decode.js";
+import { height, inkOn, shade, theme } from "./colour.js";
+import { atMost, byId, chosenHead, chosenLayer, keyTokens, make, many, on, pin, point, queryTokens, rawOf, reveal, state, three } from "./state.js";
+
 const CHUNK = 128; // tokens that are made, shown and shaded together, where a text is longer than that, or a few more
 
 const flows = data.texts.map((text, index) => {
@@ -67,7 +71,7 @@ function endOfChunk(text, from) {
 }
 
 // What token n of a text is to the chosen layer: a query if it asks, else a key.
-function placeOf(index, n) {
+export function placeOf(index, n) {
   const layer = chosenLayer();
   if (layer.queryText !== index) return [null, n];
   const query = n - layer.offset;
@@ -93,7 +97,7 @@ function makeChunk(flow, number) {
 }
 
 // Bring a token of a text into the sight of its box.
-function revealToken(index, n) {
+export function revealToken(index, n) {
   const flow = flows[index];
   if (!flow.box.classList.contains("endless")) return;
   const number = flow.chunks.findLastIndex((chunk) => chunk.from <= n);
@@ -115,7 +119,7 @@ function dress(word, classes, t) {
 }
 
 // The part of the scale for attention received: the words' own greatest is full, since markers and sinks take ten times as much.
-function receivedScale(layer, head) {
+export function receivedScale(layer, head) {
   const tokens = keyTokens(layer);
   let most = 0;
   head.received.forEach((amount, j) => {
@@ -127,7 +131,7 @@ function receivedScale(layer, head) {
 }
 
 // How token n of a text stands to what is chosen: the part of the scale that it is shaded by, or null, and the classes it wears.
-function standing(layer, head, index, n, scale) {
+export function standing(layer, head, index, n, scale) {
   const { query, key } = state.focus || { query: null, key: null };
   const asks = layer.queryText === index;
   const answers = layer.keyText === index;
@@ -145,7 +149,7 @@ function standing(layer, head, index, n, scale) {
 }
 
 // The scale of a text while nothing is pointed at; null where something is, or nothing is known.
-function restingScale(layer, head, index) {
+export function restingScale(layer, head, index) {
   const { query, key } = state.focus || { query: null, key: null };
   return layer.keyText === index && query === null && key === null && !head.cells ? receivedScale(layer, head) : null;
 }

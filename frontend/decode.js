@@ -1,6 +1,6 @@
 // The data of the page, unpacked when it is first asked for. The packing is described in pack.py.
 
-const data = JSON.parse(document.getElementById("data").textContent);
+export const data = JSON.parse(document.getElementById("data").textContent);
 
 function numbers(text) {
   const bytes = atob(text);
@@ -24,7 +24,7 @@ const decoded = new Map();
 
 // One head: row i holds the entries start[i] .. start[i + 1] of `key` (rising) and `weight`. Where complete[i] is 0, rest[i] is
 // the weight that falls on keys which are not in the row, and no key left out weighs more than least[i].
-function headOf(layerIndex, headIndex) {
+export function headOf(layerIndex, headIndex) {
   const id = layerIndex * 4096 + headIndex;
   if (decoded.has(id)) return decoded.get(id);
   const layer = data.layers[layerIndex];
@@ -35,7 +35,7 @@ function headOf(layerIndex, headIndex) {
 }
 
 // A served page asks for the heads that it does not hold; the answer takes the place of the overview.
-async function fetchHead(layerIndex, headIndex) {
+export async function fetchHead(layerIndex, headIndex) {
   const answer = await fetch(`head/${layerIndex}/${headIndex}`);
   if (!answer.ok) return false;
   Object.assign(data.layers[layerIndex].heads[headIndex], await answer.json());
@@ -91,22 +91,22 @@ function detailOf(layer, packed) {
 }
 
 // How many keys query i may attend, by the causal rule alone.
-function allowed(layer, i) {
+export function allowed(layer, i) {
   return layer.causal ? Math.max(0, Math.min(layer.keys, i + layer.offset + 1)) : layer.keys;
 }
 
 // How many keys query i may attend, as far as the page knows.
-function reach(layer, head, i) {
+export function reach(layer, head, i) {
   if (head.cells) return allowed(layer, i);
   return head.complete[i] ? head.start[i + 1] - head.start[i] : allowed(layer, i);
 }
 
-const KNOWN = 0;
-const UNKNOWN = 1; // may be attended, but its weight was not recorded
-const BARRED = 2; // may not be attended
+export const KNOWN = 0;
+export const UNKNOWN = 1; // may be attended, but its weight was not recorded
+export const BARRED = 2; // may not be attended
 
 // The weight between query i and key j: {kind, weight}; for an unknown one, `weight` is the most it can be.
-function cell(layer, head, i, j) {
+export function cell(layer, head, i, j) {
   if (head.cells) return { kind: j < allowed(layer, i) ? UNKNOWN : BARRED, weight: 1 };
   let low = head.start[i];
   let high = head.start[i + 1];

@@ -1,6 +1,8 @@
 // One scale for every weight on the page: a ramp of even lightness steps (OKLCH, blue), shown by the square root of the weight,
 // since most weights are small. In the dark theme the ramp runs from dark to light, so that more always stands out more.
 
+import { UNKNOWN } from "./decode.js";
+
 const RAMPS = {
   light: [[0.965, 0.012, 250], [0.83, 0.075, 245], [0.69, 0.125, 250], [0.53, 0.155, 260], [0.38, 0.14, 268], [0.25, 0.1, 275]],
   dark: [[0.245, 0.025, 265], [0.37, 0.085, 268], [0.51, 0.13, 262], [0.66, 0.13, 248], [0.81, 0.09, 225], [0.96, 0.045, 190]],
@@ -30,20 +32,20 @@ function table(stops) {
   return out;
 }
 
-const tables = { light: table(RAMPS.light), dark: table(RAMPS.dark) };
+export const tables = { light: table(RAMPS.light), dark: table(RAMPS.dark) };
 
-const wantsDark = matchMedia("(prefers-color-scheme: dark)");
+export const wantsDark = matchMedia("(prefers-color-scheme: dark)");
 
-function theme() {
+export function theme() {
   return document.documentElement.dataset.theme || (wantsDark.matches ? "dark" : "light");
 }
 
 // The place of a weight on the scale, 0 to 1.
-const height = (weight) => Math.sqrt(Math.min(1, Math.max(0, weight)));
+export const height = (weight) => Math.sqrt(Math.min(1, Math.max(0, weight)));
 
 const shadeBytes = (t) => tables[theme()][Math.round(255 * Math.min(1, Math.max(0, t)))];
 
-const shade = (t) => `rgb(${shadeBytes(t).join(" ")})`;
+export const shade = (t) => `rgb(${shadeBytes(t).join(" ")})`;
 
 // The luminance of a colour of bytes, as WCAG has it.
 function luminance(bytes) {
@@ -52,18 +54,18 @@ function luminance(bytes) {
 }
 
 // Ink that reads on a shade: black or white, whichever stands out more, which is by 4.58 at least.
-const inkOn = (t) => (luminance(shadeBytes(t)) + 0.05 > Math.sqrt(1.05 * 0.05) ? "#000000" : "#ffffff");
+export const inkOn = (t) => (luminance(shadeBytes(t)) + 0.05 > Math.sqrt(1.05 * 0.05) ? "#000000" : "#ffffff");
 
 // A colour of the style sheet as it is now; a canvas understands neither var() nor light-dark().
 const probe = document.body.appendChild(document.createElement("i"));
 probe.hidden = true;
-function cssColour(name) {
+export function cssColour(name) {
   probe.style.color = `var(${name})`;
   return getComputedStyle(probe).color;
 }
 
 // A texture to fill with: strokes aslant for a weight that was not recorded, dots for a key that may not be attended.
-function texture(context, kind, scale) {
+export function texture(context, kind, scale) {
   const size = Math.round((kind === UNKNOWN ? 6 : 5) * scale);
   const tile = document.createElement("canvas");
   tile.width = tile.height = size;

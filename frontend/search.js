@@ -1,5 +1,9 @@
 // Find a token: what holds the letters that are sought, in any case of theirs; Enter goes from one to the next.
 
+import { data } from "./decode.js";
+import { byId, chosenLayer, pin, rawOf, sameFocus, state } from "./state.js";
+import { placeOf, revealToken } from "./reading.js";
+
 const search = { sought: "", places: [], at: -1 };
 
 function find() {

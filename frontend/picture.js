@@ -1,5 +1,9 @@
 // The picture that the tokens were cut from: its patches are pointed at, kept and shaded as words are.
 
+import { data } from "./decode.js";
+import { byId, chosenHead, chosenLayer, make, on, pin, point } from "./state.js";
+import { placeOf, restingScale, standing } from "./reading.js";
+
 const pictureText = data.texts.length - 1; // what is looked at
 let patches = null;
 

@@ -1,9 +1,13 @@
 // Every head at a glance: a row a layer, a column a head, and in each thumbnail its pattern, what its keys receive or how wide its
 // queries look.
 
+import { allowed, data, headOf, reach } from "./decode.js";
+import { cssColour, height, shade, tables, theme } from "./colour.js";
+import { byId, chooseHead, chosenLayer, make, on, reveal, segments, state, tell } from "./state.js";
+
 const dense = data.layers.some((layer) => layer.heads.length > 16);
 const THUMB = dense ? 32 : 96; // pixels a side, about
-const CELLS = 32; // of a head that the page holds in overview alone, as in data.py
+export const CELLS = 32; // of a head that the page holds in overview alone, as in data.py
 const POOL = dense ? 32 : 40; // cells a side; a longer text is pooled by its greatest weight, so a thin line stays a line
 
 function drawPattern(canvas, layer, head) {

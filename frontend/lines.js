@@ -1,6 +1,11 @@
 // The chosen head as lines: queries on the left, keys on the right, a curve for every weight, numbers beside the tokens.
 
-const ROW = 26; // the height of a token's row in pixels, the same in page.css
+import { BARRED, KNOWN, UNKNOWN, cell, reach } from "./decode.js";
+import { height } from "./colour.js";
+import { atMost, byId, chosenHead, chosenLayer, keyTokens, make, on, pin, point, queryTokens, rawOf, reveal, state, three } from "./state.js";
+import { receivedScale } from "./reading.js";
+
+export const ROW = 26; // the height of a token's row in pixels, the same in page.css
 const LEVELS = 16; // curves of like weight share one path, so that a page draws sixteen shapes and not ten thousand
 const CURVES = 2400; // as many as are drawn at rest; the rest appear when a token is chosen
 const SVG = "http://www.w3.org/2000/svg";
@@ -8,7 +13,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const AHEAD = 24; // rows that are held ready beyond those in sight
 const SHORT = 400; // a text of fewer tokens has all its rows at once
 
-const linesView = { shape: "", asks: null, answers: null, from: 0, to: 0, cutoff: 0 };
+export const linesView = { shape: "", asks: null, answers: null, from: 0, to: 0, cutoff: 0 };
 
 function drawing(name, strength) {
   const svg = document.createElementNS(SVG, "svg");
@@ -27,8 +32,8 @@ function drawing(name, strength) {
   return { svg, paths };
 }
 
-const rest = drawing("curves resting", 1.3);
-const hot = drawing("curves hot", 0.7);
+export const rest = drawing("curves resting", 1.3);
+export const hot = drawing("curves hot", 0.7);
 
 // A curve that leaves sight leads a little beyond it: one that is a million pixels long takes as long to draw.
 const inSight = (n) => Math.max(linesView.from - 2 * AHEAD, Math.min(linesView.to + 2 * AHEAD, n));
