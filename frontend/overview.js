@@ -102,7 +102,7 @@ function buildOverview() {
   document.querySelector("main").classList.toggle("wide", dense);
   const groups = new Map(); // layers of one kind stand together
   data.layers.forEach((layer, n) => {
-    const name = layer.label.split("layer")[0].trim() || "self";
+    const name = layer.label.split("layer")[0].trim().replace(/:$/, "") || "self";
     if (!groups.has(name)) groups.set(name, []);
     groups.get(name).push(n);
   });

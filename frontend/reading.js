@@ -10,7 +10,7 @@ const flows = data.texts.map((text, index) => {
   const box = make("p", { class: `flow${text.length > 60 ? " long" : ""}${text.length > 160 ? " endless" : ""}` });
   if (text.length > 160) box.tabIndex = 0; // what scrolls is reached by the keys
   const note = make("span", { class: "flow-note soft" });
-  const name = data.texts.length > 1 ? make("span", { class: "flow-name" }, index ? "Source" : "Text") : null;
+  const name = data.texts.length > 1 ? make("span", { class: "flow-name" }, data.names[index]) : null;
   byId("texts").append(make("div", { class: "text" }, name, box, note));
   const flow = { text, box, note, index, chunks: [], shown: new Set() };
   // What is out of sight is not made, and what was made and left sight is not shaded again until it is back.

@@ -15,7 +15,7 @@ from test_page import block, figures, read_back
 from torch import Tensor
 
 from regard.summary import Top
-from regard.view.data import Data
+from regard.view.data import Data, Seen
 from regard.view.page import page
 from regard.view.picture import Picture
 from regard.view.serve import serving
@@ -297,7 +297,7 @@ def test_a_head_in_overview_says_so(opened: Opener) -> None:
 
 def test_a_served_page_asks_for_the_rest(browser: Any) -> None:
     records = long(600, 2, 3)
-    with serving(Data(records, tokens(600), None, 0), budget=0) as address:
+    with serving(Data([Seen("served", records, tokens(600))]), budget=0) as address:
         tab = browser.new_page()
         complaints: list[str] = []
         tab.on("console", lambda message: complaints.append(message.text))

@@ -15,7 +15,7 @@ import pytest
 from records import random, seen
 from test_page import block, read_back
 
-from regard.view.data import Data
+from regard.view.data import Data, Seen
 from regard.view.serve import serving
 from regard.watch import Watched
 
@@ -25,7 +25,7 @@ TOKENS = [f"w{n}" for n in range(9)]
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    with serving(Data(RECORDS, TOKENS, None, 0), "served", budget=0) as address:
+    with serving(Data([Seen("served", RECORDS, TOKENS)]), "served", budget=0) as address:
         found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", address)
         assert found
         yield int(found[1])
@@ -79,7 +79,7 @@ def test_other_names_and_methods_are_refused(port: int) -> None:
 
 
 def test_a_port_that_is_taken(port: int) -> None:
-    with pytest.raises(OSError, match="in use"), serving(Data(RECORDS, TOKENS, None, 0), port=port):
+    with pytest.raises(OSError, match="in use"), serving(Data([Seen("served", RECORDS, TOKENS)]), port=port):
         pass
 
 

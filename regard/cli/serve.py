@@ -21,12 +21,12 @@ def serve(
 ) -> None:
     """Show a saved record of any size in the browser: to this machine alone, and nothing but the record."""
     from regard.look import look_at_record
-    from regard.view.data import Data
+    from regard.view.data import Data, Seen
     from regard.view.serve import serving
 
     with console.status("reading the record"):
         looked = look_at_record(record)
-        data = Data(looked.watched, looked.tokens, looked.source, 0)
+        data = Data([Seen(looked.model, looked.watched, looked.tokens, looked.source)])
     with serving(data, looked.model, port=port) as address:
         console.print(Text.assemble("Open ", (address, f"bold link {address}"), "   Ctrl+C ends it"), soft_wrap=True)
         if open_page:

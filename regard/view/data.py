@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,22 +24,58 @@ _LEAST = 8  # but so many of each row, if need be of fewer heads
 _CELLS, _PARTS = 32, 256
 
 
-class Data:
-    """Records, the texts they are of, and what is told of each head; `batch` is the entry of B that is shown."""
+@dataclass(frozen=True)
+class Seen:
+    """What a model attended to in a text: the records, the tokens as `page` takes them, and a name to tell it by."""
 
-    def __init__(
-        self, records: Sequence[Record], tokens: Sequence[str], key_tokens: Sequence[str] | None, batch: int
-    ) -> None:
-        self.records, self._batch = records, batch
-        self._sides = check(records, tokens, key_tokens, batch)
-        self._texts = [read(tokens)] + ([] if key_tokens is None else [read(key_tokens)])
-        self._most = max(_LEAST, _ENTRIES // max(1, sum(record.heads * record.queries for record in records)))
+    name: str
+    records: Sequence[Record]
+    tokens: Sequence[str]
+    key_tokens: Sequence[str] | None = None
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """Its texts, that of the queries first."""
+        return [list(self.tokens)] if self.key_tokens is None else [list(self.tokens), list(self.key_tokens)]
+
+
+class Data:
+    """What was seen, in one model and text or in several, and what is told of each head; `batch` is the entry of B that is
+    shown.
+    """
+
+    def __init__(self, seen: Sequence[Seen], batch: int = 0) -> None:
+        self.records = [record for one in seen for record in one.records]
+        self._batch = batch
+        self._most = max(_LEAST, _ENTRIES // max(1, sum(record.heads * record.queries for record in self.records)))
+        self._texts: list[list[Reading]] = []
+        self._names: list[str] = []  # of the texts
         self.told: list[list[Brief]] = []
         self._layers: list[dict[str, Any]] = []
-        for record, side in zip(records, self._sides, strict=True):
-            seen = rows(record, batch)
-            self.told.append(briefs(record, seen, side))
-            self._layers.append(_layer(record, side, seen, self.told[-1], self._most))
+        for one in seen:
+            self._add(one, base=self._read(one, seen), name=f"{one.name}: " if len(seen) > 1 else "")
+
+    def _read(self, one: Seen, seen: Sequence[Seen]) -> int:
+        """Take up the texts of one, and give the number of the first; two models that read the same text share it."""
+        shared = all(other.texts == seen[0].texts for other in seen)
+        if shared and self._texts:
+            return 0
+        base = len(self._texts)
+        self._texts += [read(text) for text in one.texts]
+        names = ("Text", "Source") if shared else (one.name, f"{one.name}, source")
+        self._names += names[: len(one.texts)]
+        return base
+
+    def _add(self, one: Seen, base: int, name: str) -> None:
+        for record, side in zip(one.records, check(one.records, one.tokens, one.key_tokens, self._batch), strict=True):
+            found = rows(record, self._batch)
+            told = briefs(record, found, side)
+            layer = _layer(record, side, found, told, self._most)
+            layer["label"] = name + layer["label"]
+            layer["queryText"] += base
+            layer["keyText"] += base
+            self.told.append(told)
+            self._layers.append(layer)
 
     def whole(self, budget: int) -> dict[str, Any]:
         """All of it as JSON has it, with heads in detail until their text is so many bytes."""
@@ -62,6 +99,7 @@ class Data:
             "one": pack.ONE,
             "thousand": pack.THOUSAND,
             "habits": HABITS,
+            "names": self._names,
             "texts": [[_token(reading) for reading in text] for text in self._texts],
             "layers": layers,
             "start": list(start),

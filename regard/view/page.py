@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from regard.view.data import Data
+from regard.view.data import Data, Seen
 from regard.view.picture import Picture
 from regard.view.record import Record
 
@@ -32,6 +32,7 @@ def page(
     key_tokens: Sequence[str] | None = None,
     budget: int = BUDGET,
     picture: Picture | None = None,
+    other: Seen | None = None,
 ) -> str:
     """A whole HTML document, as text, that shows what every head of `records` attends to.
 
@@ -46,10 +47,13 @@ def page(
 
     `picture` is what the text that is looked at was cut from, for vision models: its patches are shaded as words are.
 
+    `other` is what another model attended to, or the same one in another text: its heads stand below, under its name.
+
     Raises ValueError where `records` is empty, the tokens do not fit them, or the picture does not fit the tokens.
     """
     patches = None if picture is None else picture.describe(len(tokens if key_tokens is None else key_tokens))
-    return document(Data(records, tokens, key_tokens, batch), title, subtitle, budget, picture=patches)
+    seen = [Seen(title or "first", records, tokens, key_tokens), *([] if other is None else [other])]
+    return document(Data(seen, batch), title, subtitle, budget, picture=patches)
 
 
 def document(
