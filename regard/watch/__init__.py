@@ -44,10 +44,10 @@ def watch(
 ) -> Iterator[Watched]:
     """Record what a model attends to while it runs inside the `with` block, in this thread.
 
-    Every call of `regard.attention`, `F.scaled_dot_product_attention` and `nn.MultiheadAttention` under the model is seen,
-    those of Hugging Face models among them, whatever their `attn_implementation`: it is "sdpa" inside the block, and what it
-    was after.
-    The model's outputs stay what they are, within rounding.
+    Every call of `regard.attention`, `F.scaled_dot_product_attention` and FlexAttention under the model is seen; torch's own
+    layers, on their fast path too; models of transformers, whatever their `attn_implementation`; and attention that is
+    written by hand, a softmax and then a product. The model's outputs stay what they are: to the bit where the same kernel
+    computes them, within rounding otherwise. Compiled graphs run uncompiled inside the block, since they show nothing.
 
     Args:
         model: any module; transformers models, `nn.Transformer` and hand-written ones.
@@ -55,7 +55,8 @@ def watch(
         received: keep how much attention each key got.
         entropy: keep the entropy of each row.
         rows: keep the whole weights of these queries.
-        layers: keep these layers alone, numbered in the order of the calls.
+        layers: keep these layers alone, numbered in the order of the calls. The first run gives the order: generation, step
+            by step, keeps it.
 
     Yields:
         `Watched`: a sequence of `Record`, one per call of attention.
@@ -79,8 +80,8 @@ def watch(
         yield watched
     if not watched.records and place.call >= 0 and layers is None:
         warnings.warn(
-            f"no attention was seen in {type(model).__name__}: it calls neither regard.attention, "
-            "F.scaled_dot_product_attention nor nn.MultiheadAttention",
+            f"no attention was seen in {type(model).__name__}: it calls no attention function of torch or regard, and takes no "
+            "softmax that multiplies values",
             stacklevel=3,
         )
 
