@@ -80,8 +80,8 @@ def watch(
         yield watched
     if not watched.records and place.call >= 0 and layers is None:
         warnings.warn(
-            f"no attention was seen in {type(model).__name__}: it calls no attention function of torch or regard, and takes no "
-            "softmax that multiplies values",
+            f"no attention was seen in {type(model).__name__}: it calls no attention function of torch or regard, and takes "
+            "no softmax that multiplies values",
             stacklevel=3,
         )
 
