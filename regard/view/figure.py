@@ -384,7 +384,8 @@ def _room(sizes: tuple[int, int]) -> tuple[float, ...]:
 
 def _fitted(ax: Any, inches: tuple[float, ...]) -> Figure:
     """The figure, made so large that its axes are as high and wide as they shall be."""
-    figure, layout = ax.figure, ax.figure.get_layout_engine()
+    figure: Figure = ax.figure
+    layout: Any = figure.get_layout_engine()
     figure.set_size_inches(inches[1] + 4, inches[0] + 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that no font has: it is told when the figure is drawn
@@ -392,4 +393,4 @@ def _fitted(ax: Any, inches: tuple[float, ...]) -> Figure:
             layout.execute(figure)
             wide, high = figure.get_size_inches() * (1 - ax.get_position().size)  # what stands around the axes
             figure.set_size_inches(inches[1] + wide, inches[0] + high)
-    return ax.figure  # type: ignore[no-any-return]
+    return figure
