@@ -14,7 +14,7 @@ import transformers
 from test_page import block
 
 from regard.cli import main
-from regard.look import look
+from regard.look import look, look_at_record
 from regard.watch import Watched
 
 ROOT = Path(__file__).parent.parent
@@ -93,9 +93,10 @@ def test_what_was_seen_is_saved_and_looked_at_again(causal_model: str, tmp_path:
     watched = Watched.load(saved)
     watched.tokens = None
     watched.save(saved)
-    run("look", str(saved), "--out", str(again))  # the numbers of the places stand for tokens
+    assert look_at_record(saved).tokens == ["0", "1", "2"], "the numbers of the places stand for tokens"
     saved.write_bytes(b"nothing" * 9)
-    assert "is no safetensors file" in run("look", str(saved), "--out", str(again), expect=2).stderr
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        look_at_record(saved)
 
 
 def test_look_tells_what_is_wrong(tmp_path: Path) -> None:

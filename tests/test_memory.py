@@ -48,7 +48,9 @@ def _peaks(what: str, lengths: tuple[int, ...]) -> list[int]:
 
 
 # Additive attention takes 16 tanh a pair: it is measured at a shorter length.
-@pytest.mark.parametrize("what", ["causal", "summaries", "entmax", "additive", "python"])
+@pytest.mark.parametrize(
+    "what", ["causal", "summaries", pytest.param("entmax", marks=pytest.mark.slow), "additive", "python"]
+)
 def test_peak_grows_with_the_length(what: str) -> None:
     lengths = {"additive": (512, 1024, 2048), "causal": (4096, 8192, 16384)}.get(what, (2048, 4096, 8192))
     peaks = _peaks(what, lengths)

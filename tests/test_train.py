@@ -77,7 +77,10 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", TASKS)
+LONG = {"transformer"}  # half a minute
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in TASKS])
 def test_it_learns_and_is_kept(name: str, tmp_path: Path) -> None:
     kind, settings, make, epochs, goal = TASKS[name]
     told: list[Step | Epoch] = []
