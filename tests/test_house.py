@@ -185,7 +185,6 @@ TESTED_BY = {
     "cli.serve": "serve",
     "view.brief": "page",
     "view.data": "page",
-    "view.picture": "long_page",
     "view.pack": "page",
     "view.record": "page",
     "view.token": "page",
