@@ -86,7 +86,7 @@ def _document(title: str, data: dict[str, Any], served: bool) -> str:
         "{{title}}": html.escape(title),
         "{{style}}": style,
         "{{script}}": script,
-        "{{data}}": as_json(data),
+        "{{data}}": _json(data),
     }
     document = assets.joinpath("page.html").read_text("utf-8")
     out = []
@@ -106,7 +106,7 @@ def _digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def as_json(data: dict[str, Any]) -> str:
+def _json(data: dict[str, Any]) -> str:
     """JSON that no HTML parser can take for markup: every <, >, & and line separator is escaped."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for c in "<>&\u2028\u2029":

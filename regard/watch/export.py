@@ -37,7 +37,7 @@ def to_pandas(records: Sequence[Record], tokens: Sequence[str] | None, key_token
         frame = pandas.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
         for n, name in enumerate(("call", "layer", "name", "kind")):
             frame.insert(n, name, getattr(record, name))
-        texts = texts_of(record, tokens, key_tokens)
+        texts = _texts_of(record, tokens, key_tokens)
         for side, text in zip(("query", "key"), texts, strict=True):
             if text is not None:
                 frame[f"{side}_token"] = [text[n] for n in frame[side]]
@@ -66,19 +66,20 @@ def to_json(records: Sequence[Record], tokens: Sequence[str] | None, key_tokens:
     return json.dumps({**texts, "records": described})
 
 
-def texts_of(
+def _texts_of(
     record: Record, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None
 ) -> tuple[Sequence[str] | None, Sequence[str] | None]:
     """The texts of a record's queries and keys, where they are known and as long: `tokens` are the queries of cross
     attention, and both sides of all that they fit; `key_tokens` are the others.
     """
     if record.kind == "cross":
-        texts = tokens, tokens if key_tokens is None else key_tokens
-        return tuple(
-            x if x is not None and len(x) == n else None
-            for x, n in zip(texts, (record.queries, record.keys), strict=True)
-        )  # type: ignore[return-value]
+        sources = tokens if key_tokens is None else key_tokens
+        return _fitting(tokens, record.queries), _fitting(sources, record.keys)
     for text in (tokens, key_tokens):
         if text is not None and len(text) == record.keys >= record.queries:
             return text[record.keys - record.queries :], text
     return None, None
+
+
+def _fitting(text: Sequence[str] | None, size: int) -> Sequence[str] | None:
+    return text if text is not None and len(text) == size else None

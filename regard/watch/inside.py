@@ -93,7 +93,7 @@ def _exchange() -> ExitStack:
     stack = ExitStack()
     for name, (owner, attribute) in FUNCTIONS.items():
         before = getattr(owner, attribute)
-        answer: Any = (_seeing if name == "softmax" else _answering)(name, before)
+        answer: Any = _seeing(before) if name == "softmax" else _answering(name, before)
         answer.exchanged_for = before
         setattr(owner, attribute, answer)
         stack.callback(setattr, owner, attribute, before)
@@ -119,7 +119,7 @@ def _answering(name: str, before: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-def _seeing(name: str, before: Callable[..., Any]) -> Callable[..., Any]:
+def _seeing(before: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(before)
     def answer(*args: Any, **kwargs: Any) -> Any:
         out = before(*args, **kwargs)
