@@ -342,9 +342,9 @@ function markCell(view) {
   tip.style.transform = `translate(${Math.max(0, right + wide > view.sheet.clientWidth ? x - wide - 8 : right)}px, ${Math.max(0, y - 34)}px)`;
 }
 
-const matrixView = buildMatrix(byId("matrix"), () => ({ layer: chosenLayer(), head: chosenHead(), index: state.head }));
-const besideView = buildMatrix(byId("beside"), () => state.beside && { layer: data.layers[state.beside.layer], head: headOf(state.beside.layer, state.beside.head), index: state.beside.head });
-const drawMatrices = () => state.view !== "lines" && matrices.forEach(drawMatrix);
+buildMatrix(byId("matrix"), () => ({ layer: chosenLayer(), head: chosenHead(), index: state.head }));
+buildMatrix(byId("beside"), () => state.beside && { layer: data.layers[state.beside.layer], head: headOf(state.beside.layer, state.beside.head), index: state.beside.head });
+const drawMatrices = () => matrices.forEach(drawMatrix); // what is out of sight has no room, and is left
 on("head view theme beside", drawMatrices);
 on("focus", () => matrices.forEach(markCell));
 on("pin", () => state.pin && matrices.forEach((view) => view.source() && show(view, state.pin.query, state.pin.key)));

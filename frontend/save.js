@@ -35,7 +35,7 @@ function picture() {
     wide += 2 * side + gap + 24;
     high = Math.max(high, top + ROW * Math.max(seen(asks).length, seen(answers).length));
   }
-  if (state.view !== "lines" || state.beside) {
+  if (!lines || state.view === "both") {
     for (const { canvas } of matrices.filter((view) => view.source())) {
       const box = [parseFloat(canvas.style.width), parseFloat(canvas.style.height)];
       parts.push(`<image x="${wide}" y="${top}" width="${box[0]}" height="${box[1]}" href="${canvas.toDataURL("image/png")}"/>`);

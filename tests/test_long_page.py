@@ -277,6 +277,12 @@ def test_two_heads_side_by_side(opened: Opener) -> None:
         assert tab.locator(f"{place} .tip").text_content().endswith(f"{float(weight):.3f}")
     tab.get_by_role("button", name="Compare").click()
     assert tab.locator("#lines").is_visible()
+    # Begun from the lines alone, the matrices follow the choice too.
+    tab.get_by_role("radio", name="Lines").click()
+    tab.get_by_role("button", name="Compare").click()
+    tab.locator(".thumb").nth(0).click()
+    assert tab.locator("#matrix .name").text_content().startswith("layer 0, head 0")
+    tab.get_by_role("button", name="Compare").click()
     assert not tab.locator("#beside").is_visible()
 
 

@@ -79,15 +79,16 @@ class Data:
 
     def whole(self, budget: int) -> dict[str, Any]:
         """All of it as JSON has it, with heads in detail until their text is so many bytes."""
-        start = self.start
+        order, short = self._by_interest(), self._is_short(budget)
+        start = order[0]
         details: dict[tuple[int, int], dict[str, Any]] = {}
         size = sum(len(reading.text) + len(reading.raw) + 12 for text in self._texts for reading in text)
         size += sum(len(layer["heads"]) for layer in self._layers) * (_CELLS**2 * 4 // 3 + 2 * _PARTS * 2 + 300)
         layers = [self._layers[n] | {"heads": list(self._layers[n]["heads"])} for n in range(len(self._layers))]
-        for layer, head in self._by_interest():
+        for layer, head in order:
             if (layer, head) not in details:
                 # Those of a layer are packed together as long as everything is likely to fit.
-                together = range(self.records[layer].heads) if self._is_short(budget) else [head]
+                together = range(self.records[layer].heads) if short else [head]
                 for n, packed in zip(together, self.details(layer, list(together)), strict=True):
                     details[layer, n] = packed
             packed = details[layer, head]
@@ -126,11 +127,6 @@ class Data:
     def _is_short(self, budget: int) -> bool:
         entries = sum(r.heads * r.queries * min(r.top.keys.shape[-1], self._most) for r in self.records)
         return 3 * entries < budget
-
-    @property
-    def start(self) -> tuple[int, int]:
-        """The head that a page opens with."""
-        return self._by_interest()[0]
 
     def _by_interest(self) -> list[tuple[int, int]]:
         """All heads: the sharpest link across the text first, in cross attention if there is any; then a head of each

@@ -122,12 +122,8 @@ def _overlap(a: Record, b: Record, head: int) -> tuple[Tensor, Tensor]:
     (wa, ka, _, counted_a), (wb, kb, _, counted_b) = _lists(a), _lists(b)
     wa, ka, missing = wa[:, head, None], ka[:, head, None], a.missing[:, head, None]
     floor_a, floor_b = _floor(wa, missing), _floor(wb, b.missing)
-    least, found_a, found_b = (
-        torch.zeros_like(b.max),
-        torch.zeros_like(ka, dtype=torch.bool),
-        torch.zeros_like(kb, dtype=torch.bool),
-    )
-    found_a = found_a.expand_as(kb[..., :1].expand(*kb.shape[:-1], ka.shape[-1])).clone()
+    least, found_b = torch.zeros_like(b.max), torch.zeros_like(kb, dtype=torch.bool)
+    found_a = found_b.new_zeros(*kb.shape[:-1], ka.shape[-1])
     for n in range(ka.shape[-1]):  # one listed key at a time: memory stays that of a record
         match = (kb == ka[..., n, None]) & (kb >= 0)
         least += torch.where(match, torch.minimum(wb, wa[..., n, None]), 0.0).sum(-1)
