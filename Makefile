@@ -27,9 +27,16 @@ check: $(VENV)/dev
 docs: $(VENV)/dev
 	$(BIN)/pdoc --math --output-directory build/docs regard '!regard.cli'
 
-# The script of the page, from its source; a test holds the one to the other. esbuild 0.17.0 is Debian's.
-page:
-	esbuild frontend/page.js --bundle --format=iife --charset=utf8 --minify --outfile=regard/view/page.js
+# The script of the page, from its source; a test holds the one to the other. The notice is that of the libraries in it.
+PAGE := regard/view/page.js
+MODULES := frontend/node_modules/.package-lock.json
+page: $(MODULES)
+	frontend/node_modules/.bin/esbuild frontend/page.js --bundle --format=iife --charset=utf8 --minify \
+	  --banner:js="/*! $$(cat frontend/NOTICE.txt) */" --outfile=$(PAGE)
+
+$(MODULES): frontend/package.json frontend/package-lock.json
+	npm ci --prefix frontend --no-audit --no-fund
+	touch $@
 
 # The figures of the README.
 bench: $(VENV)/demo

@@ -1,6 +1,7 @@
 // One scale for every weight on the page: a ramp of even lightness steps (OKLCH, blue), shown by the square root of the weight,
 // since most weights are small. In the dark theme the ramp runs from dark to light, so that more always stands out more.
 
+import { convertLchToLab, convertOklabToRgb, convertRgbToLrgb, interpolatorLinear } from "culori/fn";
 import { UNKNOWN } from "./decode.js";
 
 const RAMPS = {
@@ -8,31 +9,26 @@ const RAMPS = {
   dark: [[0.245, 0.025, 265], [0.37, 0.085, 268], [0.51, 0.13, 262], [0.66, 0.13, 248], [0.81, 0.09, 225], [0.96, 0.045, 190]],
 };
 
-function oklch([l, c, h]) {
-  const a = c * Math.cos((h * Math.PI) / 180);
-  const b = c * Math.sin((h * Math.PI) / 180);
-  const L = (l + 0.3963377774 * a + 0.2158037573 * b) ** 3;
-  const M = (l - 0.1055613458 * a - 0.0638541728 * b) ** 3;
-  const S = (l - 0.0894841775 * a - 1.291485548 * b) ** 3;
-  return [
-    4.0767416621 * L - 3.3077115913 * M + 0.2309699292 * S,
-    -1.2684380046 * L + 2.6097574011 * M - 0.3413193965 * S,
-    -0.0041960863 * L - 0.7034186147 * M + 1.707614701 * S,
-  ].map((x) => Math.round(255 * (x <= 0.0031308 ? 12.92 * Math.max(0, x) : 1.055 * Math.min(1, x) ** (1 / 2.4) - 0.055)));
-}
-
+// 256 colours from the first stop to the last, as bytes of red, green and blue.
 function table(stops) {
-  const out = [];
-  for (let n = 0; n < 256; n++) {
-    const place = (n / 255) * (stops.length - 1);
-    const low = Math.min(Math.floor(place), stops.length - 2);
-    const part = place - low;
-    out.push(oklch(stops[low].map((x, axis) => x + part * (stops[low + 1][axis] - x))));
-  }
-  return out;
+  const [l, c, h] = [0, 1, 2].map((axis) => interpolatorLinear(stops.map((stop) => stop[axis])));
+  return Array.from({ length: 256 }, (_, n) => {
+    const t = n / 255;
+    const { r, g, b } = convertOklabToRgb(convertLchToLab({ l: l(t), c: c(t), h: h(t) }));
+    return [r, g, b].map((part) => Math.round(255 * clamp(part)));
+  });
 }
 
-export const tables = { light: table(RAMPS.light), dark: table(RAMPS.dark) };
+const clamp = (t) => Math.min(1, Math.max(0, t));
+
+// A colour as a canvas holds it.
+export const pixel = ([r, g, b]) => (255 << 24) | (b << 16) | (g << 8) | r;
+
+const tables = { light: table(RAMPS.light), dark: table(RAMPS.dark) };
+const pixels = { light: tables.light.map(pixel), dark: tables.dark.map(pixel) };
+
+// The pixels of the scale in the theme that is on, from weight 0 to 1.
+export const ramp = () => pixels[theme()];
 
 export const wantsDark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -41,15 +37,15 @@ export function theme() {
 }
 
 // The place of a weight on the scale, 0 to 1.
-export const height = (weight) => Math.sqrt(Math.min(1, Math.max(0, weight)));
+export const height = (weight) => Math.sqrt(clamp(weight));
 
-const shadeBytes = (t) => tables[theme()][Math.round(255 * Math.min(1, Math.max(0, t)))];
+const shadeBytes = (t) => tables[theme()][Math.round(255 * clamp(t))];
 
 export const shade = (t) => `rgb(${shadeBytes(t).join(" ")})`;
 
 // The luminance of a colour of bytes, as WCAG has it.
-function luminance(bytes) {
-  const [r, g, b] = bytes.map((byte) => (byte <= 10 ? byte / 3294 : ((byte / 255 + 0.055) / 1.055) ** 2.4));
+function luminance([red, green, blue]) {
+  const { r, g, b } = convertRgbToLrgb({ r: red / 255, g: green / 255, b: blue / 255 });
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 }
 

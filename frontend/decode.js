@@ -1,5 +1,7 @@
 // The data of the page, unpacked when it is first asked for. The packing is described in pack.py.
 
+import { bisectLeft } from "d3-array";
+
 export const data = JSON.parse(document.getElementById("data").textContent);
 
 function numbers(text) {
@@ -108,14 +110,9 @@ export const BARRED = 2; // may not be attended
 // The weight between query i and key j: {kind, weight}; for an unknown one, `weight` is the most it can be.
 export function cell(layer, head, i, j) {
   if (head.cells) return { kind: j < allowed(layer, i) ? UNKNOWN : BARRED, weight: 1 };
-  let low = head.start[i];
-  let high = head.start[i + 1];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (head.key[middle] < j) low = middle + 1;
-    else high = middle;
-  }
-  if (low < head.start[i + 1] && head.key[low] === j) return { kind: KNOWN, weight: head.weight[low] };
+  const end = head.start[i + 1];
+  const at = bisectLeft(head.key, j, head.start[i], end);
+  if (at < end && head.key[at] === j) return { kind: KNOWN, weight: head.weight[at] };
   if (head.complete[i] || j >= allowed(layer, i)) return { kind: BARRED, weight: 0 };
   return { kind: UNKNOWN, weight: head.least[i] };
 }

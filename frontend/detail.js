@@ -1,5 +1,6 @@
 // The chosen head in words and figures, its tools, and the key to the colours.
 
+import { maxIndex, mean } from "d3-array";
 import { data, reach } from "./decode.js";
 import { height, shade } from "./colour.js";
 import { byId, chooseHead, chosenHead, chosenLayer, keyTokens, make, on, pin, queryTokens, segments, state, tell, three } from "./state.js";
@@ -24,8 +25,7 @@ function figures() {
     link.addEventListener("click", () => pin(query, key));
     facts.push(["Strongest link", link, three(weight)]);
   }
-  let best = 0;
-  head.received.forEach((amount, j) => (best = amount > head.received[best] ? j : best));
+  const best = maxIndex(head.received);
   const sign = layer.receivedExact ? "" : "at least ";
   if (!head.cells) facts.push(["Receives most", keyTokens(layer)[best][0], `${sign}${head.received[best].toFixed(2)} of ${layer.queries} in all`]);
   if (told.distance !== null) facts.push(["Looks away", `${told.distance < 10 ? told.distance : Math.round(told.distance)} tokens`, "on average, over the weight recorded"]);
@@ -34,8 +34,7 @@ function figures() {
   else head.complete.forEach((complete, i) => complete || open.push(head.rest[i]));
   if (head.cells) open.length = 0;
   else if (open.length) {
-    const mean = open.reduce((sum, rest) => sum + rest, 0) / open.length;
-    facts.push(["Not recorded", `${three(mean)} of a row`, `on average, beyond its ${layer.top} largest of ${layer.keys}`]);
+    facts.push(["Not recorded", `${three(mean(open))} of a row`, `on average, beyond its ${layer.top} largest of ${layer.keys}`]);
   } else facts.push(["Recorded", "every weight", layer.causal ? "of the keys a query may attend" : `${layer.queries} × ${layer.keys}`]);
   byId("facts").replaceChildren(
     ...facts.map(([name, value, more]) => make("div", {}, make("dt", {}, name), make("dd", {}, make("span", { class: "value" }, value), make("span", { class: "more" }, more)))),

@@ -1,5 +1,7 @@
 // The chosen head as lines: queries on the left, keys on the right, a curve for every weight, numbers beside the tokens.
 
+import { create } from "d3-selection";
+import { linkHorizontal } from "d3-shape";
 import { BARRED, KNOWN, UNKNOWN, cell, reach } from "./decode.js";
 import { height } from "./colour.js";
 import { atMost, byId, chosenHead, chosenLayer, keyTokens, make, on, pin, point, queryTokens, rawOf, reveal, state, three } from "./state.js";
@@ -8,28 +10,18 @@ import { receivedScale } from "./reading.js";
 export const ROW = 26; // the height of a token's row in pixels, the same in page.css
 const LEVELS = 16; // curves of like weight share one path, so that a page draws sixteen shapes and not ten thousand
 const CURVES = 2400; // as many as are drawn at rest; the rest appear when a token is chosen
-const SVG = "http://www.w3.org/2000/svg";
-
 const AHEAD = 24; // rows that are held ready beyond those in sight
 const SHORT = 400; // a text of fewer tokens has all its rows at once
 
 export const linesView = { shape: "", asks: null, answers: null, from: 0, to: 0, cutoff: 0 };
 
 function drawing(name, strength) {
-  const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("class", name);
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("aria-hidden", "true");
-  const paths = [];
-  for (let level = 0; level < LEVELS; level++) {
-    const path = document.createElementNS(SVG, "path");
+  const svg = create("svg").attr("class", name).attr("preserveAspectRatio", "none").attr("aria-hidden", "true");
+  const paths = Array.from({ length: LEVELS }, (_, level) => {
     const t = (level + 0.5) / LEVELS;
-    path.setAttribute("stroke-opacity", (0.05 + 0.93 * t ** strength).toFixed(3));
-    path.setAttribute("stroke-width", (0.7 + 4.3 * t ** 1.6).toFixed(2));
-    svg.append(path);
-    paths.push(path);
-  }
-  return { svg, paths };
+    return svg.append("path").attr("stroke-opacity", (0.05 + 0.93 * t ** strength).toFixed(3)).attr("stroke-width", (0.7 + 4.3 * t ** 1.6).toFixed(2)).node();
+  });
+  return { svg: svg.node(), paths };
 }
 
 export const rest = drawing("curves resting", 1.3);
@@ -38,16 +30,12 @@ export const hot = drawing("curves hot", 0.7);
 // A curve that leaves sight leads a little beyond it: one that is a million pixels long takes as long to draw.
 const inSight = (n) => Math.max(linesView.from - 2 * AHEAD, Math.min(linesView.to + 2 * AHEAD, n));
 
-const curve = (i, j) => {
-  const from = (inSight(i) + 0.5) * ROW;
-  const to = (inSight(j) + 0.5) * ROW;
-  return `M0 ${from}C45 ${from} 55 ${to} 100 ${to}`;
-};
+const curve = linkHorizontal().source(([query]) => [0, query]).target(([, key]) => [100, key]).y(([, n]) => (inSight(n) + 0.5) * ROW);
 
 // curves: an iterable of [query, key, weight]
 function draw({ paths }, curves) {
   const shapes = Array.from({ length: LEVELS }, () => []);
-  for (const [i, j, weight] of curves) shapes[Math.min(LEVELS - 1, Math.floor(height(weight) * LEVELS))].push(curve(i, j));
+  for (const drawn of curves) shapes[Math.min(LEVELS - 1, Math.floor(height(drawn[2]) * LEVELS))].push(curve(drawn));
   paths.forEach((path, level) => path.setAttribute("d", shapes[level].join("")));
 }
 

@@ -1,9 +1,12 @@
 // The chosen head as a matrix: a row a query, a column a key. It is drawn a view at a time, so that its size does not matter: the
-// wheel with Ctrl, the keys + - 0 and the buttons zoom; dragging, the wheel and the arrow keys move. Point at a cell, or move over
-// the cells with the arrow keys.
+// wheel with Ctrl, two fingers, the keys + - 0 and the buttons zoom; dragging, the wheel and the arrow keys move. Point at a cell, tap
+// it, or move over the cells with the arrow keys. The gestures are d3-zoom's.
 
+import { mean } from "d3-array";
+import { pointer, pointers, select } from "d3-selection";
+import { zoom, zoomIdentity } from "d3-zoom";
 import { BARRED, KNOWN, UNKNOWN, allowed, cell, data, headOf } from "./decode.js";
-import { cssColour, height, tables, texture, theme } from "./colour.js";
+import { cssColour, height, ramp, texture } from "./colour.js";
 import { atMost, byId, chosenHead, chosenLayer, keyTokens, make, on, pin, point, queryTokens, state, three } from "./state.js";
 import { CELLS } from "./overview.js";
 
@@ -21,10 +24,23 @@ function buildMatrix(box, source) {
   const down = make("div", { class: "band", "aria-hidden": "true" });
   const sheet = make("div", { class: "sheet", tabindex: "0", role: "application", "aria-label": "Matrix of weights. The arrow keys move over the cells; plus, minus and 0 zoom." }, canvas, across, down, mark, tip);
   const name = make("p", { class: "name soft" });
-  const zoomed = make("div", { class: "zoom" });
-  box.append(name, sheet, zoomed);
-  // x, y: the cell at the corner; size: pixels a cell, 0 for all that fits
-  const view = { box, source, canvas, tip, mark, across, down, sheet, name, x: 0, y: 0, size: 0, left: 0, top: 0, wide: 0, high: 0, cell: 1 };
+  const buttons = make("div", { class: "zoom" });
+  box.append(name, sheet, buttons);
+  // x, y: the cell at the corner; size: pixels a cell, 0 for all that fits; place: where the cells stand in the sheet; moves: there is
+  // more than is in sight
+  const view = { box, source, canvas, tip, mark, across, down, sheet, name, x: 0, y: 0, size: 0, left: 0, top: 0, wide: 0, high: 0, cell: 1, place: zoomIdentity, moves: false, rest: 1 };
+  view.gestures = zoom()
+    .filter((event) => {
+      if (event.type === "wheel") return event.ctrlKey || event.metaKey; // else it moves, below
+      if (event.type === "touchstart") return view.moves || event.touches.length > 1; // else it scrolls the page
+      return !event.button && !event.ctrlKey;
+    })
+    .wheelDelta((event) => -event.deltaY / 140 + Math.log2(view.rest))
+    .clickDistance(4)
+    .duration(0)
+    .on("zoom", (event) => settle(view, event));
+  const whole = select(sheet).call(view.gestures);
+  const zoomBy = (factor) => view.gestures.scaleBy(whole, factor); // by 0: to all that fits
   matrices.push(view);
   let room = 0;
   new ResizeObserver(() => {
@@ -33,60 +49,32 @@ function buildMatrix(box, source) {
     drawMatrix(view);
   }).observe(box);
 
-  for (const [text, label, act] of [["−", "Zoom out", () => zoom(view, 1 / 1.6)], ["Fit", "Show the whole matrix", () => zoom(view, 0)], ["+", "Zoom in", () => zoom(view, 1.6)]]) {
+  for (const [text, label, by] of [["−", "Zoom out", 1 / 1.6], ["Fit", "Show the whole matrix", 0], ["+", "Zoom in", 1.6]]) {
     const button = make("button", { type: "button", class: "quiet", "aria-label": label }, text);
-    button.addEventListener("click", act);
-    zoomed.append(button);
+    button.addEventListener("click", () => zoomBy(by));
+    buttons.append(button);
   }
 
-  const at = (event) => {
-    const place = canvas.getBoundingClientRect();
-    const [left, top] = [event.clientX - place.left, event.clientY - place.top];
-    return [view.x + (left - view.left) / view.cell, view.y + (top - view.top) / view.cell, left, top];
-  };
   const place = (event) => {
-    const [x, y] = at(event);
-    const { layer } = source();
-    const inside = x >= view.x && y >= view.y && x < Math.min(layer.keys, view.x + view.wide) && y < Math.min(layer.queries, view.y + view.high);
+    const [x, y] = view.place.invert(pointer(event, sheet));
+    const inside = x >= view.x && y >= view.y && x < view.x + view.wide && y < view.y + view.high;
     return inside ? [Math.floor(y), Math.floor(x)] : null;
   };
-  let drag = null;
-  sheet.addEventListener("pointerdown", (event) => {
-    if (event.button === 0 && isZoomed(view)) drag = { from: at(event), x: event.clientX, y: event.clientY, moved: false };
-  });
-  sheet.addEventListener("pointermove", (event) => {
-    if (drag && event.buttons) {
-      drag.moved ||= Math.hypot(event.clientX - drag.x, event.clientY - drag.y) > 4;
-      if (drag.moved) {
-        const [x, y] = at(event);
-        return move(view, drag.from[0] - x, drag.from[1] - y);
-      }
-    }
-    if (event.pointerType === "mouse") point(...(place(event) || [null, null]));
-    return undefined;
-  });
-  sheet.addEventListener("pointerleave", (event) => {
-    drag = null;
-    if (event.pointerType === "mouse") point(null, null);
-  });
-  sheet.addEventListener("click", (event) => {
-    const found = !(drag && drag.moved) && place(event);
-    drag = null;
-    if (found) pin(...found);
-  });
-  sheet.addEventListener("dblclick", (event) => zoom(view, 2, at(event)));
+  sheet.addEventListener("pointermove", (event) => event.pointerType === "mouse" && !event.buttons && point(...(place(event) || [null, null])));
+  sheet.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && point(null, null));
+  sheet.addEventListener("click", (event) => place(event) && pin(...place(event)));
   sheet.addEventListener(
     "wheel",
     (event) => {
-      if (event.ctrlKey || event.metaKey) zoom(view, Math.exp(-event.deltaY / 200), at(event));
-      else if (!isZoomed(view) || !move(view, event.deltaX / view.cell, event.deltaY / view.cell)) return;
-      event.preventDefault();
+      // Where d3 can zoom no further, the browser would.
+      if (event.ctrlKey || event.metaKey || (view.moves && move(view, event.deltaX / view.cell, event.deltaY / view.cell))) event.preventDefault();
     },
     { passive: false },
   );
   sheet.addEventListener("focusout", () => point(null, null));
   sheet.addEventListener("keydown", (event) => {
     const step = { ArrowDown: [1, 0], ArrowUp: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key];
+    const factor = { "+": 1.6, "=": 1.6, "-": 1 / 1.6, 0: 0 }[event.key];
     const focus = state.focus || {};
     if (step) {
       const { layer } = source();
@@ -96,19 +84,12 @@ function buildMatrix(box, source) {
       point(Math.max(0, Math.min(layer.queries - 1, i)), Math.max(0, Math.min(layer.keys - 1, j)));
       show(view, state.focus.query, state.focus.key);
     } else if (event.key === "Enter" && state.focus) pin(state.focus.query, state.focus.key);
-    else if (event.key === "+" || event.key === "=") zoom(view, 1.6);
-    else if (event.key === "-") zoom(view, 1 / 1.6);
-    else if (event.key === "0") zoom(view, 0);
+    else if (factor !== undefined) zoomBy(factor);
     else return;
     event.preventDefault();
   });
   return view;
 }
-
-const isZoomed = (view) => {
-  const { layer } = view.source();
-  return view.wide < layer.keys || view.high < layer.queries;
-};
 
 // Matrices of one shape move together, so that what stands side by side stays beside itself.
 function alike(view) {
@@ -116,18 +97,22 @@ function alike(view) {
   return matrices.filter((other) => other === view || (other.source() && shape(other.source()) === shape(view.source())));
 }
 
-// Zoom about a cell [x, y] that stands at [left, top] of the canvas, by default the one in the middle; by 0 to all that fits.
-function zoom(view, by, about = null) {
-  const { layer } = view.source();
-  const [x, y, left, top] = about || [view.x + view.wide / 2, view.y + view.high / 2, view.left + (view.wide * view.cell) / 2, view.top + (view.high * view.cell) / 2];
-  const fit = fitting(view, layer);
-  const wanted = Math.min(LARGEST, view.cell * by);
-  const size = wanted <= fit.size ? 0 : wanted >= LABELS ? Math.floor(wanted) : wanted;
+// What d3 arrives at is drawn. Cells with labels are whole pixels wide, and what is at the pointers, or in the middle, stays there; the
+// rest of a pixel is kept for the next turn of the wheel, so that fine ones add up.
+function settle(view, { transform, sourceEvent }) {
+  const { sheet, fit } = view;
+  const size = transform.k < LABELS ? transform.k : Math.floor(transform.k);
+  const held = sourceEvent ? pointers(sourceEvent, sheet) : [];
+  const at = [sheet.clientWidth / 2, sheet.clientHeight / 2].map((middle, axis) => mean(held, (place) => place[axis]) ?? middle);
+  const [x, y] = transform.invert(at);
+  const [left, top] = size < LABELS ? [0, 0] : [fit.left, fit.top];
+  view.rest = transform.k / size;
+  arrange(view, x - (at[0] - left) / size, y - (at[1] - top) / size, size <= fit.size ? 0 : size);
+}
+
+function arrange(view, x, y, size) {
   for (const other of alike(view)) {
-    other.size = size;
-    const labelled = (size || fit.size) >= LABELS;
-    other.x = x - (left - (labelled ? fit.left : 0)) / (size || fit.size);
-    other.y = y - (top - (labelled ? fit.top : 0)) / (size || fit.size);
+    Object.assign(other, { x, y, size });
     drawMatrix(other);
   }
 }
@@ -135,11 +120,7 @@ function zoom(view, by, about = null) {
 // Move by so many cells; false where there is nothing to move to.
 function move(view, x, y) {
   const before = [view.x, view.y];
-  for (const other of alike(view)) {
-    other.x = before[0] + x;
-    other.y = before[1] + y;
-    drawMatrix(other);
-  }
+  arrange(view, view.x + x, view.y + y, view.size);
   return view.x !== before[0] || view.y !== before[1];
 }
 
@@ -166,7 +147,8 @@ function fitting(view, layer) {
   // One that is far higher than wide is as wide as there is room, and moves.
   const tall = layer.queries > 3 * layer.keys;
   const labelled = Math.min((room - left - 2) / layer.keys, tall ? LARGEST : (high - top) / layer.queries);
-  const size = labelled >= LABELS ? Math.floor(labelled) : Math.min(room / layer.keys, tall ? LABELS : high / layer.queries);
+  const bare = Math.min(room / layer.keys, tall ? LARGEST : high / layer.queries, 0.99 * LABELS); // more would have labels, and not fit
+  const size = labelled >= LABELS ? Math.floor(labelled) : bare;
   return { room, high, left, top, size: Math.min(size, LARGEST) };
 }
 
@@ -176,18 +158,23 @@ function drawMatrix(view) {
   const { layer, head } = chosen;
   const { canvas, sheet } = view;
   const fit = fitting(view, layer);
-  let size = view.size || fit.size;
+  const size = view.size || fit.size;
   const labelled = size >= LABELS;
-  if (labelled) size = Math.max(LABELS, Math.floor(size));
-  const left = labelled ? fit.left : 0;
-  const top = labelled ? fit.top : 0;
-  const across = Math.min(size * layer.keys, fit.room - left);
-  const down = Math.min(size * layer.queries, fit.high - top);
-  const clamp = (n, most) => Math.max(0, Math.min(most, n));
-  Object.assign(view, { cell: size, left, top, wide: across / size, high: down / size });
-  view.x = clamp(view.x, layer.keys - view.wide);
-  view.y = clamp(view.y, layer.queries - view.high);
-  if (labelled) [view.x, view.y] = [Math.round(view.x), Math.round(view.y)];
+  const [left, top] = labelled ? [fit.left, fit.top] : [0, 0];
+  const [wholeAcross, wholeDown] = [size * layer.keys, size * layer.queries];
+  const across = Math.min(wholeAcross, fit.room - left);
+  const down = Math.min(wholeDown, fit.high - top);
+  const corner = (n, most) => {
+    const pixel = Math.max(0, Math.min(most, n * size));
+    return (labelled ? Math.round(pixel) : pixel) / size;
+  };
+  Object.assign(view, { fit, cell: size, left, top, wide: across / size, high: down / size, moves: across < wholeAcross || down < wholeDown });
+  view.x = corner(view.x, wholeAcross - across);
+  view.y = corner(view.y, wholeDown - down);
+  view.place = zoomIdentity.translate(left, top).scale(size).translate(-view.x, -view.y);
+  view.gestures.scaleExtent([fit.size, LARGEST]);
+  select(sheet).property("__zoom", view.place); // where d3 goes on from
+  sheet.style.touchAction = view.moves ? "none" : "pan-x pan-y";
   const scale = Math.min(devicePixelRatio || 1, 2);
   canvas.width = Math.ceil((left + across) * scale);
   canvas.height = Math.ceil((top + down) * scale);
@@ -201,9 +188,9 @@ function drawMatrix(view) {
   context.setTransform(scale, 0, 0, scale, 0, 0);
   if (labelled) {
     context.fillStyle = cssColour("--panel"); // gaps between the cells
-    for (let j = 1; j < view.wide; j++) context.fillRect(left + j * size - 0.5, top, 1, down);
-    for (let i = 1; i < view.high; i++) context.fillRect(left, top + i * size - 0.5, across, 1);
-    label(context, view, layer, size);
+    for (let j = Math.floor(view.x) + 1; j < view.x + view.wide; j++) context.fillRect(view.place.applyX(j) - 0.5, top, 1, down);
+    for (let i = Math.floor(view.y) + 1; i < view.y + view.high; i++) context.fillRect(left, view.place.applyY(i) - 0.5, across, 1);
+    label(context, view, layer);
   }
   const told = layer.heads[chosen.index];
   canvas.setAttribute("aria-label", `Weights of ${layer.label}, head ${chosen.index}: ${layer.queries} queries by ${layer.keys} keys. ${told.sentence}`);
@@ -217,7 +204,7 @@ function pixels(view, layer, head, box, size) {
   const kinds = new Uint8Array(wide * high).fill(BARRED);
   const image = new ImageData(wide, high);
   const colours = new Uint32Array(image.data.buffer);
-  const ramp = tables[theme()].map((c) => (255 << 24) | (c[2] << 16) | (c[1] << 8) | c[0]);
+  const shades = ramp();
   const best = new Uint8Array(wide * high); // 1 + the place on the ramp; 0: nothing known
   const put = (x0, x1, y0, y1, tone) => {
     for (let y = y0; y < y1; y++) {
@@ -227,8 +214,8 @@ function pixels(view, layer, head, box, size) {
     }
   };
   const span = (n, from, most) => {
-    const start = Math.floor((n - from) * size);
-    return [Math.max(0, start), Math.min(most, Math.max(start + 1, Math.floor((n + 1 - from) * size)))];
+    const [start, end] = [n, n + 1].map((edge) => Math.floor((edge - from) * size + 1e-6)); // a whole number may have come out a hair less
+    return [Math.max(0, start), Math.min(most, Math.max(start + 1, end))];
   };
   const unknown = (i, y0, y1) => {
     const end = Math.min(wide, Math.ceil((allowed(layer, i) - view.x) * size));
@@ -258,7 +245,7 @@ function pixels(view, layer, head, box, size) {
   }
   for (let at = 0; at < best.length; at++) {
     if (!best[at]) continue;
-    colours[at] = ramp[Math.round(((best[at] - 1) * 255) / 254)];
+    colours[at] = shades[Math.round(((best[at] - 1) * 255) / 254)];
     kinds[at] = KNOWN;
   }
   return { image, kinds };
@@ -285,8 +272,8 @@ function fillKind(context, kinds, kind, scale, box) {
   context.drawImage(sheet, box.x, box.y);
 }
 
-function label(context, view, layer, size) {
-  const { left, top } = view;
+function label(context, view, layer) {
+  const { left, top, place } = view;
   const fit = (token, room) => {
     let text = token[0];
     while (text.length > 1 && context.measureText(text).width > room) text = `${text.replace(/…$/, "").slice(0, -1)}…`;
@@ -296,12 +283,16 @@ function label(context, view, layer, size) {
   context.textBaseline = "middle";
   context.fillStyle = cssColour("--soft");
   context.textAlign = "right";
-  const seen = (tokens, from, count) => tokens.slice(Math.floor(from), Math.ceil(from + count));
-  seen(queryTokens(layer), view.y, view.high).forEach((token, n) => context.fillText(fit(token, left - 8), left - 7, top + (n + 0.5) * size));
+  // The tokens of the cells whose middle is in sight, and where that is.
+  const seen = (tokens, from, count) => {
+    const first = Math.round(from);
+    return tokens.slice(first, Math.round(from + count)).map((token, n) => [token, first + n + 0.5]);
+  };
+  seen(queryTokens(layer), view.y, view.high).forEach(([token, middle]) => context.fillText(fit(token, left - 8), left - 7, place.applyY(middle)));
   context.textAlign = "left";
-  seen(keyTokens(layer), view.x, view.wide).forEach((token, n) => {
+  seen(keyTokens(layer), view.x, view.wide).forEach(([token, middle]) => {
     context.save();
-    context.translate(left + (n + 0.5) * size, top - 7);
+    context.translate(place.applyX(middle), top - 7);
     context.rotate(-Math.PI / 2);
     context.fillText(fit(token, top - 8), 0, 0);
     context.restore();
@@ -321,25 +312,27 @@ function markCell(view) {
   const chosen = view.source();
   if (!chosen) return;
   const { layer, head } = chosen;
-  const { cell: size, left, top, tip, mark, across, down } = view;
+  const { left, top, tip, mark, across, down, place } = view;
   const { query, key } = state.focus || { query: null, key: null };
-  const x = left + (key - view.x) * size;
-  const y = top + (query - view.y) * size;
-  const thick = Math.max(1, size);
-  const seenRow = query !== null && query < layer.queries && query >= view.y && query < view.y + view.high;
-  const seenColumn = key !== null && key < layer.keys && key >= view.x && key < view.x + view.wide;
-  lay(across, left, y, view.wide * size, thick, seenRow);
-  lay(down, x, top, thick, view.high * size, seenColumn);
+  const [right, bottom] = [left + view.wide * view.cell, top + view.high * view.cell];
+  // What of the row and of the column is in sight, in pixels.
+  const [y, toY] = [query, query + 1].map((n) => Math.max(top, Math.min(bottom, place.applyY(n))));
+  const [x, toX] = [key, key + 1].map((n) => Math.max(left, Math.min(right, place.applyX(n))));
+  const [thickX, thickY] = [Math.max(1, toX - x), Math.max(1, toY - y)];
+  const seenRow = query !== null && toY > y;
+  const seenColumn = key !== null && toX > x;
+  lay(across, left, y, right - left, thickY, seenRow);
+  lay(down, x, top, thickX, bottom - top, seenColumn);
   const cellular = seenRow && seenColumn;
-  lay(mark, x, y, thick, thick, cellular);
+  lay(mark, x, y, thickX, thickY, cellular);
   tip.hidden = !cellular;
   if (!cellular) return;
   const found = cell(layer, head, query, key);
   const told = { [KNOWN]: three(found.weight), [UNKNOWN]: `not recorded, ${atMost(found.weight)}`, [BARRED]: "may not attend" }[found.kind];
   tip.replaceChildren(make("span", {}, `${queryTokens(layer)[query][0]} → ${keyTokens(layer)[key][0]} `), make("b", {}, head.cells ? "in overview alone" : told));
   const wide = tip.offsetWidth;
-  const right = x + thick + 8;
-  tip.style.transform = `translate(${Math.max(0, right + wide > view.sheet.clientWidth ? x - wide - 8 : right)}px, ${Math.max(0, y - 34)}px)`;
+  const beside = x + thickX + 8;
+  tip.style.transform = `translate(${Math.max(0, beside + wide > view.sheet.clientWidth ? x - wide - 8 : beside)}px, ${Math.max(0, y - 34)}px)`;
 }
 
 buildMatrix(byId("matrix"), () => ({ layer: chosenLayer(), head: chosenHead(), index: state.head }));

@@ -1,14 +1,16 @@
 // Every head at a glance: a row a layer, a column a head, and in each thumbnail its pattern, what its keys receive or how wide its
 // queries look.
 
+import { max } from "d3-array";
 import { allowed, data, headOf, reach } from "./decode.js";
-import { cssColour, height, shade, tables, theme } from "./colour.js";
+import { cssColour, height, pixel, ramp, shade, theme } from "./colour.js";
 import { byId, chooseHead, chosenLayer, make, on, reveal, segments, state, tell } from "./state.js";
 
 const dense = data.layers.some((layer) => layer.heads.length > 16);
 const THUMB = dense ? 32 : 96; // pixels a side, about
 export const CELLS = 32; // of a head that the page holds in overview alone, as in data.py
 const POOL = dense ? 32 : 40; // cells a side; a longer text is pooled by its greatest weight, so a thin line stays a line
+const UNRECORDED = { light: [[214, 217, 224], [240, 241, 244]], dark: [[44, 50, 62], [30, 35, 44]] }; // its hatching, and what is between
 
 function drawPattern(canvas, layer, head) {
   const side = head.cells ? CELLS : POOL;
@@ -34,17 +36,15 @@ function drawPattern(canvas, layer, head) {
     }
     if (!head.complete[i]) open.fill(1, y * wide, y * wide + Math.ceil((allowed(layer, i) * wide) / layer.keys));
   }
-  const ramp = tables[theme()];
-  const hatch = theme() === "dark" ? [44, 50, 62] : [214, 217, 224];
-  const plain = theme() === "dark" ? [30, 35, 44] : [240, 241, 244];
+  const shades = ramp();
+  const [hatch, plain] = UNRECORDED[theme()].map(pixel);
   for (let place = 0; place < most.length; place++) {
     let colour = null;
-    if (most[place] >= 0) colour = ramp[Math.round(255 * height(most[place]))];
+    if (most[place] >= 0) colour = shades[Math.round(255 * height(most[place]))];
     else if (open[place]) colour = ((place % wide) + Math.floor(place / wide)) % 3 ? plain : hatch;
     if (!colour) continue; // what may not be attended stays clear
-    const pixel = (255 << 24) | (colour[2] << 16) | (colour[1] << 8) | colour[0];
     const corner = Math.floor(place / wide) * down * image.width + (place % wide) * across;
-    for (let row = 0; row < down; row++) pixels.fill(pixel, corner + row * image.width, corner + row * image.width + across);
+    for (let row = 0; row < down; row++) pixels.fill(colour, corner + row * image.width, corner + row * image.width + across);
   }
   canvas.width = image.width;
   canvas.height = image.height;
@@ -78,7 +78,7 @@ function drawThumb(thumb) {
   const head = headOf(thumb.layer, thumb.head);
   if (state.show === "pattern") drawPattern(thumb.canvas, layer, head);
   else if (state.show === "received") {
-    const most = head.received.reduce((a, b) => Math.max(a, b), 1e-9);
+    const most = max(head.received) || 1e-9;
     drawBars(thumb.canvas, Array.from(head.received, (amount) => Math.sqrt(amount / most)), true);
   } else if (state.show === "distance") drawShade(thumb.canvas, layer, layer.heads[thumb.head].distance);
   else {

@@ -1,5 +1,6 @@
 // The text as it is read, shaded by the chosen head, and the sentence at the foot of the page that says the same in numbers.
 
+import { max } from "d3-array";
 import { BARRED, KNOWN, UNKNOWN, allowed, cell, data, reach } from "./decode.js";
 import { height, inkOn, shade, theme } from "./colour.js";
 import { atMost, byId, chosenHead, chosenLayer, keyTokens, make, many, on, pin, point, queryTokens, rawOf, reveal, state, three } from "./state.js";
@@ -121,12 +122,8 @@ function dress(word, classes, t) {
 // The part of the scale for attention received: the words' own greatest is full, since markers and sinks take ten times as much.
 export function receivedScale(layer, head) {
   const tokens = keyTokens(layer);
-  let most = 0;
-  head.received.forEach((amount, j) => {
-    const sink = layer.causal && j === 0; // the first token, which later ones look at where they look at nothing
-    if (!tokens[j][2] && !sink && amount > most) most = amount;
-  });
-  if (!most) most = head.received.reduce((a, b) => Math.max(a, b), 1e-9);
+  const sink = (j) => layer.causal && j === 0; // the first token, which later ones look at where they look at nothing
+  const most = max(head.received, (amount, j) => (tokens[j][2] || sink(j) ? 0 : amount)) || max(head.received) || 1e-9;
   return (j) => Math.min(1, head.received[j] / most);
 }
 

@@ -24,7 +24,7 @@ print(regard.__file__, ran, next(x.value for x in doctor.machine() if x.name == 
 def _installed(folder: Path, **environment: str) -> tuple[Path, list[str]]:
     """A wheel that pip makes of a clean copy of the sources, and what a process says that uses it."""
     copy, wheels, site = folder / "sources", folder / "wheels", folder / "site"
-    left_out = shutil.ignore_patterns(".*", "build", "*.egg-info", "_native.*", "__pycache__")
+    left_out = shutil.ignore_patterns(".*", "build", "*.egg-info", "_native.*", "__pycache__", "node_modules")
     shutil.copytree(_ROOT, copy, ignore=left_out)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     environ = {**os.environ, **environment}
