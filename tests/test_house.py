@@ -42,6 +42,7 @@ LAYERS = [
     {"models.*"},
     {"tasks.*"},
     {"look", "doctor", "demo"},
+    {"look_at_image"},
     {"bench.*"},
     {"cli.*"},
 ]

@@ -121,7 +121,7 @@ def test_checkpoints_of_hugging_face(reentrant: bool) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
+@pytest.mark.filterwarnings("error:Using `torch.compile:UserWarning")
 def test_names_of_compiled_modules_are_those_of_what_was_compiled() -> None:
     torch._dynamo.reset()
     model = Two()

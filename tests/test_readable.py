@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_watch import bert
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import regard
 from regard.watch.counted import Counted
@@ -43,6 +45,32 @@ def test_weights_asked_of_an_eager_model_are_still_given() -> None:
         out = model(**inputs, output_attentions=True)
     assert len(out.attentions) == len(seen) == 2
     assert torch.equal(out.attentions[0].amax(-1), seen[0].max)
+
+
+class Warns(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        warnings.warn("the model's own", stacklevel=1)
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_modules_warn_of_all_but_the_hooks_of_a_watch(whole: bool) -> None:
+    """Whether the compiled module is watched, or what was compiled; and Python still knows what it has warned of."""
+    model, x = Warns(), torch.randn(2, 5, 8)
+    compiled = torch.compile(model, backend="eager")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        before = list(warnings.filters)
+        for _ in range(2):
+            with torch.no_grad(), regard.watch(compiled if whole else model) as seen:
+                compiled(x)
+            assert len(seen) == 1
+        assert [str(warning.message) for warning in told] == ["the model's own"]
+        assert list(warnings.filters) == before
+        handle = register_module_forward_hook(lambda *_: None)
+        compiled(x)
+        handle.remove()
+    assert "when there are global hooks" in str(told[-1].message), "a hook of somebody else, after the watch"
 
 
 def test_counted() -> None:

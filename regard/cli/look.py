@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 @app.command()
 def look(
     text: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="[DIR] TEXT",
             help="Any text, in quotes; - reads standard input. Before it, a directory of `train`. Or a file of `--save`.",
         ),
-    ],
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="PICTURE", help="A picture in place of a text, for a vision --model.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A local path or a name on the hub. [default: all-MiniLM-L6-v2, offline]")
     ] = None,
@@ -36,15 +39,21 @@ def look(
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """See what a model attends to in a text: here, and on a page."""
+    """See what a model attends to in a text, or in a picture: here, and on a page."""
     from regard.look import look as run
     from regard.look import look_at_record
+    from regard.look_at_image import look_at_image
 
-    if len(text) == 2 and model is None:
+    text = text or []
+    if image is None and len(text) == 2 and model is None:
         model = text.pop(0)
-    if len(text) != 1:
-        raise ValueError(f"TEXT: {len(text)} arguments are given; expected one text, in quotes")
-    if text[0].endswith(".safetensors") and Path(text[0]).is_file():
+    if image is not None:
+        if text:
+            raise ValueError("--image: TEXT is given too; expected a picture or a text (--model names the model)")
+        show(lambda: look_at_image(image, model, top=top), out, save)
+    elif len(text) != 1:
+        raise ValueError(f"TEXT: {len(text)} arguments are given; expected one text, in quotes, or --image PICTURE")
+    elif text[0].endswith(".safetensors") and Path(text[0]).is_file():
         show(lambda: look_at_record(Path(text[0])), out, None)
     else:
         show(lambda: run(sys.stdin.read() if text == ["-"] else text[0], model, top=top), out, save)
@@ -60,18 +69,21 @@ def show(run: Callable[[], Looked], out: Path, save: Path | None = None) -> None
     for name, path in (("--out", out), ("--save", save)):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{name}: the folder {path.parent} does not exist")
-    with console.status("loading the model and reading the text"):
+    with console.status("loading the model and running it"):
         looked = run()
         if save is not None:
             looked.watched.save(save)
         document = page(
-            looked.watched, looked.tokens, title=looked.model, subtitle=looked.text, key_tokens=looked.source
-        )
+            looked.watched, looked.tokens, title=looked.model, subtitle=looked.text, key_tokens=looked.source,
+            picture=looked.picture,
+        )  # fmt: skip
     console.print(terminal(looked.watched, looked.tokens, key_tokens=looked.source))
     if looked.truncated:
         console.print(
             f"[yellow]The last {looked.truncated} tokens are beyond what the model can take, and left out.[/]"
         )
+    if looked.note:
+        console.print(Text(looked.note, style="yellow"))
     out.write_text(document, encoding="utf-8")
     size = out.stat().st_size / 1e6
     console.print(Text.assemble("\nThe page: ", (str(out), "bold"), f" ({size:.1f} MB, works offline)"))

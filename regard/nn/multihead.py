@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import AnyScore, attention
-from regard.mask import Mask, dense, lengths, window
+from regard.mask import Mask, dense, documents, window
 from regard.nn.cache import KeyValueCache
 from regard.nn.restriction import restrictions, written_out
 from regard.nn.word import Word
@@ -360,7 +360,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not self.batch_first or any(x is not None and x is not query for x in (key, value)):
             raise ValueError(f"{_NAME}: query is nested; expected batch_first, and no other key and value")
         n = torch.tensor([len(x) for x in query.unbind()], device=query.device)
-        real = lengths(n) if mask is None else lengths(n) & mask
+        # What is padded attends to nothing, and nothing attends to it: documents that have nothing else in them.
+        padded = (torch.arange(int(n.max()), device=n.device) >= n[:, None]).long()
+        real = documents((2 * padded, padded))
+        real = real if mask is None else real & mask
         out, told = self.forward(
             query.to_padded_tensor(0.0), None, None, None, need_weights, None, average_attn_weights, mask=real,
             summary=summary,

@@ -10,6 +10,7 @@ from torch import Tensor
 from regard import mask as masks
 from regard.attention import attention
 from regard.mask import Mask
+from regard.watch import nested
 from regard.watch.ask import Ask, aside
 from regard.watch.weights import looks_causal
 
@@ -84,10 +85,12 @@ def _tell(
             causal = kind != _PADDING and looks_causal(allowed)
             may = masks.dense(allowed[:, None, None] if kind == _PADDING else allowed)
         if query.is_nested:
-            # Texts of several lengths without padding: it comes back, and attends to nothing.
-            n = query._nested_tensor_size()[:, 0].to(query.device)
-            query = key = query.to_padded_tensor(0.0)
-            may = masks.lengths(n) & masks.where(lambda b, h, q, k: q < n[b])
+            # What is padded comes back, and attends to nothing.
+            found = nested.padded(query)
+            if found is None:
+                return
+            query, n = found
+            key, may = query, nested.within(n, n, query.shape[1], query.shape[1])
         width = weight.shape[1]
         biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
         q, k = (

@@ -15,7 +15,8 @@ from regard import mask as masks
 from regard.attention import attention
 from regard.mask import Mask
 from regard.score import ScaledDot
-from regard.watch import fast, flex, inside
+from regard.summary import Summary
+from regard.watch import fast, flex, inside, nested
 from regard.watch.ask import Ask, aside, is_kept_by_others
 from regard.watch.weights import Followed, are_causal, by_heads, looks_causal, summarise
 
@@ -45,6 +46,9 @@ class Intercept(TorchFunctionMode):
             return self._flex(func, *args, **kwargs)
         out = func(*args, **kwargs)
         weights = self._followed.follow(func, args, kwargs, out)
+        if weights is not None and weights.is_nested:
+            found = nested.padded(weights)
+            weights = None if found is None else found[0]
         if weights is not None:
             self._tell_weights(by_heads(weights, self._ask.heads()))
         return out
@@ -77,9 +81,13 @@ class Intercept(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        summary = None if query.is_nested or key.is_nested else self._ask.wanted()
-        if summary is None:
-            return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        summary = self._ask.wanted()
+        nests = query.is_nested or key.is_nested
+        if summary is None or nests:
+            out = function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            if summary is not None and query.is_nested and key.is_nested and attn_mask is None:
+                self._tell_nested(summary, query, key, is_causal, scale)
+            return out
         q, k, v = _batched(query, key, value, enable_gqa)
         mask, bias = _restrictions(attn_mask, is_causal, query.dim(), q.shape[:-3])
         lead = q.shape[:-2] if query.dim() > 3 else q.shape[: query.dim() - 2]  # without the axes that were put in
@@ -97,6 +105,21 @@ class Intercept(TorchFunctionMode):
         S = k.shape[2]
         self._ask.tell(seen, (B, H, L, S), (is_causal and L == S) or looks_causal(attn_mask))
         return out
+
+    def _tell_nested(self, summary: Summary, query: Tensor, key: Tensor, is_causal: bool, scale: float | None) -> None:
+        """Texts of several lengths without padding: torch attends, and the weights are computed beside it."""
+        with aside():
+            asks, answers = nested.padded(query), nested.padded(key)
+            if asks is None or answers is None:
+                return
+            (q, queries), (k, keys) = asks, answers
+            q, k, _ = _batched(q, k, k, True)
+            may = nested.within(queries, keys, q.shape[2], k.shape[2])
+            score = None if scale is None else ScaledDot(float(scale))
+            _, seen = attention(
+                q, k, k, score=score, mask=may & masks.causal("start") if is_causal else may, summary=summary
+            )
+        self._ask.tell(seen, (*q.shape[:3], k.shape[2]), is_causal and bool((queries == keys).all()))
 
     def _attention(self, function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, **words: Any) -> Any:
         """A call of our own: what it asks for stays the same, and the watch's summaries come in the same pass if it asks for

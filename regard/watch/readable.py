@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from regard.watch.counted import Counted
 
 # Hugging Face's ways to attend that can be seen as they are.
 _SEEN = {"sdpa", "eager", "flex_attention", "regard", None}
+# A compiled module warns of hooks that no module knows of, for they run once more for it. Ours are meant to.
+_HOOKS = re.compile(r"Using `torch\.compile\(module\)` when there are global hooks")
+_OURS = ("ignore", _HOOKS, UserWarning, None, 0)
 _changing = threading.Lock()
 _changed: dict[int, list[Any]] = {}  # by the id of a config: the config, what it said, how many need the change
 
@@ -35,6 +40,15 @@ def readable(model: nn.Module) -> Iterator[None]:
 def _run_uncompiled() -> ExitStack:
     stack = ExitStack()
     stack.enter_context(torch.compiler.set_stance("force_eager"))
+    # Put in by hand: `warnings.filterwarnings` would have Python forget all that it has warned of once.
+    filters: Any = warnings.filters
+    filters.insert(0, _OURS)
+
+    def undo() -> None:
+        with suppress(ValueError):  # where somebody has cleared them
+            filters.remove(_OURS)
+
+    stack.callback(undo)
     return stack
 
 

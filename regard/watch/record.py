@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from regard.summary import Top
@@ -40,3 +41,28 @@ class Record:
     def missing(self) -> Tensor:
         """The weight of each row that `top` leaves out (B, H, L): it went to other keys."""
         return (1 - self.top.weights.sum(-1)).clamp(min=0) * (self.max > 0)
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many queries each text has (B,), without those at its end that attend to nothing: so stands what is shorter
+        than the longest text of a batch without padding.
+        """
+        places = torch.arange(1, self.queries + 1, device=self.max.device)
+        return (places * (self.max > 0).any(1)).amax(-1) if self.queries else places.new_zeros(len(self.max))
+
+    def text(self, n: int) -> Record:
+        """The record of text n of the batch alone, with its own queries and, but in cross attention, its own keys."""
+        if not isinstance(n, int) or not 0 <= n < len(self.max):
+            raise ValueError(f"n: {n!r}; expected the number of a text, from 0 to {len(self.max) - 1}")
+        L, one = int(self.lengths[n]), slice(n, n + 1)
+        S = self.keys if self.kind == "cross" else self.keys - self.queries + L
+        return replace(
+            self,
+            queries=L,
+            keys=S,
+            top=Top(*(x[one, :, :L] for x in self.top)),
+            max=self.max[one, :, :L],
+            received=None if self.received is None else self.received[one, :, :S],
+            entropy=None if self.entropy is None else self.entropy[one, :, :L],
+            rows=None if self.rows is None else self.rows[one, ..., :S],
+        )

@@ -33,17 +33,18 @@ def rollout(records: Sequence[Record], tokens: Sequence[int] | None = None, resi
 
     Args:
         records: the self-attention of one stack of layers, from the first to the last, over one text.
-        tokens: which tokens of the last layer (negative numbers count from the end); all by default.
+        tokens: which tokens of the last layer (negative numbers count from the end, which is each text's own); all by
+            default. What a text is too short to have gives 0.
         residual: the part of a token that goes by the residual connection.
 
     >>> rollout(seen, [-1]).shares[0, 0]  # what the last token is made of
     """
     size, batch = _stack(records)
-    chosen = _tokens(tokens, size)
+    chosen = _tokens(tokens, records, size)
     first = records[0].top.weights
-    rows = torch.zeros(batch, len(chosen), size, dtype=first.dtype, device=first.device)
-    rows[:, torch.arange(len(chosen)), chosen] = 1
-    unknown = rows.new_zeros(batch, len(chosen))
+    rows = torch.zeros(batch, chosen.shape[1], size, dtype=first.dtype, device=first.device)
+    rows.scatter_(2, chosen.clamp(min=0)[..., None], (chosen >= 0)[..., None].to(rows))
+    unknown = rows.new_zeros(chosen.shape)
     for record in reversed(records):
         below = residual * rows
         for head in range(record.heads):
@@ -73,12 +74,12 @@ def flow(records: Sequence[Record], tokens: Sequence[int] | None = None, residua
     except ImportError as error:
         raise ImportError("attention flow needs scipy: pip install 'regard[watch]'") from error
     size, batch = _stack(records)
-    chosen = _tokens(tokens, size)
-    result = torch.zeros(batch, len(chosen), size)
+    chosen = _tokens(tokens, records, size)
+    result = torch.zeros(batch, chosen.shape[1], size)
     for b in range(batch):
         capacity, top = _graph(coo_array, records, b, residual, size), len(records) * size
-        for n, token in enumerate(chosen):
-            for j in range(size):
+        for n, token in enumerate(chosen[b].tolist()):
+            for j in range(size if token >= 0 else 0):
                 result[b, n, j] = maximum_flow(capacity, top + token, j).flow_value / _PARTS
     return result
 
@@ -122,10 +123,13 @@ def _stack(records: Sequence[Record]) -> tuple[int, int]:
     return size, batch
 
 
-def _tokens(tokens: Sequence[int] | None, size: int) -> list[int]:
-    if tokens is None:
-        return list(range(size))
+def _tokens(tokens: Sequence[int] | None, records: Sequence[Record], size: int) -> Tensor:
+    """The places of the tokens in each text (B, N); -1 where it is too short to have one."""
+    tokens = range(size) if tokens is None else tokens
     for token in tokens:
         if not isinstance(token, int) or not -size <= token < size:
             raise ValueError(f"tokens: {token!r}; expected numbers of tokens, from {-size} to {size - 1}")
-    return [token % size for token in tokens]
+    ends = torch.stack([record.lengths for record in records]).amax(0)[:, None]
+    places = torch.tensor(list(tokens), dtype=torch.int64, device=ends.device)
+    places = torch.where(places < 0, places + ends, places)
+    return places.masked_fill((places < 0) | (places >= ends), -1)

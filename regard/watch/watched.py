@@ -43,6 +43,12 @@ class Watched(Sequence[Record]):
         """
         return Watched(join(self.records), self.tokens, self.key_tokens)
 
+    def text(self, n: int) -> Watched:
+        """The same of text n of the batch alone, as long as it is by itself: without what was filled up to the longest and
+        attends to nothing.
+        """
+        return Watched([record.text(n) for record in self.records], self.tokens, self.key_tokens)
+
     def save(self, path: str | Path) -> None:
         """Write all of it to a safetensors file, in the format that `regard.watch.store` documents."""
         store.write(path, self.records, self.tokens, self.key_tokens)

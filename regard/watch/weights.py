@@ -43,7 +43,9 @@ class Followed:
                 self._sources[out] = out.detach()
         elif function in _SAME:
             source = self._of(args) if self._sources and isinstance(out, Tensor) and out.dim() else None
-            if source is not None and out.shape[-1] == source.shape[-1]:
+            if source is not None and (source.is_nested or out.is_nested):  # which tells of no shape
+                self._sources[out] = source
+            elif source is not None and out.shape[-1] == source.shape[-1]:
                 self._sources[out] = source if out.shape[:-2] == source.shape[:-2] else _shaped(source, out)
         elif function in _PRODUCT:
             return self._of(args) if self._sources else None
