@@ -31,7 +31,7 @@ LAYERS = [
     {"dropout", "score", "normalizer", "mask", "position", "summary"},
     {"function", "arguments"},
     {"problem", "merge"},
-    {"kernels.equation"},
+    {"kernels.equation", "kernels.relative"},
     {"kernels.strip"},
     {"kernels.reference", "kernels.tiled", "kernels.torch", "kernels.native"},
     {"kernels.cpu", "kernels.gpu.*"},
@@ -106,6 +106,8 @@ def test_the_core_needs_nothing_but_torch(module: str) -> None:
         "nn.replace": {"transformers"}, "watch.store": {"safetensors"}, "watch.export": {"pandas"},
         "watch.rollout": {"scipy"},
     }.get(module, set())  # fmt: skip
+    if module.startswith("kernels.gpu."):  # which are imported when there is Triton
+        extras = {"triton"}
     top = {name.split(".")[0] for name in imports(MODULES[module])}
     assert not bare or top <= set(sys.stdlib_module_names) | {"torch", "regard"} | extras
 
@@ -146,6 +148,11 @@ TESTED_BY = {
     "kernels.reference": "kernels",
     "kernels.strip": "kernels",
     "kernels.tiled": "kernels",
+    "kernels.relative": "position",
+    **{f"kernels.gpu{'.' * bool(part)}{part}": "gpu" for part in (
+        "", "additive", "additive_backward", "arguments", "backward", "call", "dropout", "forward", "gather", "launch", "mask",
+        "score", "serve", "top", "tuning", "weights",
+    )},
     "look": "cli",
     "doctor": "cli",
     "demo": "cli",

@@ -88,7 +88,7 @@ def _plain(
 
 
 def _blurred(x: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.rand(x.shape, generator=generator) - 0.5
+    noise = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
     return x + x * noise * torch.finfo(x.dtype).eps
 
 

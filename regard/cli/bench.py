@@ -108,6 +108,36 @@ def cpu(
 
 
 @measured.command()
+def gpu(
+    only: Annotated[str | None, typer.Option(help="Only the rows whose names hold this word.")] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the table as the documentation has it.")] = False,
+) -> None:
+    """The kernels of the GPU against PyTorch's own: what is right is timed. Minutes, of which compiling the peers is most."""
+    import torch
+
+    from regard.bench.gpu import as_markdown, as_table, ceilings, measure, rows
+
+    if not torch.cuda.is_available():
+        raise ValueError("there is no GPU that PyTorch sees; expected one to measure (`make test` checks the kernels without)")
+    chosen = [row for row in rows() if only is None or only.lower() in row.name.lower()]
+    if not chosen:
+        raise ValueError(f"--only: no row has {only!r} in its name; there are {', '.join({r.name: 0 for r in rows()})}")
+    device, name, results = torch.device("cuda"), torch.cuda.get_device_name(), []
+    with progress(not console.is_terminal) as bar:
+        task = bar.add_task("the ceilings of this GPU", total=len(chosen))
+        limits = ceilings(device)
+        for result in measure(chosen, device, limits):
+            results.append(result)
+            bar.update(task, advance=1, description=result.row.label)
+    if markdown:
+        print(as_markdown(results, limits, name))
+    else:
+        console.print(as_table(results, limits, name))
+    if not all(result.error.within for result in results):
+        raise typer.Exit(1)
+
+
+@measured.command()
 def watch(
     threads: Annotated[int, typer.Option(min=1, help="Threads for all sides.")] = 2,
     longest: Annotated[int, typer.Option(min=512, help="Leave out texts of more tokens.")] = 16384,

@@ -18,6 +18,7 @@ from torch import Tensor
 from regard import check
 from regard.kernels import cpu, differentiate, native, reference, tiled
 from regard.kernels import torch as torch_
+from regard.kernels.gpu import serve as gpu
 from regard.problem import Plan, Problem
 
 
@@ -35,6 +36,7 @@ class Candidate:
 _CANDIDATES: dict[str, Candidate] = {
     "cpu": Candidate(cpu.refuse, partial(differentiate.run, "cpu"), "native kernels of the CPU, in linear memory"),
     "torch": Candidate(torch_.refuse, torch_.run, "torch's fused attention, for plain problems"),
+    "gpu": Candidate(gpu.refuse, partial(differentiate.run, "gpu"), "Triton kernels of the GPU, in linear memory"),
     "tiled": Candidate(
         tiled.refuse, partial(differentiate.run, "tiled"), "plain PyTorch in strips: everything, in linear memory"
     ),
@@ -67,7 +69,9 @@ _MATRIX_UNITS = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 def _order(problem: Problem) -> tuple[str, ...]:
     if _MATRIX_UNITS and problem.tensors[0].dtype == torch.bfloat16:
         return ("torch", "cpu", *_CANDIDATES)
-    return tuple(_CANDIDATES)
+    # By their interpreter the kernels of the GPU run on the CPU, too, but not unless they are asked for by name.
+    on_cpu = problem.tensors[0].device.type == "cpu"
+    return tuple([name for name in _CANDIDATES if not (on_cpu and name == "gpu")])
 
 
 def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from regard.kernels import native, tiled
+from regard.kernels.relative import relative_table, through_table
 from regard.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
 from regard.normalizer import Entmax, Normalizer, Sigmoid, Softmax, Sparsemax
-from regard.position import T5, Added, ALiBi, Bias
+from regard.position import T5, Added, ALiBi
 from regard.problem import Plan, sizes
 from regard.score import Additive, Product
-from regard.tile import Sizes, Tile
-from regard.word import Slot, fill
+from regard.tile import Sizes
+from regard.word import Slot
 
 # Forward gives, beside its outputs, the largest score of each row and the inverse of its sum, in one tensor, and the output
 # in full precision (empty where it is so anyhow): backward takes them.
@@ -129,7 +130,7 @@ def backward(
     for index in needed.added:
         results[index] = next(rest).to(tensors[index].dtype)
     if needed.relative:
-        for index, gradient in _through_relative(plan, tensors, next(rest), needed.relative):
+        for index, gradient in through_table(plan, tensors, next(rest), needed.relative):
             results[index] = gradient
     if needed.normalizer is not None:
         per_head, like = next(rest).sum((0, 2)), tensors[needed.normalizer]
@@ -202,7 +203,7 @@ def _told(plan: Plan, shapes: _Shapes, pairs: bool) -> _Told:
     if isinstance(bias, Added):
         added = _made(_known_type, bias.tensor)
     elif bias is not None:
-        relative = partial(_relative, bias, size, torch.float32)
+        relative = partial(relative_table, bias, size, torch.float32)
     number = _number(normalizer)
     if number is not None and (isinstance(number, Slot) or number or isinstance(normalizer, Softmax)):
         sink = partial(_per_head, number, H)
@@ -284,27 +285,6 @@ def _per_head(number: float | Slot, heads: int, tensors: Sequence[Tensor]) -> Te
     if isinstance(number, Slot):
         return tensors[number.index].detach().float().expand(heads).contiguous()
     return torch.full((heads,), number, dtype=torch.float32)
-
-
-def _relative(bias: Bias, size: Sizes, dtype: torch.dtype, tensors: Sequence[Tensor]) -> Tensor:
-    """A bias that depends on the distance alone, as a table (H, L + S - 1 + 64) of query - key + S - 1: memory linear in
-    length. The kernels read whole vectors, past the last query.
-    """
-    # Query 0 has key -n at the distance that query n has key 0.
-    tile = Tile((0, 1), (0, size.H), (0, 1), (1 - size.L, size.S), size, torch.device("cpu"))
-    table = fill(bias, tensors).bias(tile, dtype)[0, :, 0].flip(-1)
-    return torch.nn.functional.pad(table, (0, 64)).contiguous()
-
-
-def _through_relative(
-    plan: Plan, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[int]
-) -> list[tuple[int, Tensor]]:
-    """From the gradient of the table by distance to those of what it is made of."""
-    leaves = [x.detach().requires_grad_() if i in needed else x for i, x in enumerate(tensors)]
-    with torch.enable_grad():
-        table = _relative(plan.bias, sizes(*tensors[:2]), gradient.dtype, leaves)  # type: ignore[arg-type]
-    found = torch.autograd.grad(table, [leaves[i] for i in needed], gradient.sum_to_size(table.shape))
-    return list(zip(needed, found, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ from torch.autograd import forward_ad
 from regard import mask, normalizer, position, problem, score, summary, word
 from regard.function import Python
 from regard.kernels import cpu, reference, tiled
+from regard.kernels.gpu import serve as gpu
 from regard.problem import Plan
 
 # Each gives, after its outputs, EXTRAS tensors that its backward pass takes together with the first of them.
-_KERNELS: dict[str, ModuleType] = {"cpu": cpu, "tiled": tiled, "reference": reference}
+_KERNELS: dict[str, ModuleType] = {"cpu": cpu, "gpu": gpu, "tiled": tiled, "reference": reference}
 
 _VOCABULARY: dict[str, type[Any]] = {
     name: kind
@@ -44,8 +45,8 @@ def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
         outputs = Forward.apply(kernel, plan, *tensors)  # type: ignore[no-untyped-call]
     elif _is_recorded(tensors):
         return Eager.apply(kernel, plan, *tensors)  # type: ignore[no-any-return, no-untyped-call]
-    elif kernel == "cpu":
-        outputs = cpu.forward(plan, tensors, last=True)
+    elif _KERNELS[kernel].EXTRAS:
+        outputs = _KERNELS[kernel].forward(plan, tensors, last=True)
     else:
         outputs = _KERNELS[kernel].forward(plan, tensors)
     return outputs[: len(outputs) - _KERNELS[kernel].EXTRAS]

@@ -1,0 +1,1 @@
+"""Triton kernels: every score and every summary fused on the GPU."""

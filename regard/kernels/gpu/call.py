@@ -1,0 +1,178 @@
+"""A problem as the Triton kernels are told it, and how one of them is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from regard.kernels.gpu import additive, mask, tuning
+from regard.kernels.gpu.arguments import Form, Matrix, Sizes, Table, Tiles, Told, Words
+from regard.kernels.relative import relative_table
+from regard.normalizer import Sigmoid, Softmax
+from regard.position import Added, ALiBi, alibi_slopes
+from regard.problem import Plan, sizes
+from regard.score import Additive, Product
+from regard.word import Slot, fill
+
+_LOG2E = 1.4426950408889634
+_WHOLE = 1 << 32
+# So many queries are few: tiles of them have room for other heads.
+FEW = 16
+
+
+class Call:
+    """A problem, as the kernels are told it."""
+
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], kernel: str) -> None:
+        self.plan, self.tensors = plan, tensors
+        self.q, self.k, self.v = (rows(x.detach()) for x in tensors[:3])
+        self.size = sizes(self.q, self.k)
+        self.device = self.q.device
+        self.D, self.E = self.q.shape[-1], self.v.shape[-1]
+        self.shape, self.repeats = self._shape(kernel)
+        self.queries = self.shape.queries // self.repeats  # of a tile
+        self._mask = None if plan.mask is None else fill(plan.mask, tensors)
+        self._told = None if self._mask is None else mask.tell(self._mask, self.size)
+        self.words = self._words()
+        self.sizes = Sizes(self.size.H, self.size.G, self.size.L, self.size.S)
+        self.form = self._form()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many tiles of queries there are, and how many of keys."""
+        return triton.cdiv(self.size.L, self.queries), triton.cdiv(self.size.S, self.shape.keys)
+
+    def told(self, turned: bool = False) -> Told:
+        """What a kernel takes that goes along a row of tiles; `turned`, along a column."""
+        return Told(self.words, self._tiles(turned), self.sizes, self.form)
+
+    def of(self, slot: Any) -> Any:
+        """The tensor, or the number, that stands in a plan."""
+        return self.tensors[slot.index].detach() if isinstance(slot, Slot) else slot
+
+    def per_query(self, *width: int) -> Tensor:
+        """An empty tensor (B, H, L, ...) in float32."""
+        return self.empty(self.size.B, self.size.H, self.size.L, *width)
+
+    def empty(self, *shape: int) -> Tensor:
+        """An empty tensor in float32."""
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def kinds(self) -> tuple[Tensor | None, int]:
+        """Of each tile whether it is full, partial or empty, and 1 where each batch row has its own; None without a mask."""
+        if self._mask is None:
+            return None, 0
+        kinds = mask.kinds(self._mask, self.size, self.queries, self.shape.keys, self.device).contiguous()
+        return kinds, int(kinds.shape[0] > 1)
+
+    def _shape(self, kernel: str) -> tuple[tuning.Shape, int]:
+        """The tiles, and how many heads share one: those that share their keys do, where there are few queries."""
+        width = max(wide(self.D), wide(self.E))
+        repeats = self.size.H // self.size.G
+        if isinstance(self.plan.score, Additive):
+            kernel = f"additive {kernel}"
+        elif kernel == "forward":
+            kernel = "few" if self.size.L <= FEW else "top" if self.plan.summary.top else kernel
+        shape = tuning.shape(kernel, self.q.dtype, width, self.device)
+        packed = kernel == "few" and repeats & (repeats - 1) == 0 and repeats <= shape.queries
+        return shape, repeats if packed else 1
+
+    def _tiles(self, turned: bool) -> Tiles:
+        if self._told is None:
+            return Tiles(None, None, 0, 0, 0, (), ())
+        assert self.plan.mask is not None
+        order, counts = mask.lists(
+            self.plan.mask, self.tensors, self.size, self.queries, self.shape.keys, self.device, turned
+        )
+        own = int(order.shape[0] > 1)
+        return Tiles(order, counts, own, *order.shape[1:], self._told.pointers, self._told.numbers)
+
+    def _form(self) -> Form:
+        top = self.plan.summary.top
+        terms = () if self._told is None else self._told.terms
+        # Weights that are rounded to the precision of values do for the gradients of q, k and v, but not of parameters.
+        exact = any(x.is_floating_point() for x in self.tensors[3:])
+        return constants(Form(
+            self.D, self.E, wide(self.D), wide(self.E), self.shape.queries, self.shape.keys, self.repeats,
+            isinstance(self.plan.normalizer, Sigmoid), top, triton.next_power_of_2(max(top, 1)), len(terms), terms, exact,
+            tuning.is_interpreted(),
+        ))  # fmt: skip
+
+    def _words(self) -> Words:
+        plan, size = self.plan, self.size
+        score, normalizer, bias = plan.score, plan.normalizer, plan.bias
+        words = Words(*[None] * len(Words._fields))._replace(scale=_LOG2E, offset=0, dropped=0, kept=1.0)
+        if isinstance(score, Additive):
+            words = words._replace(
+                turned=additive.turn(self.q, self.k, self.of(score.v), self.shape.queries, self.shape.keys)
+            )
+        elif isinstance(score, Product):
+            scale = self.D**-0.5 if score.scale is None else score.scale
+            key_bias, query_bias = (_scaled(self.of(x)) for x in (score.key_bias, score.query_bias))
+            words = words._replace(scale=scale * _LOG2E, key_bias=key_bias, query_bias=query_bias)
+        if plan.softcap is not None:
+            words = words._replace(softcap=plan.softcap * _LOG2E)
+        if isinstance(bias, Added):
+            tensor = self.of(bias.tensor)
+            strides = [stride if n > 1 else 0 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)]
+            words = words._replace(bias=Table(tensor, *strides))
+        elif isinstance(bias, ALiBi):
+            slopes = self.of(bias.slopes)
+            slopes = torch.tensor(alibi_slopes(size.H), device=self.device) if slopes is None else slopes
+            words = words._replace(slopes=_scaled(slopes), offset=size.offset(bias.align))
+        elif bias is not None:
+            words = words._replace(relative=_scaled(relative_table(bias, size, torch.float32, self.tensors)))
+        level = self.of(level_of(normalizer))
+        if level is not None and not (isinstance(normalizer, Sigmoid) and not isinstance(level, Tensor) and level == 0):
+            level = level if isinstance(level, Tensor) else torch.full((), level, device=self.device)
+            words = words._replace(level=_scaled(level.expand(size.H)))
+        if plan.bad_q is not None:
+            words = words._replace(bad_q=_bytes(self.of(plan.bad_q)), bad_k=_bytes(self.of(plan.bad_k)))
+        if plan.dropout:
+            dropped = min(round(plan.dropout * _WHOLE), _WHOLE - 1)
+            kept = 1 / (1 - plan.dropout) if plan.dropout < 1 else 0.0
+            words = words._replace(seed=self.of(plan.seed), dropped=dropped, kept=kept)
+        return words
+
+
+def level_of(normalizer: Any) -> Any:
+    """The sink of a softmax, the bias of a sigmoid, as they stand in a plan."""
+    return normalizer.sink if isinstance(normalizer, Softmax) else normalizer.bias
+
+
+def constants(form: Form) -> Form:
+    """What a kernel is compiled for, as constants."""
+    return Form(*[x if isinstance(x, tl.constexpr) else tl.constexpr(x) for x in form])
+
+
+def matrix(x: Tensor) -> Matrix:
+    """A tensor (B, H, rows, width) for the kernels."""
+    return Matrix(x, *x.stride()[:3])
+
+
+def start(kernel: Any, grid: tuple[int, ...], shape: tuning.Shape, *arguments: Any) -> None:
+    """Start a kernel on a grid of programs."""
+    kernel[grid](*arguments, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True)
+
+
+def rows(x: Tensor) -> Tensor:
+    """The tensor with its last axis contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def wide(width: int) -> int:
+    """A width, filled up to what a product takes."""
+    return int(max(triton.next_power_of_2(width), 16))
+
+
+def _scaled(x: Tensor | None) -> Tensor | None:
+    return None if x is None else (x.float() * _LOG2E).contiguous()
+
+
+def _bytes(flags: Tensor) -> Tensor:
+    return flags.contiguous().view(torch.uint8)

@@ -1,0 +1,169 @@
+"""The forward pass on the GPU: scores, weights, weighted sum and summaries, a tile of queries at a time.
+
+Keys go by in tiles, the largest score and the sum so far ride along, and no weight is written: Dao et al.,
+"FlashAttention-2" (2023), algorithm 1. Both families of scores run through it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from regard.kernels.gpu import top
+from regard.kernels.gpu.additive import products
+from regard.kernels.gpu.dropout import keep, streams
+from regard.kernels.gpu.score import LN2, listed, rows, scores, sigmoid, span, times, write_rows
+
+
+class Found(NamedTuple):
+    """Where the results of a forward pass go: (B, H, L), one after another for each part of the keys where those are split."""
+
+    out: Any  # Matrix
+    exact: Any  # Matrix: the same in float32
+    total: Any  # log2 of the sum, for the backward pass
+    lse: Any
+    max: Any
+    entropy: Any
+    top_weights: Any  # (B, H, L, k)
+    top_keys: Any
+    part: Any  # numbers (B, H, L) of a part
+
+
+@triton.jit
+def forward(q, k, v, found, call):
+    """One tile of queries of one head (or of `repeats` heads that share their keys), for one part of the keys."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask, the longest first
+    heads = call.sizes.H // call.form.repeats
+    b = tl.program_id(1) // heads
+    first = tl.program_id(1) % heads * call.form.repeats
+    g = first // (call.sizes.H // call.sizes.G)
+    place = tile * call.form.queries + tl.arange(0, call.form.queries)
+    query = place // call.form.repeats
+    head = first + place % call.form.repeats
+
+    part = tl.program_id(2)
+    start, full, count = span(call, b, tile, call.form.keys, False)
+    begin = (count * part) // tl.num_programs(2)
+    end = (count * (part + 1)) // tl.num_programs(2)
+
+    m = tl.full([call.form.queries], -float("inf"), tl.float32)
+    z = tl.zeros([call.form.queries], tl.float32)
+    t = tl.zeros([call.form.queries], tl.float32)
+    out = tl.zeros([call.form.queries, call.form.wide_e], tl.float32)
+    best, keys = top.nothing(call, call.form.queries)
+    own = rows(q, b, head, query, call.sizes.L, call.form.D, call.form.wide_d, True)
+    middle = tl.minimum(tl.maximum(full, begin), end)
+    m, z, t, out, best, keys = _sweep(
+        begin, middle, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, False
+    )
+    m, z, t, out, best, keys = _sweep(
+        middle, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, True
+    )
+
+    level = tl.zeros([call.form.queries], tl.float32)
+    if call.words.level is not None:
+        level = tl.load(call.words.level + head)
+        if not call.form.sigmoid:  # a sink is in one part of the keys alone
+            level = tl.where(part == 0, level, -float("inf"))
+    inside = query < call.sizes.L
+    row = part.to(tl.int64) * found.part + (b * call.sizes.H + head).to(tl.int64) * call.sizes.L + query
+    if call.form.sigmoid:
+        total = m + tl.log2(z)
+        share = sigmoid(m + level)
+        entropy = -t * LN2
+    else:
+        peak = m
+        if call.words.level is not None:
+            # A sink takes part in the sum, and has no value.
+            peak = tl.maximum(m, level)
+            base = tl.where(peak == -float("inf"), 0.0, peak)
+            shrink = tl.exp2(m - base)
+            t = tl.where(z > 0, shrink * (t + (m - base) * z), 0.0)
+            of_keys = z * shrink
+            z = of_keys + tl.exp2(level - base)
+            out = out * shrink[:, None]
+        else:
+            of_keys = z
+        one = tl.where(z == 0.0, 1.0, z)
+        out = out / one[:, None]
+        total = peak + tl.log2(z)
+        share = tl.where(z == 0.0, 0.0, tl.exp2(m - total))
+        entropy = tl.where(z == 0.0, 0.0, ((total - peak) * of_keys - t) / one * LN2)
+    if call.words.seed is not None:
+        out = out * call.words.kept
+    if found.exact is not None:
+        write_rows(found.exact, b, head, query, call.sizes.L, call.form.E, call.form.wide_e, out)
+    to = found.out
+    at = to.pointer + part.to(tl.int64) * found.part * call.form.E
+    column = tl.arange(0, call.form.wide_e)
+    at += b.to(tl.int64) * to.b + (head.to(tl.int64) * to.h + query.to(tl.int64) * to.row)[:, None] + column[None, :]
+    tl.store(at, out.to(to.pointer.dtype.element_ty), mask=inside[:, None] & (column < call.form.E)[None, :])
+    if found.total is not None:
+        tl.store(found.total + row, total, mask=inside)
+    if found.lse is not None:
+        tl.store(found.lse + row, total * LN2, mask=inside)
+    if found.max is not None:
+        tl.store(found.max + row, share, mask=inside)
+    if found.entropy is not None:
+        tl.store(found.entropy + row, entropy, mask=inside)
+    if call.form.top > 0:
+        for n in tl.static_range(call.form.top):
+            value, key, best = top.largest_first(best, keys, n, call.form.top)
+            weight = sigmoid(value + level) if call.form.sigmoid else tl.exp2(value - total)
+            absent = value == -float("inf")
+            tl.store(found.top_weights + row * call.form.top + n, tl.where(absent, 0.0, weight), mask=inside)
+            tl.store(found.top_keys + row * call.form.top + n, tl.where(absent, -1, key).to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _sweep(
+    begin, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query,
+    masked: tl.constexpr,
+):  # fmt: skip
+    level = tl.zeros([call.form.queries, 1], tl.float32)
+    if call.form.sigmoid and call.words.level is not None:
+        level = tl.load(call.words.level + head)[:, None]
+    stream = query
+    factor = query
+    if call.words.seed is not None:
+        stream, factor = streams(call, b, head, query)
+    for n in range(begin, end):
+        tile = listed(call, start, n)
+        key = tile * call.form.keys + tl.arange(0, call.form.keys)
+        shared = g + 0 * key
+        other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, masked)
+        product = products(own, other, call, b, first, query, key)
+        s, _ = scores(product, call, b, g, head[:, None], query[:, None], key[None, :], masked)
+        highest = tl.maximum(m, tl.max(s, 1))
+        base = tl.where(highest == -float("inf"), 0.0, highest)
+        shrink = tl.exp2(m - base)
+        apart = tl.maximum(s - base[:, None], -1000.0)  # -inf times 0 is no number
+        p = tl.exp2(s - base[:, None])
+        if call.form.sigmoid:
+            if found.lse is not None:
+                z = z * shrink + tl.sum(p, 1)
+            p = sigmoid(s + level)
+            if found.entropy is not None:
+                t += tl.sum(p * tl.where(p > 0.0, tl.log2(p), 0.0), 1)
+        else:
+            if found.entropy is not None:
+                t = tl.where(z > 0.0, shrink * (t + (m - base) * z), 0.0) + tl.sum(p * apart, 1)
+            z = z * shrink + tl.sum(p, 1)
+            out = out * shrink[:, None]
+        m = highest
+        if call.form.top > 0:
+            best, keys = top.take(best, keys, s, tile * call.form.keys, call.form.keys)
+        if call.words.seed is not None:
+            # By a product: a row that attends to NaN is NaN, whatever is dropped.
+            p = p * tl.where(keep(call, stream[:, None], factor[:, None], key[None, :]), 1.0, 0.0)
+        value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, masked)
+        if call.form.exact and value.dtype != tl.float32:
+            # In two parts: weights that are rounded no longer sum to what they were, and a parameter's gradient knows.
+            high = p.to(value.dtype)
+            out += times((p - high.to(tl.float32)).to(value.dtype), value, call)
+            out += times(high, value, call)
+        else:
+            out += times(p.to(value.dtype), value, call)
+    return m, z, t, out, best, keys

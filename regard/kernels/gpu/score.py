@@ -1,0 +1,144 @@
+"""From products to scores, in units of log2 e, on the GPU: all that a plan says of a pair of query and key."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from regard.kernels.gpu.mask import allowed
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, bounded: tl.constexpr):
+    """Some rows of a matrix, filled up with 0 to a width that a product takes; `h` and `row` are of one shape."""
+    column = tl.arange(0, wide)
+    at = x.pointer + b.to(tl.int64) * x.b + (h.to(tl.int64) * x.h + row.to(tl.int64) * x.row)[:, None] + column[None, :]
+    if bounded:
+        x = tl.load(at, mask=(row < count)[:, None] & (column < width)[None, :], other=0.0)
+    elif width == wide:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(column < width)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def write_rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, value):
+    """Write some rows of a matrix."""
+    column = tl.arange(0, wide)
+    at = x.pointer + b.to(tl.int64) * x.b + (h.to(tl.int64) * x.h + row.to(tl.int64) * x.row)[:, None] + column[None, :]
+    tl.store(at, value, mask=(row < count)[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def times(a, b, call):
+    """The product of two tiles, in float32; of mixed types both are widened, and so is all that the interpreter multiplies,
+    which takes bfloat16 for whole numbers.
+    """
+    if call.form.interpreted or a.dtype != b.dtype:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x):
+    # Near 0 by its series, as 1 - e^-2x keeps no digits there.
+    size = tl.abs(x)
+    square = x * x
+    series = x * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * (-0.05396825 + square * 0.021869488))))
+    power = tl.exp2(size * (-2.0 * LOG2E))
+    large = (1.0 - power) / (1.0 + power)
+    return tl.where(size < 0.25, series, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def scores(product, call, b, g, head, query, key, masked: tl.constexpr):
+    """The scores of a tile, -inf where a pair may not attend; and by how much each grows with what stands before the
+    softcap. `query` and `key` broadcast to the tile, `head` to the queries.
+    """
+    s = product * call.words.scale
+    known = (query < call.sizes.L) & (key < call.sizes.S)
+    row = (b * call.sizes.H + head) * call.sizes.L + query  # of what there is per query
+    if call.words.key_bias is not None:
+        s += tl.load(
+            call.words.key_bias + (b * call.sizes.G + g) * call.sizes.S + key, mask=key < call.sizes.S, other=0.0
+        )
+    if call.words.query_bias is not None:
+        s += tl.load(call.words.query_bias + row, mask=query < call.sizes.L, other=0.0)
+    rise = tl.full([1, 1], 1.0, tl.float32)
+    if call.words.softcap is not None:
+        t = tanh(s / call.words.softcap)
+        s = call.words.softcap * t
+        rise = 1.0 - t * t
+    if call.words.bias is not None:
+        bias = call.words.bias
+        at = b.to(tl.int64) * bias.b + head.to(tl.int64) * bias.h + query.to(tl.int64) * bias.query + key * bias.key
+        s += tl.load(bias.pointer + at, mask=known, other=0.0).to(tl.float32) * LOG2E
+    if call.words.slopes is not None:
+        slope = tl.load(call.words.slopes + head)
+        s -= slope * tl.abs(query + call.words.offset - key).to(tl.float32)
+    if call.words.relative is not None:
+        width = call.sizes.L + call.sizes.S + 63
+        s += tl.load(call.words.relative + head * width + query - key + call.sizes.S - 1, mask=known, other=0.0)
+    if call.words.bad_q is not None:
+        bad = tl.load(call.words.bad_q + row, mask=query < call.sizes.L, other=0) != 0
+        bad = bad | (
+            tl.load(call.words.bad_k + (b * call.sizes.G + g) * call.sizes.S + key, mask=key < call.sizes.S, other=0)
+            != 0
+        )
+        s = tl.where(bad, float("nan"), s)
+    if masked:
+        if call.form.literals > 0:
+            known = known & allowed(call, b, head, query, key)
+        s = tl.where(known, s, -float("inf"))
+    return s, rise
+
+
+@triton.jit
+def sigmoid(s):
+    """1 / (1 + 2^-s)."""
+    return 1.0 / (1.0 + tl.exp2(-s))
+
+
+@triton.jit
+def weights(s, total, call, b, head, query):
+    """The weights of a tile, from its scores and log2 of the sum of each row (B, H, L)."""
+    if call.form.sigmoid:
+        if call.words.level is not None:
+            s += tl.load(call.words.level + head)
+        p = sigmoid(s)
+    else:
+        row = (b * call.sizes.H + head) * call.sizes.L + query
+        known = tl.load(total + row, mask=query < call.sizes.L, other=float("inf"))
+        p = tl.exp2(s - tl.where(known == -float("inf"), float("inf"), known))
+    return p
+
+
+@triton.jit
+def span(call, b, row, wide: tl.constexpr, turned: tl.constexpr):
+    """The list of the tiles of a row: where it begins, how many are full, and how many there are."""
+    if call.tiles.order is None:
+        start = 0
+        length = call.sizes.L if turned else call.sizes.S
+        full = length // wide
+        count = (length + wide - 1) // wide
+    else:
+        at = b * call.tiles.b * call.tiles.rows + row
+        start = call.tiles.order + at.to(tl.int64) * call.tiles.columns
+        full = tl.load(call.tiles.counts + 2 * at)
+        count = full + tl.load(call.tiles.counts + 2 * at + 1)
+    return start, full, count
+
+
+@triton.jit
+def listed(call, start, n):
+    """The number of the n-th tile of a list."""
+    if call.tiles.order is None:
+        tile = n
+    else:
+        tile = tl.load(start + n)
+    return tile

@@ -1,0 +1,129 @@
+"""The Triton kernels of the GPU: what they serve. They are imported when the first problem comes that is theirs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regard.kernels import tiled
+from regard.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
+from regard.normalizer import Sigmoid, Softmax
+from regard.position import T5, Added, ALiBi
+from regard.problem import Plan
+from regard.score import Additive, Product
+from regard.tile import Sizes
+
+# Forward gives, beside its outputs, log2 of the sum of each row, and the output in full precision (empty where it is so
+# anyhow): backward takes them.
+EXTRAS = 2
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MASKS = (Band, Before, Documents, Blocks, Dense)
+# The largest weights are kept in registers.
+_MOST = 64
+# What is wider fills them.
+_WIDEST = 256
+# A mask is brought to the form (a & b) | (c & d): of so many parts at most.
+_PARTS = 64
+
+
+def missing() -> str | None:
+    """Why there are no Triton kernels; None if there are."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install 'regard[gpu]'"
+    return None
+
+
+def is_interpreted() -> bool:
+    """Do the kernels run on the CPU, by Triton's interpreter? For tests, and to find faults: TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
+    """Why it cannot serve a problem; None if it can."""
+    q, k, v = tensors[:3]
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and is_interpreted()):
+        return f"the tensors are on {q.device.type}"
+    if reason := missing():
+        return reason
+    if not isinstance(plan.score, Product | Additive):
+        return f"it has no score but the dot product and the additive one, and {type(plan.score).__name__} is neither"
+    if not isinstance(plan.normalizer, Softmax | Sigmoid):
+        return f"it has no normalizer but softmax and sigmoid, and {type(plan.normalizer).__name__} is neither"
+    if any(x.dtype not in _DTYPES for x in (q, k, v)):
+        return "it computes in float32, and float64 was given"
+    if not (q.numel() and k.numel() and v.numel()):
+        return "an axis has size zero"
+    if max(q.shape[-1], v.shape[-1]) > _WIDEST:
+        return f"it has no rows of more than {_WIDEST} numbers, and these have {max(q.shape[-1], v.shape[-1])}"
+    if plan.bias is not None and not isinstance(plan.bias, Added | ALiBi | T5):
+        return f"it has no bias but a tensor, ALiBi and T5, and {type(plan.bias).__name__} is none"
+    parts = _parts(plan.mask)
+    if parts is None:
+        return "it has no masks in Python"
+    if max(parts) > _PARTS:
+        return f"it has no mask of more than {_PARTS} parts, once that is brought to the form (a & b) | (c & d)"
+    if plan.summary.top > _MOST:
+        return f"it gives no more than the {_MOST} largest weights"
+    return None
+
+
+def _parts(mask: Mask | None) -> tuple[int, int] | None:
+    """How many parts a mask has in the form (a & b) | (c & d), and how many what denies it; None where one is in Python."""
+    if mask is None or type(mask) in _MASKS:
+        return (0, 0) if mask is None else (1, 1)
+    if isinstance(mask, Not):
+        inner = _parts(mask.inner)
+        return inner and inner[::-1]
+    if not isinstance(mask, And | Or):
+        return None
+    left, right = _parts(mask.left), _parts(mask.right)
+    if left is None or right is None:
+        return None
+    (a, b), (denied_a, denied_b) = zip(left, right, strict=True)
+    if isinstance(mask, And):
+        return 2 * a * b, denied_a + denied_b
+    return a + b, 2 * denied_a * denied_b
+
+
+def forward(plan: Plan, tensors: Sequence[Tensor], last: bool = False) -> tuple[Tensor, ...]:
+    """All outputs of a problem, in the order of `Plan.outputs`, and the extras: the second empty where this is the `last`
+    pass, with no backward pass to follow.
+    """
+    from regard.kernels.gpu import launch
+
+    results = launch.forward(plan, tensors, last)
+    total = results["total"]
+    return *[results[name] for name in plan.outputs], total, results.get("exact", total.new_empty(0))
+
+
+def empty_extras(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:
+    """Tensors like the extras, with nothing in them; `like` is float32."""
+    rows = (size.B, size.H, size.L)
+    return [like.new_empty(rows), like.new_empty((*rows, v.shape[-1]) if v.dtype != torch.float32 else 0)]
+
+
+def backward(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
+    dout, *others = gradients
+    given = {name: g for name, g in zip(plan.outputs[1:], others, strict=True) if g is not None and name != "top_keys"}
+    # The log-sum-exp of the scores is no part of what else than a softmax tells of them.
+    dlse = given.pop("lse", None) if isinstance(plan.normalizer, Softmax) else None
+    if given or (dout is None and dlse is None):
+        return tiled.backward(plan, tensors, (), gradients, wanted)
+    from regard.kernels.gpu import launch
+
+    out, total, exact = kept
+    dout = torch.zeros_like(out) if dout is None else dout
+    found = launch.backward(plan, tensors, dout, exact if exact.numel() else out, total, dlse, wanted)
+    return tuple([found.get(place) for place in range(len(tensors))])

@@ -1,0 +1,76 @@
+"""How large the tiles are, and how many warps and stages share them, by architecture and width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from triton import knobs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The tiles of a kernel: queries by keys; warps that share one; tiles that are loaded ahead."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+    stages: int = 3
+
+
+# By (architecture, kernel), for the widths up to those given, in half precision. What is not here has the default.
+_SHAPES: dict[tuple[int, str], dict[int, Shape]] = {
+    (9, "forward"): {64: Shape(128, 128, 8, 2), 128: Shape(128, 64, 8, 3), 256: Shape(64, 64, 4, 2)},
+    (9, "backward"): {64: Shape(64, 64, 4, 3), 128: Shape(64, 64, 8, 2), 256: Shape(32, 32, 4, 2)},
+    (8, "forward"): {64: Shape(128, 64, 4, 3), 128: Shape(64, 64, 4, 3), 256: Shape(64, 32, 4, 2)},
+    (8, "backward"): {64: Shape(64, 64, 4, 2), 128: Shape(32, 64, 4, 2), 256: Shape(32, 32, 4, 1)},
+}
+_DEFAULT = {64: Shape(64, 64, 4, 2), 128: Shape(64, 32, 4, 2), 256: Shape(32, 32, 4, 1)}
+# The largest weights stand in registers beside the scores.
+_TOP = {64: Shape(64, 64, 4, 1), 128: Shape(64, 64, 4, 1), 256: Shape(32, 32, 4, 1)}
+# Additive scores fill the registers by fours of fractions, and their gradients by rows.
+_ADDITIVE = {"forward": Shape(64, 64, 8, 1), "backward": Shape(32, 32, 4, 1)}
+# Few queries: the keys are split among the programs.
+_FEW = Shape(16, 64, 4, 3)
+# Products of float32 run on no matrix unit, and fill the registers.
+_SINGLE = {64: Shape(64, 32, 4, 2), 128: Shape(32, 32, 4, 2), 256: Shape(32, 16, 4, 1)}
+_WIDEST = Shape(16, 16, 4, 1)
+# Under the interpreter each tile is a round of Python: small ones for small problems, and not square, so that no axis is
+# mistaken for another.
+_INTERPRETED = {"forward": Shape(32, 64), "backward": Shape(32, 32), "few": Shape(16, 32)}
+# Programs that fill a GPU, and those of the interpreter, which has only one to run them.
+_PROGRAMS_A_PROCESSOR, _PROGRAMS_INTERPRETED = 2, 12
+
+
+def is_interpreted() -> bool:
+    """Do kernels run on the CPU, by Triton's interpreter? TRITON_INTERPRET=1 says so, before triton is imported."""
+    return bool(knobs.runtime.interpret)
+
+
+def shape(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Shape:
+    """The tiles of a kernel: "forward" or "backward", "few" for the former with few queries, "top" with the largest weights,
+    "additive forward" and "additive backward", for queries of such a type and rows so wide.
+    """
+    family, _, pass_ = kernel.rpartition(" ")
+    if is_interpreted():
+        return _INTERPRETED.get(pass_, _INTERPRETED["forward"])
+    if family:
+        return _ADDITIVE[pass_]
+    if kernel == "few":
+        return _FEW
+    table = _TOP if kernel == "top" else _SHAPES.get((_architecture(device), kernel), _DEFAULT)
+    table = table if dtype.itemsize == 2 else _SINGLE
+    return next((shape for most, shape in table.items() if width <= most), _WIDEST)
+
+
+def programs(device: torch.device) -> int:
+    """How many programs fill a GPU."""
+    if is_interpreted():
+        return _PROGRAMS_INTERPRETED
+    return _PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _architecture(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]

@@ -1,0 +1,284 @@
+"""The Triton kernels, by the interpreter on the CPU: every word that they serve against the oracle, as for every kernel."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from judge import judge, truth
+from problems import Problem, decided, make, problems
+from test_kernels import CASES, PLAIN
+
+import regard
+from regard import mask, position, score
+from regard.kernels.gpu import mask as gpu_mask
+from regard.kernels.gpu import serve
+from regard.kernels.gpu.gather import unfold
+from regard.kernels.gpu.tuning import _INTERPRETED
+from regard.tile import Grid, Sizes
+
+# The interpreter needs milliseconds for a tile: there are two of queries and two of keys, and of additive scores, which take
+# the longest, fewer numbers.
+_FEW: dict[str, Any] = {"L": 41, "S": 75}
+_FEWER: dict[str, Any] = {"L": 13, "S": 37, "B": 1}
+
+
+def _why_not(problem: Problem) -> str | None:
+    leaves = {name: x.detach() for name, x in problem.tensors.items()}
+    return regard.explain(**problem.ask(leaves)).reasons["gpu"]
+
+
+def _served() -> list[Any]:
+    """Each case with the summary it names, or with all, and without any: then the kernels take the gradients themselves. One of
+    each kind is run by `make test`, the others by `make test-all`.
+    """
+    cases, kinds = [], set()
+    for name, choices in CASES.items():
+        few = _FEWER if choices.get("score") == "additive" else _FEW
+        kind = (name.split(":")[0], *(choices.get(word) for word in ("mask a", "score", "bias", "normalizer", "summary")))
+        for summary in dict.fromkeys((None, choices.get("summary", "all"))):
+            case = {**PLAIN, **few, **choices, "summary": summary}
+            if _why_not(make(decided(case))) is None:
+                quick = kind not in kinds
+                kinds.add(kind)
+                cases.append(pytest.param(case, id=f"{name}, {summary}", marks=() if quick else pytest.mark.slow))
+    return cases
+
+
+_SERVED = _served()
+
+
+def test_most_is_served() -> None:
+    assert len(_SERVED) > 150
+
+
+@pytest.mark.parametrize("case", _SERVED)
+def test_word(case: dict[str, Any]) -> None:
+    problem = make(decided(case))
+    judge(problem, "gpu", truth(problem))
+
+
+# What the kernels leave to others, by a part of the reason.
+_LEFT = {
+    "float64": {"dtype": torch.float64},
+    "neither": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
+    "Sparsemax": {"normalizer": "sparsemax"},
+    "masks in Python": {"mask": "a", "mask a": "where"},
+    "64 largest": {"summary": "top", "top": 90},
+    "300": {"D": 300},
+}
+
+
+@pytest.mark.parametrize("reason", _LEFT)
+def test_what_is_left_to_others(reason: str) -> None:
+    problem = make(decided({**PLAIN, "summary": None, **_LEFT[reason]}))
+    found = _why_not(problem)
+    assert found is not None and reason in found, found
+    with pytest.raises(ValueError, match="kernel is 'gpu', which cannot serve this problem"):
+        regard.attention(**problem.ask(problem.tensors), kernel="gpu")
+
+
+def test_nobody_is_interpreted_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with regard.chosen() as ran:
+        regard.attention(q, q, q, mask=mask.dense(torch.ones(5, 5, dtype=torch.bool)), softcap=3.0)
+        regard.attention(q.double(), q.double(), q.double())
+    assert "gpu" not in ran
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert regard.explain(q, q, q).reasons["gpu"] == "the tensors are on cpu"
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    q = torch.randn(1, 2, 5, 8)
+    assert "pip install 'regard[gpu]'" in str(regard.explain(q, q, q).reasons["gpu"])
+
+
+_NATIVE = {
+    "score": ("scaled_dot", "dot", "cosine", "bilinear", "gaussian", "distance", "additive"),
+    "normalizer": ("softmax", "softmax", "sigmoid"),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "summary": (None, None, "lse", "all"),
+    "L": (1, 5, 31, 37),
+    "S": (1, 13, 31, 67),
+    "heads": ((1, 1), (1, 2), (2, 1)),
+    "B": (1, 2),
+}
+_COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+def _judge_if_served(problem: Problem) -> None:
+    if _why_not(problem) is None:
+        judge(problem, "gpu", truth(problem))
+
+
+@settings(max_examples=12, derandomize=True, **_COMMON)  # type: ignore[arg-type]
+@given(problems(among=_NATIVE))
+def test_random(problem: Problem) -> None:
+    _judge_if_served(problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, derandomize=True, **_COMMON)  # type: ignore[arg-type]
+@given(problems(among=_NATIVE))
+def test_many_random(problem: Problem) -> None:
+    _judge_if_served(problem)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Few queries: heads share a tile, and the keys are split.
+
+_WORDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"mask": "a & b", "mask a": "lengths", "mask b": "causal", "align": "end"},
+    "sink": {"with a sink": True},
+    "alibi": {"bias": "alibi", "dropout": 0.3, "seed": 7},
+    "lse": {"summary": "lse", "dtype": torch.bfloat16},
+    "all": {"summary": "all", "normalizer": "sigmoid"},
+}
+
+
+@pytest.mark.parametrize("words", _WORDS.values(), ids=_WORDS)
+@pytest.mark.parametrize(("heads", "L"), [((2, 4), 1), ((4, 1), 3)])
+def test_few_queries(heads: tuple[int, int], L: int, words: dict[str, Any]) -> None:
+    problem = make(decided({**PLAIN, "L": L, "S": 263, "heads": heads, "summary": None, **words}))
+    judge(problem, "gpu", truth(problem))
+
+
+def test_keys_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    from regard.kernels.gpu import launch
+
+    parts: list[int] = []
+    split = launch._parts
+    monkeypatch.setattr(launch, "_parts", lambda call: parts.append(split(call)) or parts[-1])
+    q, k = torch.randn(1, 8, 1, 16), torch.randn(1, 2, 263, 16)
+    regard.attention(q, k, k, kernel="gpu")
+    assert parts[0] > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Additive scores: the fast form, that with a bound, and tanh itself, forward and backward.
+
+
+@pytest.mark.parametrize("reach", [1.0, 9.0, 60.0], ids=["fast", "bounded", "tanh"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_additive(per_head: bool, reach: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def tensors() -> list[torch.Tensor]:
+        q, k = (torch.randn(1, h, n, 13, generator=generator) * reach / 3 for h, n in ((4, 37), (2, 70)))
+        w = torch.randn(*((4,) if per_head else ()), 13, generator=generator)
+        return [x.clamp(-reach, reach) for x in (q, k)] + [torch.randn(1, 2, 70, 5, generator=generator), w]
+
+    given = tensors()
+    cotangent = torch.randn(1, 4, 37, 5, generator=generator)
+    answers = {}
+    for name, kernel, dtype in (("exact", "reference", torch.float64), ("plain", "reference", None), ("gpu", "gpu", None)):
+        q, k, v, w = (x.to(dtype or x.dtype).requires_grad_() for x in given)
+        out = regard.attention(q, k, v, score=score.Additive(w), mask=mask.causal("end"), kernel=kernel)
+        answers[name] = [out, *torch.autograd.grad(out, (q, k, v, w), cotangent.to(out.dtype))]
+    for exact, plain, got in zip(*answers.values(), strict=True):
+        size = float(exact.detach().abs().max())
+        error, allowed = (float((x.double() - exact).detach().abs().max()) for x in (got, plain))
+        assert error <= 3 * allowed + 8 * torch.finfo(torch.float32).eps * size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks as parts and lists.
+
+_IDS = torch.arange(67) // 23
+_MASKS = {
+    "causal": mask.causal(),
+    "window": mask.causal() & mask.window(9, 0),
+    "lengths": mask.lengths(torch.tensor([40, 0])),
+    "documents": mask.documents(_IDS) & mask.causal(),
+    "either": mask.causal() & mask.lengths(torch.tensor([50, 9])) | mask.prefix(3),
+    "denied": ~(mask.causal() & ~mask.documents(_IDS)) | mask.dense(torch.eye(67, dtype=torch.bool)),
+    "blocks": mask.blocks(torch.eye(3, dtype=torch.bool)[None, None], size=(23, 23)),
+    "all": ~(mask.causal() & ~mask.causal()),
+    "nothing": mask.causal() & ~mask.causal(),
+}
+
+
+@pytest.mark.parametrize("name", _MASKS)
+def test_the_terms_of_a_mask_say_what_it_says(name: str) -> None:
+    size = Sizes(2, 1, 1, 67, 67)
+    tile = regard.tile.Tile((0, 2), (0, 1), (0, 67), (0, 67), size, torch.device("cpu"))
+    own = regard.problem.align(_MASKS[name], None, size)[0]
+    some = torch.zeros(2, 1, 67, 67, dtype=torch.bool)
+    for term in gpu_mask.terms(own):
+        every = torch.ones_like(some)
+        for literal, denied in term:
+            every &= literal.allowed(tile) ^ denied
+        some |= every
+    assert torch.equal(some, own.allowed(tile).expand_as(some))
+    parts = serve._parts(own)
+    assert parts is not None and parts[0] >= sum(len(term) for term in gpu_mask.terms(own))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", _MASKS)
+def test_every_tile_that_holds_something_is_listed(name: str, turned: bool) -> None:
+    size, (rows, columns) = Sizes(2, 1, 1, 67, 67), (32, 16)
+    own = regard.problem.align(_MASKS[name], None, size)[0]
+    tile = regard.tile.Tile((0, 2), (0, 1), (0, 67), (0, 67), size, torch.device("cpu"))
+    allowed = own.allowed(tile).expand(2, 1, 67, 67)[:, 0]
+    order, counts = gpu_mask._lists(own, size, rows, columns, torch.device("cpu"), turned)
+    grid = Grid.of(size, rows, columns, torch.device("cpu"))
+    lines, places = (3, 5)[:: -1 if turned else 1]
+    assert order.shape[1:] == (lines, places) and len(grid.first_query) == 3
+    for b, line in itertools.product(range(2), range(lines)):
+        full, partial = counts[b % len(counts), line].tolist()
+        listed = order[b % len(order), line].tolist()
+        for n, place in enumerate(listed):
+            r, c = (place, line) if turned else (line, place)
+            part = allowed[b, r * rows : (r + 1) * rows, c * columns : (c + 1) * columns]
+            if n < full:
+                assert part.shape == (rows, columns) and bool(part.all())
+            elif n >= full + partial:
+                assert not bool(part.any())
+
+
+def test_sums_of_diagonals_become_sums_of_distances() -> None:
+    T, R, C, L, S = 4, 3, 2, 11, 7
+    full = torch.zeros(R * T, C * T)
+    full[:L, :S] = torch.randn(L, S)
+    diagonals = torch.zeros(1, R + C - 1, T, T)
+    for r, c in itertools.product(range(R), range(C)):
+        diagonals[0, r - c + C - 1] += full[r * T : (r + 1) * T, c * T : (c + 1) * T]
+    table = unfold(diagonals, S)
+    for distance in range(L + S - 1):
+        torch.testing.assert_close(table[0, distance], full[:L, :S].diagonal(S - 1 - distance).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rest of the contract.
+
+
+def test_the_same_bits_every_time() -> None:
+    q, k = (torch.randn(1, 4, 37, 16, requires_grad=True), torch.randn(1, 2, 40, 16, requires_grad=True))
+    table = torch.randn(8, 4, requires_grad=True)
+    answers = []
+    for _ in range(2):
+        out = regard.attention(q, k, k, bias=position.T5(table, align="end"), dropout=0.2, seed=5, kernel="gpu")
+        answers.append([out, *torch.autograd.grad(out.square().sum(), (q, k, table))])
+    assert all(torch.equal(x, y) for x, y in zip(*answers, strict=True))
+
+
+def test_a_compiled_graph_holds_it() -> None:
+    q = torch.randn(1, 2, 40, 16, requires_grad=True)
+
+    def run(q: torch.Tensor) -> torch.Tensor:
+        return regard.attention(q, q, q, mask=mask.causal(), softcap=5.0, kernel="gpu").square().sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), run(q))
+    torch.testing.assert_close(torch.autograd.grad(compiled(q), q), torch.autograd.grad(run(q), q))
+
+
+def test_tiles_are_not_square() -> None:
+    """So that no axis is mistaken for another."""
+    assert _INTERPRETED["forward"].queries != _INTERPRETED["forward"].keys
