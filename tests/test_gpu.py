@@ -20,6 +20,9 @@ from regard.kernels.gpu.gather import unfold
 from regard.kernels.gpu.tuning import _INTERPRETED
 from regard.tile import Grid, Sizes
 
+# What is empty has no logarithm, which the interpreter minds and a GPU does not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
 # The interpreter needs milliseconds for a tile: there are two of queries and two of keys, and of additive scores, which take
 # the longest, fewer numbers.
 _FEW: dict[str, Any] = {"L": 41, "S": 75}
@@ -38,7 +41,10 @@ def _served() -> list[Any]:
     cases, kinds = [], set()
     for name, choices in CASES.items():
         few = _FEWER if choices.get("score") == "additive" else _FEW
-        kind = (name.split(":")[0], *(choices.get(word) for word in ("mask a", "score", "bias", "normalizer", "summary")))
+        kind = (
+            name.split(":")[0],
+            *(choices.get(word) for word in ("mask a", "score", "bias", "normalizer", "summary")),
+        )
         for summary in dict.fromkeys((None, choices.get("summary", "all"))):
             case = {**PLAIN, **few, **choices, "summary": summary}
             if _why_not(make(decided(case))) is None:
@@ -176,7 +182,11 @@ def test_additive(per_head: bool, reach: float) -> None:
     given = tensors()
     cotangent = torch.randn(1, 4, 37, 5, generator=generator)
     answers = {}
-    for name, kernel, dtype in (("exact", "reference", torch.float64), ("plain", "reference", None), ("gpu", "gpu", None)):
+    for name, kernel, dtype in (
+        ("exact", "reference", torch.float64),
+        ("plain", "reference", None),
+        ("gpu", "gpu", None),
+    ):
         q, k, v, w = (x.to(dtype or x.dtype).requires_grad_() for x in given)
         out = regard.attention(q, k, v, score=score.Additive(w), mask=mask.causal("end"), kernel=kernel)
         answers[name] = [out, *torch.autograd.grad(out, (q, k, v, w), cotangent.to(out.dtype))]

@@ -149,10 +149,27 @@ TESTED_BY = {
     "kernels.strip": "kernels",
     "kernels.tiled": "kernels",
     "kernels.relative": "position",
-    **{f"kernels.gpu{'.' * bool(part)}{part}": "gpu" for part in (
-        "", "additive", "additive_backward", "arguments", "backward", "call", "dropout", "forward", "gather", "launch", "mask",
-        "score", "serve", "top", "tuning", "weights",
-    )},
+    **{
+        f"kernels.gpu{'.' * bool(part)}{part}": "gpu"
+        for part in (
+            "",
+            "additive",
+            "additive_backward",
+            "arguments",
+            "backward",
+            "call",
+            "dropout",
+            "forward",
+            "gather",
+            "launch",
+            "mask",
+            "score",
+            "serve",
+            "top",
+            "tuning",
+            "weights",
+        )
+    },
     "look": "cli",
     "doctor": "cli",
     "demo": "cli",

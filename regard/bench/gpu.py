@@ -1,6 +1,7 @@
 """The GPU against what it is to reach: PyTorch's own attention, FlexAttention, and the compiled broadcast.
 
-What is wrong is not timed. Times are Triton's: medians of many, with the caches cleared before each, ours and theirs in turns.
+What is wrong is not timed. Times are Triton's: medians of many, with the caches cleared before
+each, ours and theirs in turns.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -181,7 +183,10 @@ def _strip(shape: Shape, reach: int) -> float:
 
 _WORDS: dict[str, tuple[Callable[[Shape, torch.device], dict[str, Any]], Callable[[Shape], float]]] = {
     "window": (lambda s, d: {"mask": mask.causal() & mask.window(_WINDOW - 1, 0)}, lambda s: _strip(s, _WINDOW)),
-    "documents": (lambda s, d: {"mask": mask.causal() & mask.documents(_ids(s, d))}, lambda s: _strip(s, _DOCUMENT // 2)),
+    "documents": (
+        lambda s, d: {"mask": mask.causal() & mask.documents(_ids(s, d))},
+        lambda s: _strip(s, _DOCUMENT // 2),
+    ),
     "softcap": (lambda s, d: {"mask": mask.causal(), "softcap": _CAP}, _half),
     "ALiBi": (lambda s, d: {"mask": mask.causal(), "bias": position.ALiBi()}, _half),
 }
@@ -202,7 +207,19 @@ def rows() -> list[Row]:
             found.append(Row("causal", "torch SDPA", shape, bf16, backward, "ratio", 0.98, own, _sdpa, _qkv, _half))
             for name, (words, pairs) in _WORDS.items():
                 found.append(
-                    Row(name, "FlexAttention", shape, bf16, backward, "ratio", 1.1, _regard(words), _flex(name), _qkv, pairs)
+                    Row(
+                        name,
+                        "FlexAttention",
+                        shape,
+                        bf16,
+                        backward,
+                        "ratio",
+                        1.1,
+                        _regard(words),
+                        _flex(name),
+                        _qkv,
+                        pairs,
+                    )
                 )
     without = _regard(lambda s, d: {"mask": mask.causal(), "kernel": "gpu"})
     for name, (summary, goal) in _SUMMARIES.items():
@@ -213,7 +230,11 @@ def rows() -> list[Row]:
                 without, _qkv, _half,
             )
         )  # fmt: skip
-    for L, backward, figure, goal in ((4096, False, "ratio", 30.0), (4096, False, "elements", 5000.0), (1024, True, "ratio", 25.0)):
+    for L, backward, figure, goal in (
+        (4096, False, "ratio", 30.0),
+        (4096, False, "elements", 5000.0),
+        (1024, True, "ratio", 25.0),
+    ):
         shape = Shape(1, 8, L, 64)
         found.append(
             Row(
@@ -253,7 +274,7 @@ def measure(
     """Judge each row, and time it if it is right."""
     for row in rows:
         small = Shape(1, 2, min(row.shape.L, _JUDGED), row.shape.D)
-        wrong = error(row.ours(small, device), lambda row=row, small=small: row.inputs(row, small, device), row.backward)
+        wrong = error(row.ours(small, device), partial(row.inputs, row, small, device), row.backward)
         if not wrong.within:
             yield Result(row, wrong)
             continue

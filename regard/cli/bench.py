@@ -112,13 +112,15 @@ def gpu(
     only: Annotated[str | None, typer.Option(help="Only the rows whose names hold this word.")] = None,
     markdown: Annotated[bool, typer.Option(help="Print the table as the documentation has it.")] = False,
 ) -> None:
-    """The kernels of the GPU against PyTorch's own: what is right is timed. Minutes, of which compiling the peers is most."""
+    """The kernels of the GPU against PyTorch's own: what is right is timed. It takes some minutes."""
     import torch
 
     from regard.bench.gpu import as_markdown, as_table, ceilings, measure, rows
 
     if not torch.cuda.is_available():
-        raise ValueError("there is no GPU that PyTorch sees; expected one to measure (`make test` checks the kernels without)")
+        raise ValueError(
+            "there is no GPU that PyTorch sees; expected one to measure (`make test` checks the kernels without)"
+        )
     chosen = [row for row in rows() if only is None or only.lower() in row.name.lower()]
     if not chosen:
         raise ValueError(f"--only: no row has {only!r} in its name; there are {', '.join({r.name: 0 for r in rows()})}")

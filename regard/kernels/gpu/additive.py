@@ -66,8 +66,8 @@ def turn(q: Tensor, k: Tensor, weight: Tensor, queries: int, keys: int) -> Turne
     reach_q, reach_k = reach(angle_q, queries), reach(angle_k, keys)
     return Turned(
         weight.contiguous(), inverse.contiguous(), -mean.contiguous(), (-2.0 * largest).flatten(),
-        torch.log2(inverse.amax(-1)), int(weight.shape[0] > 1), q.shape[1] // k.shape[1], power_q.contiguous(), power_k.contiguous(),
-        angle_q.contiguous(), angle_k.contiguous(), reach_q, reach_k,
+        torch.log2(inverse.amax(-1)), int(weight.shape[0] > 1), q.shape[1] // k.shape[1],
+        power_q.contiguous(), power_k.contiguous(), angle_q.contiguous(), angle_k.contiguous(), reach_q, reach_k,
     )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def reach(angles: Tensor, rows: int) -> Tensor:
     if angles.shape[-2] < _FEWEST:
         size = torch.full_like(size, torch.inf)
     size = torch.nn.functional.pad(size, (0, -size.shape[-1] % rows))
-    return size.unflatten(-1, (-1, rows)).amax(-1).contiguous()
+    return size.view(*size.shape[:-1], -1, rows).amax(-1)
 
 
 @triton.jit

@@ -179,7 +179,7 @@ _STRIP = 1 << 25
 def pull(call: Call, dout: Tensor, kept: Kept, wanted: Sequence[bool]) -> dict[int, Tensor]:
     """The gradients of q, k, v and the weights of an additive score, by the places of the tensors."""
     size, shape, tensors = call.size, call.shape, call.tensors
-    B, H, G, L, S = size.B, size.H, size.G, size.L, size.S
+    B, H, G, S = size.B, size.H, size.G, size.S
     place = call.plan.score.v.index  # type: ignore[attr-defined]
     tiles_q, tiles_k = call.grid
     together = min(max(_STRIP // (B * H * S * shape.queries), 1), tiles_q)

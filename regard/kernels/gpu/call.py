@@ -90,7 +90,7 @@ class Call:
             self.plan.mask, self.tensors, self.size, self.queries, self.shape.keys, self.device, turned
         )
         own = int(order.shape[0] > 1)
-        return Tiles(order, counts, own, *order.shape[1:], self._told.pointers, self._told.numbers)
+        return Tiles(order, counts, own, order.shape[1], order.shape[2], self._told.pointers, self._told.numbers)
 
     def _form(self) -> Form:
         top = self.plan.summary.top

@@ -18,17 +18,17 @@ from regard.kernels.gpu.score import LN2, listed, rows, scores, sigmoid, span, t
 
 
 class Found(NamedTuple):
-    """Where the results of a forward pass go: (B, H, L), one after another for each part of the keys where those are split."""
+    """Where the results of a forward pass go: (B, H, L), one after another for each part of keys that are split."""
 
     out: Any  # Matrix
-    exact: Any  # Matrix: the same in float32
-    total: Any  # log2 of the sum, for the backward pass
-    lse: Any
-    max: Any
-    entropy: Any
-    top_weights: Any  # (B, H, L, k)
-    top_keys: Any
-    part: Any  # numbers (B, H, L) of a part
+    exact: Any = None  # Matrix: the same in float32
+    total: Any = None  # log2 of the sum, for the backward pass
+    lse: Any = None
+    max: Any = None
+    entropy: Any = None
+    top_weights: Any = None  # (B, H, L, k)
+    top_keys: Any = None
+    part: Any = 0  # numbers (B, H, L) of a part
 
 
 @triton.jit

@@ -42,9 +42,10 @@ def forward(plan: Plan, tensors: Sequence[Tensor], last: bool) -> dict[str, Tens
         results["top_keys"] = torch.empty_like(results["top_weights"], dtype=torch.int64)
     if call.v.dtype != torch.float32 and not last:
         results["exact"] = call.per_query(call.E)
-    given = {name: results.get(name) for name in Found._fields[2:-1]}
     exact = matrix(results["exact"]) if "exact" in results else None
-    _attend(call, Found(matrix(results["out"]), exact, **given, part=0), 1)
+    found = Found(matrix(results["out"]), exact=exact, total=results["total"])
+    found = found._replace(**{name: results.get(name) for name in ("lse", "max", "entropy", "top_weights", "top_keys")})
+    _attend(call, found, 1)
     return results | _afterwards(call, results["total"])
 
 
@@ -67,9 +68,8 @@ def _in_parts(call: Call, parts: int, last: bool) -> dict[str, Tensor]:
     size = call.size
     outs = call.empty(parts, size.B, size.H, size.L, call.E)
     totals = call.empty(parts, size.B, size.H, size.L)
-    found = Found(matrix(outs[0]), *[None] * (len(Found._fields) - 2), part=totals[0].numel())
-    _attend(call, found._replace(total=totals), parts)
-    out, lse = merge(outs, totals * LN2)
+    _attend(call, Found(matrix(outs[0]), total=totals, part=totals[0].numel()), parts)
+    out, lse = merge(list(outs), list(totals * LN2))
     results = {"out": out.to(call.v.dtype), "total": lse / LN2, "lse": lse}
     return results if last or call.v.dtype == torch.float32 else results | {"exact": out}
 
@@ -87,17 +87,17 @@ def _afterwards(call: Call, total: Tensor) -> dict[str, Tensor]:
     if summary.row_numbers:
         numbers = torch.tensor([row % size.L for row in summary.row_numbers], dtype=torch.int32, device=call.device)
         wanted.append(("rows", numbers, len(numbers)))
-    for name, numbers, count in wanted:
+    for name, places, count in wanted:
         results[name] = call.empty(B, H, count, S)
         grid = (call.grid[1], -(-count // call.shape.queries), B * H)
-        start(write, grid, call.shape, q, k, results[name], numbers, count, total, call.told())
+        start(write, grid, call.shape, q, k, results[name], places, count, total, call.told())
     if summary.mass is not None:
         # The weight of a group is a weighted sum, too: of values that are 1 for its keys.
         member = call.of(summary.mass).float().mT
         N = member.shape[-1]
         member = member.contiguous().view(-1, 1, S, N).expand(B, size.G, S, N)
         results["mass"] = call.per_query(N)
-        found = Found(matrix(results["mass"]), *[None] * (len(Found._fields) - 2), part=0)
+        found = Found(matrix(results["mass"]))
         told = call.told()
         told = told._replace(
             words=told.words._replace(seed=None), form=constants(told.form._replace(E=N, wide_e=wide(N), top=0))

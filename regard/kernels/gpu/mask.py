@@ -30,7 +30,7 @@ def allowed(call, b, head, query, key):
     some = (query < 0) & (key < 0)
     every = (query >= 0) & (key >= 0)
     for n in tl.static_range(call.form.literals):
-        every = every & _literal(call.form.terms[n], call.tiles.pointers, call.tiles.numbers, b, head, query, key)
+        every = every & _literal(call, n, b, head, query, key)
         if call.form.terms[n][2]:
             some = some | every
             every = (query >= 0) & (key >= 0)
@@ -38,15 +38,18 @@ def allowed(call, b, head, query, key):
 
 
 @triton.jit
-def _literal(part: tl.constexpr, pointers, numbers, b, head, query, key):
-    p: tl.constexpr = part[3]
-    n: tl.constexpr = part[4]
-    if part[0] == 0:  # Band: offset, left, right
+def _literal(call, place: tl.constexpr, b, head, query, key):
+    kind: tl.constexpr = call.form.terms[place][0]
+    p: tl.constexpr = call.form.terms[place][3]
+    n: tl.constexpr = call.form.terms[place][4]
+    pointers = call.tiles.pointers
+    numbers = call.tiles.numbers
+    if kind == 0:  # Band: offset, left, right
         behind = query + numbers[n] - key
         ok = (behind <= numbers[n + 1]) & (behind >= -numbers[n + 2])
-    elif part[0] == 1:  # Before: stride
+    elif kind == 1:  # Before: stride
         ok = key + 0 * query < tl.load(pointers[p] + b * numbers[n])
-    elif part[0] == 2:  # Documents: two strides; L and S
+    elif kind == 2:  # Documents: two strides; L and S
         own = tl.load(pointers[p] + b * numbers[n] + query, mask=query < numbers[n + 2], other=0)
         ok = own == tl.load(pointers[p + 1] + b * numbers[n + 1] + key, mask=key < numbers[n + 3], other=0)
     else:  # Blocks and Dense: four strides; the size of a block; how many there are
@@ -55,7 +58,7 @@ def _literal(part: tl.constexpr, pointers, numbers, b, head, query, key):
         inside = (row < numbers[n + 6]) & (column < numbers[n + 7])
         at = b * numbers[n] + head * numbers[n + 1] + row.to(tl.int64) * numbers[n + 2] + column * numbers[n + 3]
         ok = tl.load(pointers[p] + at, mask=inside, other=0) != 0
-    if part[1]:
+    if call.form.terms[place][1]:
         ok = ~ok
     return ok
 
@@ -127,7 +130,8 @@ def _table(table: Tensor, rows: int, columns: int, size: Sizes) -> _Part:
 
 
 def _blocks(mask: Any, size: Sizes) -> _Part:
-    return _table(mask.table, *mask.size(size), size)
+    rows, columns = mask.size(size)
+    return _table(mask.table, rows, columns, size)
 
 
 def _dense(mask: Any, size: Sizes) -> _Part:

@@ -122,7 +122,7 @@ def weights(s, total, call, b, head, query):
 def span(call, b, row, wide: tl.constexpr, turned: tl.constexpr):
     """The list of the tiles of a row: where it begins, how many are full, and how many there are."""
     if call.tiles.order is None:
-        start = 0
+        start = row * 0
         length = call.sizes.L if turned else call.sizes.S
         full = length // wide
         count = (length + wide - 1) // wide
