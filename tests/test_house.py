@@ -177,6 +177,7 @@ TESTED_BY = {
     "bench.cpu": "bench",
     "bench.error": "bench",
     "bench.goal": "bench",
+    "bench.gpu": "bench_gpu",
     "bench.length": "bench",
     "bench.measure": "bench",
     "bench.peak": "bench",

@@ -238,7 +238,7 @@ def rows() -> list[Row]:
         shape = Shape(1, 8, L, 64)
         found.append(
             Row(
-                "additive", "compiled broadcast", shape, torch.float32, backward, figure, goal, _additive, _broadcast, _qkvw,
+                "additive", "compiled broadcast", shape, bf16, backward, figure, goal, _additive, _broadcast, _qkvw,
                 lambda s: float(s.pairs),
             )
         )  # fmt: skip

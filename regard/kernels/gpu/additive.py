@@ -37,12 +37,14 @@ class Turned(NamedTuple):
     smallest: Any  # (heads,): log2 of the largest c
     head: Any  # 1 where each head has weights of its own
     repeats: Any  # heads that share their keys: none where those have weights of their own
-    power_q: Any  # (B, H, fours of D, L): c e^2q
-    power_k: Any  # (B, G|H, fours of D, S): e^2k
-    angle_q: Any  # (B, H, D, L), and
-    angle_k: Any  # (B, G|H, D, S): q and k
+    power_q: Any  # (B, H, fours of D, whole tiles of L): c e^2q
+    power_k: Any  # (B, G|H, fours of D, whole tiles of S): e^2k
+    angle_q: Any  # (B, H, D, whole tiles of L), and
+    angle_k: Any  # (B, G|H, D, whole tiles of S): q and k
     reach_q: Any  # (B, H, tiles)
     reach_k: Any  # (B, G|H, tiles)
+    width: Any  # D, and
+    fours: Any  # the same, filled up: not constants, as loops over those are unrolled, and fill the registers
 
 
 def turn(q: Tensor, k: Tensor, weight: Tensor, queries: int, keys: int) -> Turned:
@@ -57,7 +59,7 @@ def turn(q: Tensor, k: Tensor, weight: Tensor, queries: int, keys: int) -> Turne
     # No weight is below 2^-26 of the largest: less is lost than a float can hold of the sum.
     inverse = (largest / weight.abs()).clamp(max=2.0**26)
     unit = torch.where(weight < 0, -TWICE, TWICE).unsqueeze(-1)
-    angle_q, angle_k = q.float().mT, k.float().mT
+    angle_q, angle_k = (pad(x.float().mT, (0, -x.shape[2] % n)) for x, n in ((q, queries), (k, keys)))
     # Past the width t is c, and its mean is the whole of 1 / c: nothing is left.
     power_q = pad(torch.exp2(angle_q * unit) * inverse.unsqueeze(-1), (0, 0, 0, more))
     power_k = pad(torch.exp2(angle_k * unit), (0, 0, 0, more))
@@ -68,6 +70,7 @@ def turn(q: Tensor, k: Tensor, weight: Tensor, queries: int, keys: int) -> Turne
         weight.contiguous(), inverse.contiguous(), -mean.contiguous(), (-2.0 * largest).flatten(),
         torch.log2(inverse.amax(-1)), int(weight.shape[0] > 1), q.shape[1] // k.shape[1],
         power_q.contiguous(), power_k.contiguous(), angle_q.contiguous(), angle_k.contiguous(), reach_q, reach_k,
+        D, D + more,
     )  # fmt: skip
 
 
@@ -77,43 +80,43 @@ def reach(angles: Tensor, rows: int) -> Tensor:
     size = torch.where(size <= _REACH, size, torch.inf)  # NaN is none of them
     if angles.shape[-2] < _FEWEST:
         size = torch.full_like(size, torch.inf)
-    size = torch.nn.functional.pad(size, (0, -size.shape[-1] % rows))
     return size.view(*size.shape[:-1], -1, rows).amax(-1)
 
 
 @triton.jit
 def sums(call, b, head, query, key):
     """The scores of a tile: `query` (queries,), `key` (keys,) and one head."""
-    total = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
+    # The product of nothing: it lays the tile out as the matrix units do, where a thread has few rows and many columns, so that
+    # there are few numbers to read for the sums that it takes.
+    nothing = tl.zeros([query.shape[0], 16], tl.float16)
+    total = tl.dot(nothing, tl.zeros([16, key.shape[0]], tl.float16))
     turned = call.words.turned
     own = head * turned.head
     row_q = b * call.sizes.H + head
     row_k = b * (call.sizes.H // turned.repeats) + head // turned.repeats
-    tiles_q = (call.sizes.L + call.form.queries - 1) // call.form.queries
-    tiles_k = (call.sizes.S + call.form.keys - 1) // call.form.keys
-    reach_q = tl.load(
-        turned.reach_q + row_q * tiles_q + query // call.form.queries, mask=query < call.sizes.L, other=0.0
-    )
-    reach_k = tl.load(turned.reach_k + row_k * tiles_k + key // call.form.keys, mask=key < call.sizes.S, other=0.0)
+    tiles_q = tl.cdiv(call.sizes.L, call.form.queries)
+    tiles_k = tl.cdiv(call.sizes.S, call.form.keys)
+    # In whole tiles there is nothing to mask.
+    long_q = tiles_q * call.form.queries
+    long_k = tiles_k * call.form.keys
+    reach_q = tl.load(turned.reach_q + row_q * tiles_q + query // call.form.queries)
+    reach_k = tl.load(turned.reach_k + row_k * tiles_k + key // call.form.keys)
     reach = tl.max(reach_q, 0) + tl.max(reach_k, 0)
-    smallest = tl.load(turned.smallest + own)
-    fours: tl.constexpr = (call.form.D + 3) // 4 * 4
     if reach == float("inf"):
-        q = turned.angle_q + row_q.to(tl.int64) * call.form.D * call.sizes.L + query
-        k = turned.angle_k + row_k.to(tl.int64) * call.form.D * call.sizes.S + key
-        for d in range(call.form.D):
-            x = tl.load(q + d * call.sizes.L, mask=query < call.sizes.L, other=0.0)
-            y = tl.load(k + d * call.sizes.S, mask=key < call.sizes.S, other=0.0)
-            total += tl.load(turned.weight + own * call.form.D + d) * tanh(x[:, None] + y[None, :])
+        q = turned.angle_q + row_q.to(tl.int64) * turned.width * long_q + query
+        k = turned.angle_k + row_k.to(tl.int64) * turned.width * long_k + key
+        for d in range(turned.width):
+            angle = tl.load(q + d * long_q)[:, None] + tl.load(k + d * long_k)[None, :]
+            total += tl.load(turned.weight + own * turned.width + d) * tanh(angle)
     else:
-        q = turned.power_q + row_q.to(tl.int64) * fours * call.sizes.L + query
-        k = turned.power_k + row_k.to(tl.int64) * fours * call.sizes.S + key
-        if reach + smallest < 28.0:
-            for d in range(0, fours, 4):
-                total += _four(q, k, d, call, fours, own, query, key, False)
+        q = turned.power_q + row_q.to(tl.int64) * turned.fours * long_q + query
+        k = turned.power_k + row_k.to(tl.int64) * turned.fours * long_k + key
+        if reach + tl.load(turned.smallest + own) < 28.0:
+            for d in range(0, turned.fours, 4):
+                total += _four(q, k, d, call, own, long_q, long_k, False)
         else:
-            for d in range(0, fours, 4):
-                total += _four(q, k, d, call, fours, own, query, key, True)
+            for d in range(0, turned.fours, 4):
+                total += _four(q, k, d, call, own, long_q, long_k, True)
         total *= tl.load(turned.factor + own)
     return total
 
@@ -129,26 +132,35 @@ def products(own, other, call, b, head, query, key):
 
 
 @triton.jit
-def _term(q, k, d, c, call, query, key, bounded: tl.constexpr):
-    x = tl.load(q + d * call.sizes.L, mask=query < call.sizes.L, other=1.0)
-    y = tl.load(k + d * call.sizes.S, mask=key < call.sizes.S, other=1.0)
-    t = x[:, None] * y[None, :] + c
+def reciprocal(x, call):
+    """1 / x, of a float of middling size: one instruction, exact to the last place or so, where a division takes eight."""
+    if call.form.interpreted:
+        y = 1.0 / x
+    else:
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
+    return y
+
+
+@triton.jit
+def _term(q, k, d, c, long_q, long_k, bounded: tl.constexpr):
+    t = tl.load(q + d * long_q)[:, None] * tl.load(k + d * long_k)[None, :] + c
     if bounded:
         t = tl.minimum(t, MOST)
     return t
 
 
 @triton.jit
-def _four(q, k, d, call, fours: tl.constexpr, own, query, key, bounded: tl.constexpr):
+def _four(q, k, d, call, own, long_q, long_k, bounded: tl.constexpr):
     """Four fractions with one division."""
-    c = call.words.turned.inverse + own * fours + d
-    mean = call.words.turned.mean + (own * fours + d) // 2
-    t = _term(q, k, d, tl.load(c), call, query, key, bounded)
-    u = _term(q, k, d + 1, tl.load(c + 1), call, query, key, bounded)
-    v = _term(q, k, d + 2, tl.load(c + 2), call, query, key, bounded)
-    w = _term(q, k, d + 3, tl.load(c + 3), call, query, key, bounded)
+    turned = call.words.turned
+    c = turned.inverse + own * turned.fours + d
+    mean = turned.mean + (own * turned.fours + d) // 2
+    t = _term(q, k, d, tl.load(c), long_q, long_k, bounded)
+    u = _term(q, k, d + 1, tl.load(c + 1), long_q, long_k, bounded)
+    v = _term(q, k, d + 2, tl.load(c + 2), long_q, long_k, bounded)
+    w = _term(q, k, d + 3, tl.load(c + 3), long_q, long_k, bounded)
     tu = t * u
     vw = v * w
     first = tu * tl.load(mean) + (t + u)
     second = vw * tl.load(mean + 1) + (v + w)
-    return (first * vw + second * tu) / (tu * vw)
+    return (first * vw + second * tu) * reciprocal(tu * vw, call)

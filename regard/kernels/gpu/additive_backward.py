@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from regard.kernels.gpu.additive import TWICE, reach, sums
+from regard.kernels.gpu.additive import TWICE, reach, reciprocal, sums
 from regard.kernels.gpu.backward import Kept, slopes
 from regard.kernels.gpu.call import Call, matrix, start
 from regard.kernels.gpu.dropout import streams
@@ -157,7 +157,7 @@ def pull_rows(own, other, slope, dx, dweight, strip, call, of_keys: tl.constexpr
                         t = 1.0 + power * tl.load(other.power + at_one, mask=mask_one, other=0.0)[None, :]
                         u = 1.0 + power * tl.load(other.power + at_one + call.form.D, mask=mask_two, other=0.0)[None, :]
                         if far < 60.0:
-                            both = 1.0 / (t * u)
+                            both = reciprocal(t * u, call)
                             x = both * u
                             y = both * t
                         else:
@@ -190,7 +190,16 @@ def pull(call: Call, dout: Tensor, kept: Kept, wanted: Sequence[bool]) -> dict[i
     sides = []
     for x, heads, of_tile, tiles in ((call.q, H, shape.queries, tiles_q), (call.k, G, shape.keys, tiles_k)):
         angle = x.float().contiguous()
-        sides.append(Side(torch.exp2(angle * TWICE), angle, reach(angle.mT, of_tile), heads, x.shape[2], tiles))
+        sides.append(
+            Side(
+                torch.exp2(angle * TWICE),
+                angle,
+                reach(torch.nn.functional.pad(angle.mT, (0, -x.shape[2] % of_tile)), of_tile),
+                heads,
+                x.shape[2],
+                tiles,
+            )
+        )
     queries, keys = sides
     dq, dk = (torch.zeros_like(side.angle) for side in sides)
     dv = dq.new_zeros(B, G, S, call.E)

@@ -28,7 +28,7 @@ FEW = 16
 class Call:
     """A problem, as the kernels are told it."""
 
-    def __init__(self, plan: Plan, tensors: Sequence[Tensor], kernel: str) -> None:
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], kernel: str, last: bool = False) -> None:
         self.plan, self.tensors = plan, tensors
         self.q, self.k, self.v = (rows(x.detach()) for x in tensors[:3])
         self.size = sizes(self.q, self.k)
@@ -40,7 +40,7 @@ class Call:
         self._told = None if self._mask is None else mask.tell(self._mask, self.size)
         self.words = self._words()
         self.sizes = Sizes(self.size.H, self.size.G, self.size.L, self.size.S)
-        self.form = self._form()
+        self.form = self._form(last)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -92,11 +92,11 @@ class Call:
         own = int(order.shape[0] > 1)
         return Tiles(order, counts, own, order.shape[1], order.shape[2], self._told.pointers, self._told.numbers)
 
-    def _form(self) -> Form:
+    def _form(self, last: bool) -> Form:
         top = self.plan.summary.top
         terms = () if self._told is None else self._told.terms
         # Weights that are rounded to the precision of values do for the gradients of q, k and v, but not of parameters.
-        exact = any(x.is_floating_point() for x in self.tensors[3:])
+        exact = not last and any(x.is_floating_point() for x in self.tensors[3:])
         return constants(Form(
             self.D, self.E, wide(self.D), wide(self.E), self.shape.queries, self.shape.keys, self.repeats,
             isinstance(self.plan.normalizer, Sigmoid), top, triton.next_power_of_2(max(top, 1)), len(terms), terms, exact,

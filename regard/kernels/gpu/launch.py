@@ -30,7 +30,7 @@ _LEAST = 2
 
 def forward(plan: Plan, tensors: Sequence[Tensor], last: bool) -> dict[str, Tensor]:
     """The outputs of a problem by name; with `total` and `exact`, what its backward pass takes, unless it is the `last`."""
-    call = Call(plan, tensors, "forward")
+    call = Call(plan, tensors, "forward", last)
     summary = plan.summary
     parts = _parts(call)
     if parts > 1:

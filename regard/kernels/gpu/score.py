@@ -76,8 +76,8 @@ def scores(product, call, b, g, head, query, key, masked: tl.constexpr):
         rise = 1.0 - t * t
     if call.words.bias is not None:
         bias = call.words.bias
-        at = b.to(tl.int64) * bias.b + head.to(tl.int64) * bias.h + query.to(tl.int64) * bias.query + key * bias.key
-        s += tl.load(bias.pointer + at, mask=known, other=0.0).to(tl.float32) * LOG2E
+        of_head = bias.pointer + b.to(tl.int64) * bias.b + head.to(tl.int64) * bias.h
+        s += tl.load(of_head + query * bias.query + key * bias.key, mask=known, other=0.0).to(tl.float32) * LOG2E
     if call.words.slopes is not None:
         slope = tl.load(call.words.slopes + head)
         s -= slope * tl.abs(query + call.words.offset - key).to(tl.float32)

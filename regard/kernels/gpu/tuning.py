@@ -30,7 +30,7 @@ _DEFAULT = {64: Shape(64, 64, 4, 2), 128: Shape(64, 32, 4, 2), 256: Shape(32, 32
 # The largest weights stand in registers beside the scores.
 _TOP = {64: Shape(64, 64, 4, 1), 128: Shape(64, 64, 4, 1), 256: Shape(32, 32, 4, 1)}
 # Additive scores fill the registers by fours of fractions, and their gradients by rows.
-_ADDITIVE = {"forward": Shape(64, 64, 8, 1), "backward": Shape(32, 32, 4, 1)}
+_ADDITIVE = {"forward": Shape(64, 64, 4, 1), "backward": Shape(32, 32, 4, 1)}
 # Few queries: the keys are split among the programs.
 _FEW = Shape(16, 64, 4, 3)
 # Products of float32 run on no matrix unit, and fill the registers.

@@ -1,0 +1,128 @@
+"""Compile the kernels of the GPU where there is none: `python tests/compiled.py ARCHITECTURE [NAME ...]`, such as 90.
+
+Triton's compiler, and NVIDIA's assembler that comes with it, need no GPU. Prints a line of JSON per kernel: its registers, what it
+spills of them, and how many of its instructions are products of the matrix units.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from regard import mask, normalizer, position, score
+from regard.kernels.gpu import additive_backward, launch, serve, tuning
+from regard.problem import pose
+from regard.summary import Summary
+
+_L = 512
+_FILES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Driver:
+    """What Triton asks of a GPU before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_only(kernel: Any, grid: tuple[int, ...], shape: tuning.Shape, *arguments: Any) -> None:
+    """In the place of `regard.kernels.gpu.call.start`."""
+    made = kernel.warmup(*arguments, grid=grid, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        told = subprocess.run(
+            [_FILES / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    usage = dict(part.split(":") for part in told.stdout.split() if part.count(":") == 1 and part[0] in "RS")
+    ptx = made.asm["ptx"]
+    print(
+        json.dumps({
+            "kernel": kernel.__name__, "registers": int(usage["REG"]), "spilled": int(usage["STACK"]),
+            "shared": made.metadata.shared, "products": ptx.count("wgmma.mma_async.sync") + ptx.count("mma.sync"),
+            "powers": ptx.count("ex2.approx"),
+        }), flush=True,
+    )  # fmt: skip
+
+
+def _run(dtype: torch.dtype = torch.bfloat16, D: int = 64, L: int = _L, G: int = 2, **words: Any) -> None:
+    """The forward and, without a summary, the backward pass."""
+    q = torch.randn(1, 4, L, D).to(dtype).requires_grad_()
+    k, v = (torch.randn(1, G, _L, D).to(dtype).requires_grad_() for _ in range(2))
+    names = ("score", "normalizer", "mask", "bias", "softcap", "dropout", "seed", "summary")
+    told = {**dict.fromkeys(names), "dropout": 0.0, **words}
+    plan, tensors, *_ = pose(q, k, v, *[told[name] for name in names])
+    out, *rest = serve.forward(plan, tensors)
+    if plan.summary.outputs:
+        return
+    serve.backward(plan, tensors, (out, *rest[-2:]), (torch.randn_like(out),), [x.is_floating_point() for x in tensors])
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "plain": _run,
+    "causal": lambda: _run(mask=mask.causal()),
+    "causal, 128": lambda: _run(D=128, mask=mask.causal()),
+    "float32": lambda: _run(torch.float32),
+    "float16": lambda: _run(torch.float16),
+    "every mask": lambda: _run(
+        mask=mask.causal() & mask.documents(torch.arange(_L) // 99) & mask.lengths([300])
+        | mask.blocks(torch.ones(1, 1, 8, 8, dtype=torch.bool)) & mask.dense(torch.ones(_L, _L, dtype=torch.bool))
+    ),
+    "ALiBi, softcap, dropout": lambda: _run(
+        bias=position.ALiBi(), mask=mask.causal(), softcap=30.0, dropout=0.1, seed=3
+    ),
+    "T5": lambda: _run(bias=position.T5(torch.randn(32, 4, requires_grad=True))),
+    "bias": lambda: _run(bias=torch.randn(1, 1, _L, _L, requires_grad=True)),
+    "bias of keys": lambda: _run(bias=torch.randn(1, 1, 1, _L, requires_grad=True)),
+    "sink": lambda: _run(normalizer=normalizer.Softmax(sink=torch.randn(4, requires_grad=True))),
+    "sigmoid": lambda: _run(normalizer=normalizer.Sigmoid(torch.randn(4, requires_grad=True))),
+    "distance": lambda: _run(score=score.Distance()),
+    "entropy": lambda: _run(mask=mask.causal(), summary=Summary(entropy=True, lse=True, max=True)),
+    "top": lambda: _run(mask=mask.causal(), summary=Summary(top=8)),
+    "afterwards": lambda: _run(
+        summary=Summary(received=True, rows=(1, 2), full=True, mass=torch.ones(3, _L, dtype=torch.bool))
+    ),
+    "one query": lambda: _run(L=1, G=1, mask=mask.causal("end")),
+    "additive": lambda: _run(torch.float32, score=score.Additive(torch.randn(64, requires_grad=True))),
+    "additive, causal": lambda: _run(mask=mask.causal(), score=score.Additive(torch.randn(4, 64, requires_grad=True))),
+}
+
+
+def main(architecture: int, *names: str) -> None:
+    """Compile the cases by name, all by default."""
+    triton.runtime.driver.set_active(Driver(architecture))
+    tuning._architecture = lambda device: architecture // 10  # type: ignore[assignment]
+    tuning.programs = lambda device: 264
+    launch.start = additive_backward.start = compile_only
+    for name in names or CASES:
+        print(json.dumps({"case": name}), flush=True)
+        CASES[name]()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
