@@ -86,8 +86,8 @@ def reach(angles: Tensor, rows: int) -> Tensor:
 @triton.jit
 def sums(call, b, head, query, key):
     """The scores of a tile: `query` (queries,), `key` (keys,) and one head."""
-    # The product of nothing: it lays the tile out as the matrix units do, where a thread has few rows and many columns, so that
-    # there are few numbers to read for the sums that it takes.
+    # The product of nothing: it lays the tile out as the matrix units do, where a thread has few rows and many columns, and
+    # so few numbers to read for the sums that it takes.
     nothing = tl.zeros([query.shape[0], 16], tl.float16)
     total = tl.dot(nothing, tl.zeros([16, key.shape[0]], tl.float16))
     turned = call.words.turned
