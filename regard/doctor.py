@@ -13,6 +13,7 @@ from regard import mask, normalizer, position, score
 from regard.attention import explain
 from regard.kernels import native
 from regard.kernels.choose import Explanation
+from regard.kernels.gpu import serve as gpu
 from regard.summary import Summary
 
 
@@ -56,6 +57,7 @@ def machine() -> list[Finding]:
         Finding("cores", f"{os.cpu_count()}, of which PyTorch uses {torch.get_num_threads()}"),
         Finding("native kernels", _native(), native.missing is None),
         Finding("GPU", torch.cuda.get_device_name() if cuda else "none that PyTorch sees", True if cuda else None),
+        Finding("kernels of the GPU", _gpu(cuda), (gpu.missing() is None) if cuda else None),
     ]
 
 
@@ -64,6 +66,13 @@ def _native() -> str:
         return native.missing
     first, *others = native.instructions()
     return f"{first}; also {', '.join(others)} (REGARD_INSTRUCTIONS names another)"
+
+
+def _gpu(cuda: bool) -> str:
+    if reason := gpu.missing():
+        return reason + ("; until then `tiled` serves on the GPU" if cuda else "")
+    version = importlib.metadata.version("triton")
+    return f"Triton {version}" + ("" if cuda else ": they wait for a GPU")
 
 
 def extras() -> list[Finding]:
@@ -77,10 +86,10 @@ def extras() -> list[Finding]:
     return findings
 
 
-def kernels() -> dict[str, Explanation]:
-    """For problems of every kind: which kernel runs, and why the others do not."""
-    q, k, v = (torch.zeros(1, 4, 8, 16) for _ in range(3))
-    additive = score.Additive(torch.ones(16))
+def kernels(device: str = "cpu") -> dict[str, Explanation]:
+    """For problems of every kind on a device: which kernel runs, and why the others do not."""
+    q, k, v = (torch.zeros(1, 4, 8, 16, device=device) for _ in range(3))
+    additive = score.Additive(torch.ones(16, device=device))
     return {
         "plain": explain(q, k, v),
         "causal": explain(q, k, v, mask=mask.causal()),

@@ -241,9 +241,17 @@ def _without_nonfinite(
     """
     if _are_finite(q, k, v, quick):
         return q, k, v, None, None
-    bad_q, bad_k, bad_v = (~x.detach().isfinite().all(-1) for x in (q, k, v))
+    bad_q, bad_k, bad_v = (_holds_nonfinite(x.detach()) for x in (q, k, v))
     q, k, v = (x.masked_fill(bad[..., None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_v)))
     return q, k, v, bad_q, bad_k | bad_v
+
+
+def _holds_nonfinite(x: Tensor) -> Tensor:
+    """Which vectors (..., D) hold NaN or inf. The largest size tells: one pass, where to ask each number takes three."""
+    if not x.shape[-1]:
+        return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+    size: Tensor = torch.linalg.vector_norm(x, torch.inf, -1)
+    return ~size.isfinite()
 
 
 def _are_finite(q: Tensor, k: Tensor, v: Tensor, quick: Finite | None) -> bool:

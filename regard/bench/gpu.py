@@ -100,7 +100,7 @@ def _qkvw(row: Row, shape: Shape, device: torch.device) -> list[Tensor]:
 def _regard(
     words: Callable[[Shape, torch.device], dict[str, Any]], forced: str | None = None
 ) -> Callable[[Shape, torch.device], Way]:
-    """Ours, of q, k and v, with its summaries after the output; by the kernel that is forced, unless another is asked for."""
+    """Ours, of q, k and v, with its summaries after the output; by the kernel `forced`, unless another is asked for."""
 
     def make(shape: Shape, device: torch.device) -> Way:
         said = words(shape, device)

@@ -12,6 +12,8 @@ from regard.cli.app import app, console
 @app.command()
 def doctor() -> None:
     """Tell what can run here, and why the rest cannot."""
+    import torch
+
     from regard import doctor as look_at
 
     marks = {True: "[green]●[/]", False: "[red]○[/]", None: "[dim]·[/]"}
@@ -20,12 +22,14 @@ def doctor() -> None:
         for finding in findings:
             value = escape(finding.value)
             console.print(f"  {marks[finding.well]} {finding.name:<20} {value}")
-    console.print("\n[bold]Which kernel serves what[/]  [dim]the first that can is taken[/]")
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True)
-    table.add_column("problem")
-    table.add_column("kernel")
-    table.add_column("why not the others")
-    for name, explanation in look_at.kernels().items():
-        refusals = [f"{kernel}: {reason}" for kernel, reason in explanation.reasons.items() if reason]
-        table.add_row(name, f"[green]{explanation.chosen}[/]", f"[dim]{'; '.join(refusals) or '-'}[/]")
-    console.print(table)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        where = {"cpu": "the CPU", "cuda": "the GPU"}[device]
+        console.print(f"\n[bold]Which kernel serves what on {where}[/]  [dim]the first that can is taken[/]")
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True)
+        table.add_column("problem")
+        table.add_column("kernel")
+        table.add_column("why not the others")
+        for name, explanation in look_at.kernels(device).items():
+            refusals = [f"{kernel}: {reason}" for kernel, reason in explanation.reasons.items() if reason]
+            table.add_row(name, f"[green]{explanation.chosen}[/]", f"[dim]{'; '.join(refusals) or '-'}[/]")
+        console.print(table)
