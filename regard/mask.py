@@ -183,20 +183,24 @@ class Documents(Mask):
         return tile.cut(self.queries[:, None, :, None]) == tile.cut(self.keys[:, None, None, :])
 
     def coverage(self, grid: Grid) -> Coverage:
-        low_q, high_q = _extremes(self.queries, grid.first_query[:, 0], grid.last_query[:, 0])
-        low_k, high_k = _extremes(self.keys, grid.first_key[0], grid.last_key[0])
+        (low_q, high_q), (low_k, high_k) = (
+            _folded(ids, 1, width).aminmax(dim=2)
+            for ids, width in ((self.queries, grid.rows), (self.keys, grid.columns))
+        )
         low_q, high_q, low_k, high_k = low_q[..., None], high_q[..., None], low_k[:, None], high_k[:, None]
         some = (low_q <= high_k) & (low_k <= high_q)
         return some, some & (low_q == high_q) & (low_k == high_k)
 
 
-def _extremes(ids: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and greatest id in each tile of equal width, shape (B|1, tiles)."""
-    width = int(last[0] - first[0]) + 1 if len(first) else 1
-    # The last tile may be short: it is filled up with its own last id, which changes neither extreme.
-    padded = torch.cat([ids, ids[:, -1:].expand(-1, len(first) * width - ids.shape[1])], 1)
-    tiles = padded.view(ids.shape[0], len(first), width)
-    return tiles.amin(-1), tiles.amax(-1)
+def _folded(x: Tensor, axis: int, width: int) -> Tensor:
+    """An axis in tiles of equal width (tiles, width). The last one may be short: it is filled up with its own last entry,
+    which changes neither extreme.
+    """
+    more = -x.shape[axis] % width
+    if more:
+        last = x.narrow(axis, -1, 1)
+        x = torch.cat([x, last.expand(*[more if n == axis else size for n, size in enumerate(last.shape)])], axis)
+    return x.reshape(*x.shape[:axis], -1, width, *x.shape[axis + 1 :])
 
 
 @dataclass(frozen=True)
@@ -259,19 +263,13 @@ class Dense(Mask):
     def coverage(self, grid: Grid) -> Coverage:
         table = self.table
         rows, columns = grid.first_query.shape[0], grid.first_key.shape[1]
-        # Reduce keys, then queries, tile by tile; an axis of size one covers every tile.
+        # Keys, then queries; an axis of size one covers every tile.
         parts = []
         for reduce in (torch.any, torch.all):
-            across = torch.stack([reduce(t, -1) for t in _tiles(table, -1, grid.first_key[0], grid.last_key[0])], -1)
-            down = [reduce(t, -2) for t in _tiles(across, -2, grid.first_query[:, 0], grid.last_query[:, 0])]
-            parts.append(torch.stack(down, -2).expand(-1, -1, rows, columns))
+            across = table if table.shape[3] == 1 else reduce(_folded(table, 3, grid.columns), 4)
+            down = across if table.shape[2] == 1 else reduce(_folded(across, 2, grid.rows), 3)
+            parts.append(down.expand(-1, -1, rows, columns))
         return parts[0].any(1), parts[1].all(1)
-
-
-def _tiles(tensor: Tensor, axis: int, first: Tensor, last: Tensor) -> list[Tensor]:
-    if tensor.shape[axis] == 1:
-        return [tensor]
-    return list(torch.split(tensor, int(last[0] - first[0]) + 1 if len(first) else 1, axis))
 
 
 @dataclass(frozen=True)

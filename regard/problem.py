@@ -26,7 +26,7 @@ from regard.function import Python
 from regard.mask import Mask
 from regard.normalizer import Normalizer, Softmax
 from regard.position import Added, Bias
-from regard.score import ScaledDot, Score, expand_heads
+from regard.score import Dot, ScaledDot, Score, expand_heads
 from regard.summary import Summary
 from regard.tile import Sizes
 from regard.word import read, slots, split
@@ -47,7 +47,7 @@ class Plan:
     dropout: float
     seed: Any  # Slot, or int64 of shape () once filled; None without dropout
     summary: Summary
-    bad_q: Any  # Slot, or bool (B, H, L): queries with NaN or inf, which were set to 0; None where there are none
+    bad_q: Any  # Slot, or bool (B, H, L): queries with NaN or inf, see `without_nonfinite`; None where there are none
     bad_k: Any  # the same for keys and their values, (B, G, S)
 
     @property
@@ -194,8 +194,11 @@ def _pose(
     bad_q = bad_k = None
     if mask is not None or bias is not None:
         mask, bias = align(mask, bias, size)
-    if mask is not None:
-        q, k, v, bad_q, bad_k = _without_nonfinite(q, k, v, quick)
+    if mask is not None and not _are_finite(q, k, v, quick):
+        bad_q, bad_k, bad_v = (_holds_nonfinite(x.detach()) for x in (q, k, v))
+        if type(score) not in _AS_THEY_ARE:
+            q, k, v = (x.masked_fill(bad[..., None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_v)))
+        bad_k = bad_k | bad_v
 
     given = type(score).__name__
     q, k, score = score.reduce(q, k)
@@ -231,19 +234,25 @@ def _beside_q(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensors)
 
 
-def _without_nonfinite(
-    q: Tensor, k: Tensor, v: Tensor, quick: Finite | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Set queries, keys and values that hold NaN or inf to 0, and tell which they were.
+# Scores that take q and k as they come: there a kernel may let NaN be where it does no harm.
+_AS_THEY_ARE = (ScaledDot, Dot)
 
-    What is masked out must not leak, and 0 * NaN is NaN, in the output and in every gradient. So no kernel sees them;
-    it makes the *scores* of pairs that may attend NaN instead, and the row is NaN as it should be.
+
+def without_nonfinite(plan: Plan, tensors: Sequence[Tensor], given: Sequence[Any] | None = None) -> Sequence[Any]:
+    """The tensors of a problem with 0 for queries, keys and values that hold NaN or inf; or what is `given` in their places,
+    such as gradients.
+
+    What is masked out must not leak, and 0 * NaN is NaN, in the output and in every gradient. So no product may see them; a
+    kernel makes the *scores* of pairs that may attend NaN instead, and the row is NaN as it should be.
     """
-    if _are_finite(q, k, v, quick):
-        return q, k, v, None, None
-    bad_q, bad_k, bad_v = (_holds_nonfinite(x.detach()) for x in (q, k, v))
-    q, k, v = (x.masked_fill(bad[..., None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_v)))
-    return q, k, v, bad_q, bad_k | bad_v
+    if plan.bad_q is None:
+        return tensors if given is None else given
+    bad_q, bad_k = (tensors[slot.index][..., None] for slot in (plan.bad_q, plan.bad_k))
+    given = tensors if given is None else given
+    cleared = [
+        None if x is None else x.masked_fill(bad, 0.0) for x, bad in zip(given, (bad_q, bad_k, bad_k), strict=False)
+    ]
+    return *cleared, *given[3:]
 
 
 def _holds_nonfinite(x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Tile:
 @dataclass(frozen=True)
 class Grid:
     """The edges of all tiles of a problem: the first and last query of each row of tiles, shape (R, 1), the first and
-    last key of each column of tiles, shape (1, C), and the sizes of the problem.
+    last key of each column of tiles, shape (1, C), the sizes of the problem, and how many queries and keys a tile has.
     """
 
     first_query: Tensor
@@ -91,10 +91,13 @@ class Grid:
     first_key: Tensor
     last_key: Tensor
     sizes: Sizes
+    rows: int
+    columns: int
 
     @staticmethod
     def of(sizes: Sizes, rows: int, columns: int, device: torch.device) -> Grid:
         """The grid of tiles of `rows` queries by `columns` keys."""
         q = torch.arange(0, sizes.L, rows, device=device).view(-1, 1)
         k = torch.arange(0, sizes.S, columns, device=device).view(1, -1)
-        return Grid(q, (q + rows - 1).clamp(max=sizes.L - 1), k, (k + columns - 1).clamp(max=sizes.S - 1), sizes)
+        last_q, last_k = (q + rows - 1).clamp(max=sizes.L - 1), (k + columns - 1).clamp(max=sizes.S - 1)
+        return Grid(q, last_q, k, last_k, sizes, rows, columns)

@@ -22,7 +22,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from regard import mask, normalizer, position, score
+from regard import mask, normalizer, position, problem, score
 from regard.kernels.gpu import additive_backward, launch, serve, tuning
 from regard.problem import pose
 from regard.summary import Summary
@@ -119,6 +119,7 @@ def main(architecture: int, *names: str) -> None:
     tuning._architecture = lambda device: architecture // 10  # type: ignore[assignment]
     tuning.programs = lambda device: 264
     launch.start = additive_backward.start = compile_only
+    problem._are_finite = lambda *x: False  # type: ignore[assignment]  # on a GPU nobody knows, without a wait
     for name in names or CASES:
         print(json.dumps({"case": name}), flush=True)
         CASES[name]()

@@ -13,7 +13,7 @@ from problems import Problem, decided, make, problems
 from test_kernels import CASES, PLAIN
 
 import regard
-from regard import mask, position, score
+from regard import Summary, mask, normalizer, position, score
 from regard.kernels.gpu import mask as gpu_mask
 from regard.kernels.gpu import serve
 from regard.kernels.gpu.gather import unfold
@@ -163,6 +163,29 @@ def test_keys_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = torch.randn(1, 8, 1, 16), torch.randn(1, 2, 263, 16)
     regard.attention(q, k, k, kernel="gpu")
     assert parts[0] > 1
+
+
+@pytest.mark.parametrize("word", [normalizer.Softmax(), normalizer.Sigmoid()], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("where", "wild"), [("q", torch.nan), ("k", torch.inf), ("k", -torch.inf), ("v", torch.inf), (None, 0.0)]
+)
+def test_wild_numbers_in_full_tiles(where: str | None, wild: float, word: normalizer.Normalizer) -> None:
+    """There nothing is masked, and kernels may take them as they are; what comes of it is the same as everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"q": (2, 2, 37, 8), "k": (2, 1, 135, 8), "v": (2, 1, 135, 8)}
+    tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    if where is not None:
+        tensors[where][0, 0, 7, 3] = wild
+    tensors["k"][1, 0, 100, 0] = torch.nan  # beyond the length: it may not leak
+    answers = []
+    for kernel in ("gpu", "reference"):
+        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        own: Any = {"mask": mask.lengths([135, 70]), "normalizer": word, "summary": Summary(lse=True)}
+        out, seen = regard.attention(**leaves, **own, kernel=kernel)
+        gradients = torch.autograd.grad(out.nan_to_num().square().sum(), list(leaves.values()))
+        answers.append([out, seen.lse, *(x[1] for x in gradients)])
+    for got, expected in zip(*answers, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels.equation import can_be_empty, finish, forbid, scores
-from regard.problem import Plan, sizes
+from regard.problem import Plan, sizes, without_nonfinite
 from regard.score import widen
 from regard.tile import Tile
 from regard.word import fill
@@ -53,6 +53,7 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
 def run(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """All outputs of a problem, in the order of `Plan.outputs`."""
     # Widened once for all its uses: the parts of a gradient are summed up before they are rounded.
+    tensors = without_nonfinite(plan, tensors)
     plan = fill(plan, [widen(x) if x.is_floating_point() else x for x in tensors])
     q, k, v = (widen(x) for x in tensors[:3])
     size = sizes(q, k)

@@ -20,7 +20,7 @@ from regard.function import Python
 from regard.kernels.equation import can_be_empty, finish, over, poison, scores
 from regard.kernels.strip import Strip, place, strips, taken
 from regard.position import Added
-from regard.problem import Plan, sizes
+from regard.problem import Plan, sizes, without_nonfinite
 from regard.score import Product, fold_heads, widen
 from regard.tile import Range, Sizes
 from regard.word import Slot, fill, slots
@@ -39,6 +39,7 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
 def forward(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """All outputs of a problem, in the order of `Plan.outputs`."""
     names = plan.outputs
+    tensors = without_nonfinite(plan, tensors)
     plan = fill(plan, tensors)
     q, k, v = (widen(x.detach()) for x in tensors[:3])
     size = sizes(q, k)
@@ -65,6 +66,7 @@ def backward(
     # The output is the product of the weights that are kept and the values: the graph ends at the weights.
     dout = given.pop("out", None)
     names = (*given, "kept") if dout is not None else tuple(given)
+    tensors = without_nonfinite(plan, tensors)
     q, k, v = (widen(x.detach()) for x in tensors[:3])
     totals = _Totals(tensors, wanted)
     leaves = _leaves(plan, tensors, wanted)
@@ -98,7 +100,7 @@ def backward(
                 for keys in strip.partial:
                     ds[..., strip.places(keys)].masked_fill_(~strip.allowed(with_leaves, keys), 0.0)
                 _from_scores(plan, with_leaves, q, k, strip, ds, leaves, totals)
-    return totals.results(tensors)
+    return tuple(without_nonfinite(plan, tensors, totals.results(tensors)))
 
 
 class _Totals:

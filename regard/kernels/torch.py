@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regard.mask import Band
 from regard.normalizer import Softmax
-from regard.problem import Plan, sizes
+from regard.problem import Plan, sizes, without_nonfinite
 from regard.score import Product
 from regard.word import fill
 
@@ -54,7 +54,7 @@ def _is_causal(plan: Plan) -> bool:
 
 def run(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The output of a problem that it does not refuse."""
-    q, k, v = tensors[:3]
+    q, k, v = without_nonfinite(plan, tensors)[:3]
     assert isinstance(plan.score, Product)
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class Call:
             words = words._replace(bias=Table(tensor, *strides))
         elif isinstance(bias, ALiBi):
             slopes = self.of(bias.slopes)
-            slopes = torch.tensor(alibi_slopes(size.H), device=self.device) if slopes is None else slopes
+            slopes = _slopes(size.H, self.device) if slopes is None else slopes
             words = words._replace(slopes=_scaled(slopes), offset=size.offset(bias.align))
         elif bias is not None:
             words = words._replace(relative=_scaled(relative_table(bias, size, torch.float32, self.tensors)))
@@ -132,12 +133,23 @@ class Call:
             level = level if isinstance(level, Tensor) else torch.full((), level, device=self.device)
             words = words._replace(level=_scaled(level.expand(size.H)))
         if plan.bad_q is not None:
-            words = words._replace(bad_q=_bytes(self.of(plan.bad_q)), bad_k=_bytes(self.of(plan.bad_k)))
+            bad_q, bad_k = self.of(plan.bad_q), self.of(plan.bad_k)
+            tiles = torch.nn.functional.pad(bad_k, (0, -size.S % self.shape.keys)).view(
+                size.B, size.G, -1, self.shape.keys
+            )
+            nan = torch.zeros(tiles.shape[:3], device=self.device).masked_fill(tiles.any(-1), torch.nan)
+            words = words._replace(bad_q=_bytes(bad_q), bad_k=_bytes(bad_k), bad_tiles=nan)
         if plan.dropout:
             dropped = min(round(plan.dropout * _WHOLE), _WHOLE - 1)
             kept = 1 / (1 - plan.dropout) if plan.dropout < 1 else 0.0
             words = words._replace(seed=self.of(plan.seed), dropped=dropped, kept=kept)
         return words
+
+
+@lru_cache(64)
+def _slopes(heads: int, device: torch.device) -> Tensor:
+    """ALiBi's own, on the device since the first call: from the CPU, every call would wait for them."""
+    return torch.tensor(alibi_slopes(heads), device=device)
 
 
 def level_of(normalizer: Any) -> Any:

@@ -14,7 +14,7 @@ import triton.language as tl
 from regard.kernels.gpu import top
 from regard.kernels.gpu.additive import products
 from regard.kernels.gpu.dropout import keep, streams
-from regard.kernels.gpu.score import LN2, listed, rows, scores, sigmoid, span, times, write_rows
+from regard.kernels.gpu.score import LN2, listed, rows, scores, sigmoid, span, times, without_bad, write_rows
 
 
 class Found(NamedTuple):
@@ -129,6 +129,11 @@ def _sweep(
     factor = query
     if call.words.seed is not None:
         stream, factor = streams(call, b, head, query)
+    nan = tl.zeros([call.form.queries], tl.float32)
+    if call.words.bad_q is not None:
+        row = (b * call.sizes.H + head) * call.sizes.L + query
+        bad = tl.load(call.words.bad_q + row, mask=query < call.sizes.L, other=0) != 0
+        nan = tl.where(bad, float("nan"), 0.0)
     for n in range(begin, end):
         tile = listed(call, start, n)
         key = tile * call.form.keys + tl.arange(0, call.form.keys)
@@ -136,6 +141,10 @@ def _sweep(
         other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, masked)
         product = products(own, other, call, b, first, query, key)
         s, _ = scores(product, call, b, g, head[:, None], query[:, None], key[None, :], masked)
+        if call.words.bad_q is not None and not masked and not call.form.sigmoid:
+            # All rows attend to all keys: to one with NaN, or as one with NaN. They have no sum, and with it nothing else.
+            tiles_k = tl.cdiv(call.sizes.S, call.form.keys)
+            z += tl.load(call.words.bad_tiles + (b * call.sizes.G + g) * tiles_k + tile) + nan
         highest = tl.maximum(m, tl.max(s, 1))
         base = tl.where(highest == -float("inf"), 0.0, highest)
         shrink = tl.exp2(m - base)
@@ -159,6 +168,8 @@ def _sweep(
             # By a product: a row that attends to NaN is NaN, whatever is dropped.
             p = p * tl.where(keep(call, stream[:, None], factor[:, None], key[None, :]), 1.0, 0.0)
         value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, masked)
+        if masked and call.words.bad_k is not None:
+            value = without_bad(value, call.words.bad_k + (b * call.sizes.G + g) * call.sizes.S, key, call.sizes.S)
         if call.form.exact and value.dtype != tl.float32:
             # In two parts: weights that are rounded no longer sum to what they were, and a parameter's gradient knows.
             high = p.to(value.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def _afterwards(call: Call, total: Tensor) -> dict[str, Tensor]:
         start(receive, (call.grid[1], B * H), call.shape, q, k, results["received"], total, call.told(turned=True))
     wanted: list[tuple[str, Tensor | None, int]] = [("full", None, size.L)] if summary.full else []
     if summary.row_numbers:
-        numbers = torch.tensor([row % size.L for row in summary.row_numbers], dtype=torch.int32, device=call.device)
+        numbers = _numbers(tuple(row % size.L for row in summary.row_numbers), call.device)
         wanted.append(("rows", numbers, len(numbers)))
     for name, places, count in wanted:
         results[name] = call.empty(B, H, count, S)
@@ -104,6 +105,11 @@ def _afterwards(call: Call, total: Tensor) -> dict[str, Tensor]:
         )
         start(attend, (call.grid[0], B * H // call.repeats, 1), call.shape, q, k, matrix(member), found, told)
     return results
+
+
+@lru_cache(64)
+def _numbers(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def backward(

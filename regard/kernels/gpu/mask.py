@@ -158,9 +158,15 @@ def lists(
     """For each row of tiles its full tiles and then its partial ones (B|1, R, C), and how many there are of each
     (B|1, R, 2); `turned`, for each column of tiles its rows. `mask` is split: what holds no tensor is looked up.
     """
-    if slots(mask):
+    # What a captured graph makes is its own.
+    if slots(mask) or is_captured(device):
         return _lists(fill(mask, tensors), size, queries, keys, device, turned)
     return _known_lists(mask, size, queries, keys, device, turned)
+
+
+def is_captured(device: torch.device) -> bool:
+    """Does a CUDA graph record what runs? Its tensors hold numbers only once it is replayed."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def kinds(mask: Mask, size: Sizes, queries: int, keys: int, device: torch.device) -> Tensor:

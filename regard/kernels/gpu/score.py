@@ -34,6 +34,15 @@ def write_rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, val
 
 
 @triton.jit
+def without_bad(x, flags, row, count):
+    """Rows with 0 in the place of those that hold NaN or inf: in a tile where some may not attend, 0 * NaN would be NaN.
+    Where all may, it is as it should be. `flags` are those of the head.
+    """
+    bad = tl.load(flags + row, mask=row < count, other=0) != 0
+    return tl.where(bad[:, None], tl.zeros_like(x), x)
+
+
+@triton.jit
 def times(a, b, call):
     """The product of two tiles, in float32; of mixed types both are widened, and so is all that the interpreter multiplies,
     which takes bfloat16 for whole numbers.
@@ -84,7 +93,8 @@ def scores(product, call, b, g, head, query, key, masked: tl.constexpr):
     if call.words.relative is not None:
         width = call.sizes.L + call.sizes.S + 63
         s += tl.load(call.words.relative + head * width + query - key + call.sizes.S - 1, mask=known, other=0.0)
-    if call.words.bad_q is not None:
+    if call.words.bad_q is not None and (masked or call.form.sigmoid):
+        # In a full tile of a softmax, the sums of the rows tell: see forward.py.
         bad = tl.load(call.words.bad_q + row, mask=query < call.sizes.L, other=0) != 0
         bad = bad | (
             tl.load(call.words.bad_k + (b * call.sizes.G + g) * call.sizes.S + key, mask=key < call.sizes.S, other=0)

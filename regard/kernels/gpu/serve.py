@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +30,10 @@ _MASKS = (Band, Before, Documents, Blocks, Dense)
 _MOST = 64
 # What is wider fills them.
 _WIDEST = 256
+# Of NVIDIA's GPUs, the first whose matrix units take bfloat16.
+_OLDEST = (8, 0)
+# Where a number of a bias stands is told in 31 bits.
+_FARTHEST = 1 << 31
 # A mask is brought to the form (a & b) | (c & d): of so many parts at most.
 _PARTS = 64
 
@@ -43,12 +50,21 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def _unfit(device: torch.device) -> str | None:
+    """Why a GPU cannot run them; None if it can."""
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip or capability < _OLDEST:
+        return "they are written for NVIDIA's GPUs from Ampere on"
+    return None
+
+
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """Why it cannot serve a problem; None if it can."""
     q, k, v = tensors[:3]
     if q.device.type != "cuda" and not (q.device.type == "cpu" and is_interpreted()):
         return f"the tensors are on {q.device.type}"
-    if reason := missing():
+    if reason := missing() or (_unfit(q.device) if q.is_cuda else None):
         return reason
     if not isinstance(plan.score, Product | Additive):
         return f"it has no score but the dot product and the additive one, and {type(plan.score).__name__} is neither"
@@ -62,6 +78,11 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return f"it has no rows of more than {_WIDEST} numbers, and these have {max(q.shape[-1], v.shape[-1])}"
     if plan.bias is not None and not isinstance(plan.bias, Added | ALiBi | T5):
         return f"it has no bias but a tensor, ALiBi and T5, and {type(plan.bias).__name__} is none"
+    if isinstance(plan.bias, Added):
+        added: Any = plan.bias.tensor
+        shape, stride = tensors[added.index].shape, tensors[added.index].stride()
+        if sum((n - 1) * step for n, step in zip(shape[2:], stride[2:], strict=True)) >= _FARTHEST:
+            return "its bias has 2^31 numbers a head at most"
     parts = _parts(plan.mask)
     if parts is None:
         return "it has no masks in Python"
@@ -96,9 +117,15 @@ def forward(plan: Plan, tensors: Sequence[Tensor], last: bool = False) -> tuple[
     """
     from regard.kernels.gpu import launch
 
-    results = launch.forward(plan, tensors, last)
+    with _on(tensors[0].device):
+        results = launch.forward(plan, tensors, last)
     total = results["total"]
     return *[results[name] for name in plan.outputs], total, results.get("exact", total.new_empty(0))
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton starts kernels on the GPU that is current."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def empty_extras(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:
@@ -125,5 +152,6 @@ def backward(
 
     out, total, exact = kept
     dout = torch.zeros_like(out) if dout is None else dout
-    found = launch.backward(plan, tensors, dout, exact if exact.numel() else out, total, dlse, wanted)
+    with _on(out.device):
+        found = launch.backward(plan, tensors, dout, exact if exact.numel() else out, total, dlse, wanted)
     return tuple([found.get(place) for place in range(len(tensors))])
