@@ -99,7 +99,7 @@ def attention(
         seed: an int, or int64 of shape (), that fixes which weights are dropped; drawn from torch's generator by
             default. The same seed drops the same weights on every kernel.
         summary: what else to tell about the weights, without the weights. It never changes the output.
-        kernel: force "cpu", "torch", "tiled" or "reference"; raises if that one cannot serve.
+        kernel: force "cpu", "gpu", "torch", "tiled" or "reference"; raises if that one cannot serve.
 
     Returns:
         The output (B, H, L, E), with the leading axes of q and the dtype of v; with `summary`, a pair of it and `Seen`.
