@@ -200,7 +200,7 @@ def _folded(x: Tensor, axis: int, width: int) -> Tensor:
     if more:
         last = x.narrow(axis, -1, 1)
         x = torch.cat([x, last.expand(*[more if n == axis else size for n, size in enumerate(last.shape)])], axis)
-    return x.reshape(*x.shape[:axis], -1, width, *x.shape[axis + 1 :])
+    return x.reshape(*x.shape[:axis], x.shape[axis] // width, width, *x.shape[axis + 1 :])
 
 
 @dataclass(frozen=True)
