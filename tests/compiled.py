@@ -108,6 +108,8 @@ CASES: dict[str, Callable[[], None]] = {
         summary=Summary(received=True, rows=(1, 2), full=True, mass=torch.ones(3, _L, dtype=torch.bool))
     ),
     "one query": lambda: _run(L=1, G=1, mask=mask.causal("end")),
+    "wide": lambda: _run(D=256, mask=mask.causal(), bias=torch.randn(1, 1, _L, _L)),
+    "one query, wide": lambda: _run(torch.float32, D=256, L=1, G=1, summary=Summary(lse=True)),
     "additive": lambda: _run(torch.float32, score=score.Additive(torch.randn(64, requires_grad=True))),
     "additive, causal": lambda: _run(mask=mask.causal(), score=score.Additive(torch.randn(4, 64, requires_grad=True))),
 }
@@ -116,7 +118,7 @@ CASES: dict[str, Callable[[], None]] = {
 def main(architecture: int, *names: str) -> None:
     """Compile the cases by name, all by default."""
     triton.runtime.driver.set_active(Driver(architecture))
-    tuning._architecture = lambda device: architecture // 10  # type: ignore[assignment]
+    tuning._architecture = lambda device: divmod(architecture, 10)  # type: ignore[assignment]
     tuning.programs = lambda device: 264
     launch.start = additive_backward.start = compile_only
     problem._are_finite = lambda *x: False  # type: ignore[assignment]  # on a GPU nobody knows, without a wait

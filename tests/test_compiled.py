@@ -47,3 +47,5 @@ def test_all_kernels_compile(architecture: int) -> None:
     found = _compile(architecture)
     assert list(found) == list(compiled.CASES)
     assert all(found.values())
+    limit = {80: 163, 90: 227, 100: 227}.get(architecture, 99) << 10
+    assert [(name, x) for name, kernels in found.items() for x in kernels if x["shared"] > limit] == []

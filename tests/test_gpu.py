@@ -15,9 +15,8 @@ from test_kernels import CASES, PLAIN
 import regard
 from regard import Summary, mask, normalizer, position, score
 from regard.kernels.gpu import mask as gpu_mask
-from regard.kernels.gpu import serve
+from regard.kernels.gpu import serve, tuning
 from regard.kernels.gpu.gather import unfold
-from regard.kernels.gpu.tuning import _INTERPRETED
 from regard.tile import Grid, Sizes
 
 # What is empty has no logarithm, which the interpreter minds and a GPU does not.
@@ -85,6 +84,20 @@ def test_what_is_left_to_others(reason: str) -> None:
     assert found is not None and reason in found, found
     with pytest.raises(ValueError, match="kernel is 'gpu', which cannot serve this problem"):
         regard.attention(**problem.ask(problem.tensors), kernel="gpu")
+
+
+def test_more_heads_than_a_grid_is_long_are_left_to_others() -> None:
+    q = torch.zeros(1, 65_536, 1, 1)
+    assert "65,535 heads" in str(regard.explain(q, q, q).reasons["gpu"])
+
+
+@pytest.mark.parametrize("row", [128, 256, 512, 1024])
+@pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
+def test_tiles_fit_the_shared_memory(row: int, shared: int) -> None:
+    for shape in (tuning._FEW, tuning._DEFAULT[64], tuning.Shape(128, 128, 8, 3)):
+        found = tuning.fitting(shape, row, shared)
+        assert tuning._taken(found, row) <= shared or found.keys == tuning._FEWEST
+        assert found.queries == shape.queries and (found == shape or tuning._taken(shape, row) > shared)
 
 
 def test_nobody_is_interpreted_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,4 +327,4 @@ def test_a_compiled_graph_holds_it() -> None:
 
 def test_tiles_are_not_square() -> None:
     """So that no axis is mistaken for another."""
-    assert _INTERPRETED["forward"].queries != _INTERPRETED["forward"].keys
+    assert tuning._INTERPRETED["forward"].queries != tuning._INTERPRETED["forward"].keys

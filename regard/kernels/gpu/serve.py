@@ -28,6 +28,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASKS = (Band, Before, Documents, Blocks, Dense)
 # The largest weights are kept in registers.
 _MOST = 64
+# So long is an axis of the grid of programs.
+_MOST_HEADS = 65_535
 # What is wider fills them.
 _WIDEST = 256
 # Of NVIDIA's GPUs, the first whose matrix units take bfloat16.
@@ -74,6 +76,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return "it computes in float32, and float64 was given"
     if not (q.numel() and k.numel() and v.numel()):
         return "an axis has size zero"
+    if q.shape[0] * q.shape[1] > _MOST_HEADS:
+        return f"it has no more than {_MOST_HEADS:,} heads in all batch rows, and here are {q.shape[0] * q.shape[1]:,}"
     if max(q.shape[-1], v.shape[-1]) > _WIDEST:
         return f"it has no rows of more than {_WIDEST} numbers, and these have {max(q.shape[-1], v.shape[-1])}"
     if plan.bias is not None and not isinstance(plan.bias, Added | ALiBi | T5):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -20,11 +20,11 @@ class Shape:
 
 
 # By (architecture, kernel), for the widths up to those given, in half precision. What is not here has the default.
-_SHAPES: dict[tuple[int, str], dict[int, Shape]] = {
-    (9, "forward"): {64: Shape(128, 128, 8, 2), 128: Shape(128, 64, 8, 3), 256: Shape(64, 64, 4, 2)},
-    (9, "backward"): {64: Shape(64, 64, 4, 3), 128: Shape(64, 64, 8, 2), 256: Shape(32, 32, 4, 2)},
-    (8, "forward"): {64: Shape(128, 64, 4, 3), 128: Shape(64, 64, 4, 3), 256: Shape(64, 32, 4, 2)},
-    (8, "backward"): {64: Shape(64, 64, 4, 2), 128: Shape(32, 64, 4, 2), 256: Shape(32, 32, 4, 1)},
+_SHAPES: dict[tuple[tuple[int, int], str], dict[int, Shape]] = {
+    ((9, 0), "forward"): {64: Shape(128, 128, 8, 2), 128: Shape(128, 64, 8, 3), 256: Shape(64, 64, 4, 2)},
+    ((9, 0), "backward"): {64: Shape(64, 64, 4, 3), 128: Shape(64, 64, 8, 2), 256: Shape(32, 32, 4, 2)},
+    ((8, 0), "forward"): {64: Shape(128, 64, 4, 3), 128: Shape(64, 64, 4, 3), 256: Shape(64, 32, 4, 2)},
+    ((8, 0), "backward"): {64: Shape(64, 64, 4, 2), 128: Shape(32, 64, 4, 2), 256: Shape(32, 32, 4, 1)},
 }
 _DEFAULT = {64: Shape(64, 64, 4, 2), 128: Shape(64, 32, 4, 2), 256: Shape(32, 32, 4, 1)}
 # The largest weights stand in registers beside the scores.
@@ -36,6 +36,10 @@ _FEW = Shape(16, 64, 4, 3)
 # Products of float32 run on no matrix unit, and fill the registers.
 _SINGLE = {64: Shape(64, 32, 4, 2), 128: Shape(32, 32, 4, 2), 256: Shape(32, 16, 4, 1)}
 _WIDEST = Shape(16, 16, 4, 1)
+_FEWEST = 16
+# Shared memory that a program may take, in bytes; elsewhere that of the GPUs with the least.
+_SHARED = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+_LEAST_SHARED = 99 << 10
 # Under the interpreter each tile is a round of Python: small ones for small problems, and not square, so that no axis is
 # mistaken for another.
 _INTERPRETED = {"forward": Shape(32, 64), "backward": Shape(32, 32), "few": Shape(16, 32)}
@@ -55,13 +59,27 @@ def shape(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
     family, _, pass_ = kernel.rpartition(" ")
     if is_interpreted():
         return _INTERPRETED.get(pass_, _INTERPRETED["forward"])
-    if family:
-        return _ADDITIVE[pass_]
-    if kernel == "few":
-        return _FEW
-    table = _TOP if kernel == "top" else _SHAPES.get((_architecture(device), kernel), _DEFAULT)
-    table = table if dtype.itemsize == 2 else _SINGLE
-    return next((shape for most, shape in table.items() if width <= most), _WIDEST)
+    architecture, size = _architecture(device), width * dtype.itemsize
+    if family or kernel == "few":
+        found = _ADDITIVE[pass_] if family else _FEW
+    else:
+        table = _TOP if kernel == "top" else _SHAPES.get((architecture, kernel), _DEFAULT)
+        table = table if dtype.itemsize == 2 else _SINGLE
+        found = next((shape for most, shape in table.items() if width <= most), _WIDEST)
+    return fitting(found, size, _SHARED.get(architecture, _LEAST_SHARED))
+
+
+def fitting(shape: Shape, row: int, shared: int) -> Shape:
+    """The tiles with fewer stages, and then fewer keys, until they fit the shared memory; `row` is the bytes of a row."""
+    while _taken(shape, row) > shared and (shape.stages > 1 or shape.keys > _FEWEST):
+        fewer = {"stages": shape.stages - 1} if shape.stages > 1 else {"keys": shape.keys // 2}
+        shape = replace(shape, **fewer)
+    return shape
+
+
+def _taken(shape: Shape, row: int) -> int:
+    """About how much shared memory a program takes: keys and values ahead, the queries, scores and a bias."""
+    return (2 * shape.keys * shape.stages + shape.queries) * row + 6 * shape.queries * shape.keys
 
 
 def programs(device: torch.device) -> int:
@@ -72,5 +90,5 @@ def programs(device: torch.device) -> int:
 
 
 @cache
-def _architecture(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+def _architecture(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
