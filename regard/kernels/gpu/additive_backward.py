@@ -65,10 +65,7 @@ def write_slopes(v, dout, strip, kept, call):
         key = tile_k * call.form.keys + tl.arange(0, call.form.keys)
         pull = rows(dout, b, head + 0 * query, query, call.sizes.L, call.form.E, call.form.wide_e, True)
         value = rows(v, b, g + 0 * key, key, call.sizes.S, call.form.E, call.form.wide_e, True)
-        stream = query[:, None]
-        factor = stream
-        if call.words.seed is not None:
-            stream, factor = streams(call, b, head, query[:, None])
+        stream, factor = streams(call, b, head, query[:, None])
         product = sums(call, b, head, query, key)
         dp = times(pull, tl.trans(value), call)
         seen, _, before = slopes(

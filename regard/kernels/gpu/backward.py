@@ -13,7 +13,18 @@ import triton.language as tl
 
 from regard.kernels.gpu.additive import products
 from regard.kernels.gpu.dropout import keep, streams
-from regard.kernels.gpu.score import LN2, listed, rows, scores, span, times, weights, without_bad, write_rows
+from regard.kernels.gpu.score import (
+    LN2,
+    listed,
+    rows,
+    scores,
+    span,
+    times,
+    weights,
+    without_bad_keys,
+    without_bad_queries,
+    write_rows,
+)
 
 
 class Kept(NamedTuple):
@@ -81,11 +92,8 @@ def pull_queries(q, k, v, dout, pulled, kept, call):
     )
     row = (b * call.sizes.H + head) * call.sizes.L + query
     if pulled.q is not None:
-        if call.words.bad_q is not None:
-            dq = without_bad(dq, call.words.bad_q + (b * call.sizes.H + head) * call.sizes.L, query, call.sizes.L)
-        write_rows(
-            pulled.q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, dq * (call.words.scale * LN2)
-        )
+        dq = without_bad_queries(dq, call, b, head, query) * (call.words.scale * LN2)
+        write_rows(pulled.q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, dq)
     if pulled.query_bias is not None:
         tl.store(pulled.query_bias + row, dbias, mask=query < call.sizes.L)
     if pulled.level is not None:
@@ -97,17 +105,14 @@ def _over_keys(
     begin, end, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query,
     masked: tl.constexpr,
 ):  # fmt: skip
-    stream = query[:, None]
-    factor = stream
-    if call.words.seed is not None:
-        stream, factor = streams(call, b, head, query[:, None])
+    stream, factor = streams(call, b, head, query[:, None])
     for n in range(begin, end):
         key = listed(call, start, n) * call.form.keys + tl.arange(0, call.form.keys)
         shared = g + 0 * key
         other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, masked)
         value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, masked)
-        if masked and call.words.bad_k is not None:
-            other = without_bad(other, call.words.bad_k + (b * call.sizes.G + g) * call.sizes.S, key, call.sizes.S)
+        if masked:
+            other = without_bad_keys(other, call, b, g, key)
         product = products(own, other, call, b, head, query, key)
         dp = times(pull, tl.trans(value), call)
         _, ds, before = slopes(
@@ -142,10 +147,8 @@ def pull_keys(q, k, v, dout, pulled, kept, call):
         dk, dv, dbias = _over_queries(
             full, count, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, True
         )
-    if call.words.bad_k is not None:
-        flags = call.words.bad_k + (b * call.sizes.G + g) * call.sizes.S
-        dk = without_bad(dk, flags, key, call.sizes.S)
-        dv = without_bad(dv, flags, key, call.sizes.S)
+    dk = without_bad_keys(dk, call, b, g, key)
+    dv = without_bad_keys(dv, call, b, g, key)
     if pulled.k is not None:
         write_rows(pulled.k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, dk * (call.words.scale * LN2))
     if pulled.v is not None:
@@ -164,12 +167,9 @@ def _over_queries(
         heads = head + 0 * query
         other = rows(q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, masked)
         pull = rows(dout, b, heads, query, call.sizes.L, call.form.E, call.form.wide_e, masked)
-        if masked and call.words.bad_q is not None:
-            other = without_bad(other, call.words.bad_q + (b * call.sizes.H + head) * call.sizes.L, query, call.sizes.L)
-        stream = query[None, :]
-        factor = stream
-        if call.words.seed is not None:
-            stream, factor = streams(call, b, head, query[None, :])
+        if masked:
+            other = without_bad_queries(other, call, b, head, query)
+        stream, factor = streams(call, b, head, query[None, :])
         # Keys down, queries across: as the two products that follow take them.
         product = times(own, tl.trans(other), call)
         dp = times(value, tl.trans(pull), call)

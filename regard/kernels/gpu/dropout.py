@@ -24,13 +24,17 @@ def _join(row, part):
 
 @triton.jit
 def streams(call, b, head, query):
-    """The two numbers of each row from which those of its keys are drawn."""
-    seed = tl.load(call.words.seed)
-    golden = tl.full([], _GOLDEN, tl.uint32)
-    row = _mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ golden)
-    row = _join(row, (seed >> 32) & 0xFFFFFFFF)
-    row = _join(_join(_join(row, b), head), query)
-    return row, _mix(row ^ golden) | tl.full([], 1, tl.uint32)
+    """The two numbers of each row from which those of its keys are drawn; where nothing is dropped, any two."""
+    row = query
+    factor = query
+    if call.words.seed is not None:
+        seed = tl.load(call.words.seed)
+        golden = tl.full([], _GOLDEN, tl.uint32)
+        row = _mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ golden)
+        row = _join(row, (seed >> 32) & 0xFFFFFFFF)
+        row = _join(_join(_join(row, b), head), query)
+        factor = _mix(row ^ golden) | tl.full([], 1, tl.uint32)
+    return row, factor
 
 
 @triton.jit

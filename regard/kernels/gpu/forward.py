@@ -14,7 +14,7 @@ import triton.language as tl
 from regard.kernels.gpu import top
 from regard.kernels.gpu.additive import products
 from regard.kernels.gpu.dropout import keep, streams
-from regard.kernels.gpu.score import LN2, listed, rows, scores, sigmoid, span, times, without_bad, write_rows
+from regard.kernels.gpu.score import LN2, listed, rows, scores, sigmoid, span, times, without_bad_keys, write_rows
 
 
 class Found(NamedTuple):
@@ -95,11 +95,8 @@ def forward(q, k, v, found, call):
         out = out * call.words.kept
     if found.exact is not None:
         write_rows(found.exact, b, head, query, call.sizes.L, call.form.E, call.form.wide_e, out)
-    to = found.out
-    at = to.pointer + part.to(tl.int64) * found.part * call.form.E
-    column = tl.arange(0, call.form.wide_e)
-    at += b.to(tl.int64) * to.b + (head.to(tl.int64) * to.h + query.to(tl.int64) * to.row)[:, None] + column[None, :]
-    tl.store(at, out.to(to.pointer.dtype.element_ty), mask=inside[:, None] & (column < call.form.E)[None, :])
+    skip = part.to(tl.int64) * found.part * call.form.E
+    write_rows(found.out, b, head, query, call.sizes.L, call.form.E, call.form.wide_e, out, skip)
     if found.total is not None:
         tl.store(found.total + row, total, mask=inside)
     if found.lse is not None:
@@ -125,10 +122,7 @@ def _sweep(
     level = tl.zeros([call.form.queries, 1], tl.float32)
     if call.form.sigmoid and call.words.level is not None:
         level = tl.load(call.words.level + head)[:, None]
-    stream = query
-    factor = query
-    if call.words.seed is not None:
-        stream, factor = streams(call, b, head, query)
+    stream, factor = streams(call, b, head, query)
     nan = tl.zeros([call.form.queries], tl.float32)
     if call.words.bad_q is not None:
         row = (b * call.sizes.H + head) * call.sizes.L + query
@@ -168,8 +162,8 @@ def _sweep(
             # By a product: a row that attends to NaN is NaN, whatever is dropped.
             p = p * tl.where(keep(call, stream[:, None], factor[:, None], key[None, :]), 1.0, 0.0)
         value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, masked)
-        if masked and call.words.bad_k is not None:
-            value = without_bad(value, call.words.bad_k + (b * call.sizes.G + g) * call.sizes.S, key, call.sizes.S)
+        if masked:
+            value = without_bad_keys(value, call, b, g, key)
         if call.form.exact and value.dtype != tl.float32:
             # In two parts: weights that are rounded no longer sum to what they were, and a parameter's gradient knows.
             high = p.to(value.dtype)

@@ -91,25 +91,16 @@ def gather(q, k, v, dout, sums, kept, call, over: tl.constexpr):
             pull = rows(dout, b, heads, query, call.sizes.L, call.form.E, call.form.wide_e, True)
             other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, True)
             value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, True)
-            stream = query[:, None]
-            factor = stream
-            if call.words.seed is not None:
-                stream, factor = streams(call, b, head, query[:, None])
+            stream, factor = streams(call, b, head, query[:, None])
             product = products(own, other, call, b, head, query, key)
             dp = times(pull, tl.trans(value), call)
             _, ds, _ = slopes(product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, True)
             total += ds
-    query = (
-        first // sums.columns * call.form.queries + tl.arange(0, call.form.queries)
-        if over == 0
-        else tl.arange(0, call.form.queries)
-    )
-    key = (
-        first % sums.columns * call.form.keys + tl.arange(0, call.form.keys)
-        if over == 0
-        else tl.arange(0, call.form.keys)
-    )
+    query = tl.arange(0, call.form.queries)
+    key = tl.arange(0, call.form.keys)
     if over == 0:
+        query += first // sums.columns * call.form.queries
+        key += first % sums.columns * call.form.keys
         at = (second.to(tl.int64) * call.sizes.L + query[:, None]) * call.sizes.S + key[None, :]
         tl.store(sums.pointer + at, total, mask=(query < call.sizes.L)[:, None] & (key < call.sizes.S)[None, :])
     elif over == 1:

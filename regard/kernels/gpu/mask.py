@@ -143,11 +143,6 @@ _PARTS: dict[type[Mask], Callable[[Any, Sizes], _Part]] = {
 }  # fmt: skip
 
 
-def is_known(mask: Mask | None) -> bool:
-    """Is every part of a mask one that has arithmetic of its own?"""
-    return mask is None or all(type(literal) in _PARTS for term in terms(mask) for literal, _ in term)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Lists of tiles.
 

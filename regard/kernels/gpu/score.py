@@ -26,18 +26,39 @@ def rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, bounded: 
 
 
 @triton.jit
-def write_rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, value):
-    """Write some rows of a matrix."""
+def write_rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, value, skip=0):
+    """Write some rows of a matrix, so many numbers further on."""
     column = tl.arange(0, wide)
-    at = x.pointer + b.to(tl.int64) * x.b + (h.to(tl.int64) * x.h + row.to(tl.int64) * x.row)[:, None] + column[None, :]
+    at = (
+        x.pointer
+        + skip
+        + b.to(tl.int64) * x.b
+        + (h.to(tl.int64) * x.h + row.to(tl.int64) * x.row)[:, None]
+        + column[None, :]
+    )
     tl.store(at, value, mask=(row < count)[:, None] & (column < width)[None, :])
 
 
 @triton.jit
-def without_bad(x, flags, row, count):
-    """Rows with 0 in the place of those that hold NaN or inf: in a tile where some may not attend, 0 * NaN would be NaN.
-    Where all may, it is as it should be. `flags` are those of the head.
+def without_bad_queries(x, call, b, head, query):
+    """Rows of queries with 0 in the place of those that hold NaN or inf: in a tile where some may not attend, 0 * NaN would
+    be NaN. Where all may, it is as it should be.
     """
+    if call.words.bad_q is not None:
+        x = _without(x, call.words.bad_q + (b * call.sizes.H + head) * call.sizes.L, query, call.sizes.L)
+    return x
+
+
+@triton.jit
+def without_bad_keys(x, call, b, g, key):
+    """The same for rows of keys or values."""
+    if call.words.bad_k is not None:
+        x = _without(x, call.words.bad_k + (b * call.sizes.G + g) * call.sizes.S, key, call.sizes.S)
+    return x
+
+
+@triton.jit
+def _without(x, flags, row, count):
     bad = tl.load(flags + row, mask=row < count, other=0) != 0
     return tl.where(bad[:, None], tl.zeros_like(x), x)
 
