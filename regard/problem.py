@@ -55,6 +55,11 @@ class Plan:
         """The names of the tensors that a kernel gives, in order."""
         return ("out", *self.summary.outputs)
 
+    def named(self, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """The gradients of the outputs by name, without those that are zero; numbers of keys have none."""
+        pairs = zip(self.outputs, gradients, strict=True)
+        return {name: g for name, g in pairs if g is not None and name != "top_keys"}
+
     def __hash__(self) -> int:
         return self._hash
 

@@ -62,7 +62,7 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
-    given = {name: g for name, g in zip(plan.outputs, gradients, strict=True) if g is not None and name != "top_keys"}
+    given = plan.named(gradients)
     # The output is the product of the weights that are kept and the values: the graph ends at the weights.
     dout = given.pop("out", None)
     names = (*given, "kept") if dout is not None else tuple(given)

@@ -146,8 +146,8 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the tensors that are `wanted`, from those of the outputs (None = zero)."""
-    dout, *others = gradients
-    given = {name: g for name, g in zip(plan.outputs[1:], others, strict=True) if g is not None and name != "top_keys"}
+    given = plan.named(gradients)
+    dout = given.pop("out", None)
     # The log-sum-exp of the scores is no part of what else than a softmax tells of them.
     dlse = given.pop("lse", None) if isinstance(plan.normalizer, Softmax) else None
     if given or (dout is None and dlse is None):
