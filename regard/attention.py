@@ -132,7 +132,9 @@ def attention(
             return out
     with_summary = summary is not None
     with precision:
-        problem = pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary, native.are_finite)
+        problem = pose(
+            q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary, kernel, native.are_finite
+        )
         outputs = choose.run(problem, kernel)
     out = problem.restore(outputs[0])
     if not with_summary:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from regard.position import Added, Bias
 from regard.score import Dot, ScaledDot, Score, expand_heads
 from regard.summary import Summary
 from regard.tile import Sizes
-from regard.word import read, slots, split
+from regard.word import Slot, read, slots, split
 
 # The words that stand where none is given: made once.
 _SCALED_DOT, _SOFTMAX, _NO_SUMMARY = ScaledDot(), Softmax(), Summary()
@@ -120,11 +120,13 @@ def pose(
     dropout: float,
     seed: int | Tensor | None,
     summary: Summary | None,
+    kernel: str | None = None,
     quick: Finite | None = None,
 ) -> Problem:
     """Check a call of `attention` and split it into plan and tensors. Raises ValueError or TypeError, by argument.
 
-    `quick` may tell, faster than torch can, that q, k and v hold neither NaN nor inf.
+    `kernel` is the one that is forced, if any; `quick` may tell, faster than torch can, that q, k and v hold neither NaN
+    nor inf.
     """
     text: list[Any] = []
     found: list[Tensor] = []
@@ -137,7 +139,7 @@ def pose(
         if dropout != 0.0 or seed is not None:
             seed = check_seed(dropout, seed, q.device)
         new_q, new_k, new_v = (q, k, v) if known.unchanged else four_axes(q, k, v)
-        if known.plan.mask is None or _are_finite(new_q, new_k, new_v, quick):
+        if mask is None or _is_left_to(kernel, q, score) or _are_finite(new_q, new_k, new_v, quick):
             tensors = found[known.start : known.stop]
             if isinstance(bias, Tensor):
                 tensors[-1] = added(bias, q.shape[:-2], sizes(new_q, new_k))
@@ -150,7 +152,7 @@ def pose(
                 tensors = [*_held(reduced), *tensors]
             tensors = [new_q, new_k, new_v, *tensors]
             return Problem(known.plan, _beside_q(known.plan, tensors), q.shape[:-2], known.given)
-    problem = _pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary, quick)
+    problem = _pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary, kernel, quick)
     if readable and problem.plan.bad_q is None:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
@@ -163,7 +165,7 @@ def pose(
 
 def _pose(
     q: Tensor, k: Tensor, v: Tensor, score: Any, normalizer: Any, mask: Any, bias: Any, softcap: Any, dropout: Any,
-    seed: Any, summary: Any, quick: Finite | None,
+    seed: Any, summary: Any, kernel: str | None, quick: Finite | None,
 ) -> Problem:  # fmt: skip
     """The same for a call that is not known."""
     check_tensors(q, k, v)
@@ -199,7 +201,7 @@ def _pose(
     bad_q = bad_k = None
     if mask is not None or bias is not None:
         mask, bias = align(mask, bias, size)
-    if mask is not None and not _are_finite(q, k, v, quick):
+    if mask is not None and not _is_left_to(kernel, q, score) and not _are_finite(q, k, v, quick):
         bad_q, bad_k, bad_v = (_holds_nonfinite(x.detach()) for x in (q, k, v))
         if type(score) not in _AS_THEY_ARE:
             q, k, v = (x.masked_fill(bad[..., None], 0.0) for x, bad in ((q, bad_q), (k, bad_k), (v, bad_v)))
@@ -241,6 +243,22 @@ def _beside_q(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 # Scores that take q and k as they come: there a kernel may let NaN be where it does no harm.
 _AS_THEY_ARE = (ScaledDot, Dot)
+
+
+def _is_left_to(kernel: str | None, q: Tensor, score: Score | None) -> bool:
+    """Does a kernel keep NaN and inf from leaking by itself, with no pass over q, k and v before? Those of the GPU do; where
+    they do not serve, the problem is `flagged`.
+    """
+    return (score is None or type(score) in _AS_THEY_ARE) and (q.device.type == "cuda" or kernel == "gpu")
+
+
+def flagged(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Plan, Sequence[Tensor]]:
+    """The same problem, with flags at the queries, keys and values that hold NaN or inf, if those were left to a kernel."""
+    if plan.mask is None or plan.bad_q is not None:
+        return plan, tensors
+    bad_q, bad_k, bad_v = (_holds_nonfinite(x.detach()) for x in tensors[:3])
+    plan = replace(plan, bad_q=Slot(len(tensors)), bad_k=Slot(len(tensors) + 1))
+    return plan, (*tensors, bad_q, bad_k | bad_v)
 
 
 def without_nonfinite(plan: Plan, tensors: Sequence[Tensor], given: Sequence[Any] | None = None) -> Sequence[Any]:

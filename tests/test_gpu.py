@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from judge import judge, truth
 from problems import Problem, decided, make, problems
 from test_kernels import CASES, PLAIN
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import regard
 from regard import Summary, mask, normalizer, position, score
+from regard.kernels import choose
 from regard.kernels.gpu import mask as gpu_mask
 from regard.kernels.gpu import serve, tuning
 from regard.kernels.gpu.gather import unfold
@@ -91,10 +95,15 @@ def test_more_heads_than_a_grid_is_long_are_left_to_others() -> None:
     assert "65,535 heads" in str(regard.explain(q, q, q).reasons["gpu"])
 
 
+def test_more_queries_than_31_bits_count_are_left_to_others() -> None:
+    q = torch.zeros(1).expand(8, 4096, 65_536, 1)
+    assert "31 bits" in str(regard.explain(q, q[:, :, :1], q[:, :, :1]).reasons["gpu"])
+
+
 @pytest.mark.parametrize("row", [128, 256, 512, 1024])
 @pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
 def test_tiles_fit_the_shared_memory(row: int, shared: int) -> None:
-    for shape in (tuning._FEW, tuning._DEFAULT[64], tuning.Shape(128, 128, 8, 3)):
+    for shape in (tuning._FEW[256], tuning._DEFAULT[64], tuning.Shape(128, 128, 8, 3)):
         found = tuning.fitting(shape, row, shared)
         assert tuning._taken(found, row) <= shared or found.keys == tuning._FEWEST
         assert found.queries == shape.queries and (found == shape or tuning._taken(shape, row) > shared)
@@ -108,6 +117,36 @@ def test_nobody_is_interpreted_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "gpu" not in ran
     monkeypatch.delenv("TRITON_INTERPRET")
     assert regard.explain(q, q, q).reasons["gpu"] == "the tensors are on cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "served", "flags"),
+    [
+        ({}, "torch", False), ({"mask": mask.causal()}, "torch", True), ({"softcap": 3.0}, "gpu", False),
+        ({"mask": mask.causal() & mask.window(3, 0)}, "gpu", False), ({"kernel": "tiled"}, "tiled", False),
+        ({"mask": mask.causal(), "kernel": "reference"}, "reference", True),
+    ],
+)  # fmt: skip
+def test_who_serves_tensors_of_a_gpu(
+    words: dict[str, Any], served: str, flags: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the kernels of the GPU keep NaN from leaking by themselves; the others are told where it is."""
+    monkeypatch.setattr(serve, "_unfit", lambda device: None)
+    monkeypatch.setattr(
+        choose, "flagged", lambda plan, tensors: (replace(plan, bad_q=True) if plan.mask is not None else plan, tensors)
+    )
+    asked: list[tuple[str, bool]] = []
+
+    def run(name: str, plan: Any, tensors: Any) -> Any:
+        asked.append((name, plan.bad_q is not None))
+        return (tensors[0],)
+
+    for name, candidate in choose._CANDIDATES.items():
+        monkeypatch.setitem(choose._CANDIDATES, name, replace(candidate, run=partial(run, name)))
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 5, 8, device="cuda")
+        assert regard.attention(q, q, q, **words).device.type == "cuda"
+    assert asked == [(served, flags)]
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,26 +218,36 @@ def test_keys_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("word", [normalizer.Softmax(), normalizer.Sigmoid()], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("key", [7, 133])
 @pytest.mark.parametrize(
     ("where", "wild"), [("q", torch.nan), ("k", torch.inf), ("k", -torch.inf), ("v", torch.inf), (None, 0.0)]
 )
-def test_wild_numbers_in_full_tiles(where: str | None, wild: float, word: normalizer.Normalizer) -> None:
-    """There nothing is masked, and kernels may take them as they are; what comes of it is the same as everywhere."""
+def test_what_is_wild_is_as_arithmetic_makes_it(
+    where: str | None, wild: float, key: int, softcap: float | None, word: normalizer.Normalizer
+) -> None:
+    """In tiles where all may attend, and where only some may: the same as if what is masked out were not there."""
     generator = torch.Generator().manual_seed(0)
     sizes = {"q": (2, 2, 37, 8), "k": (2, 1, 135, 8), "v": (2, 1, 135, 8)}
     tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
     if where is not None:
-        tensors[where][0, 0, 7, 3] = wild
-    tensors["k"][1, 0, 100, 0] = torch.nan  # beyond the length: it may not leak
-    answers = []
-    for kernel in ("gpu", "reference"):
-        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-        own: Any = {"mask": mask.lengths([135, 70]), "normalizer": word, "summary": Summary(lse=True)}
-        out, seen = regard.attention(**leaves, **own, kernel=kernel)
-        gradients = torch.autograd.grad(out.nan_to_num().square().sum(), list(leaves.values()))
-        answers.append([out, seen.lse, *(x[1] for x in gradients)])
-    for got, expected in zip(*answers, strict=True):
-        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+        tensors[where][0, 0, min(key, tensors[where].shape[2] - 1), 3] = wild
+    tensors["k"][1, 0, 100, 0], tensors["v"][1, 0, 71, 2] = torch.nan, -torch.inf  # beyond the length: it may not leak
+    words: dict[str, Any] = {"normalizer": word, "softcap": softcap, "summary": Summary(lse=True)}
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    out, seen = regard.attention(**leaves, **words, mask=mask.lengths([135, 70]), kernel="gpu")
+    got = [[out[b], seen.lse[b]] for b in range(2)]
+    got[1] += [x[1] for x in torch.autograd.grad(out[1].square().sum(), list(leaves.values()))]
+    for b, length in enumerate((135, 70)):
+        some = {name: x[b : b + 1, :, :length].clone().requires_grad_() for name, x in tensors.items()}
+        out, seen = regard.attention(**some, **words, kernel="reference")
+        expected = [out[0], seen.lse[0]]
+        if b == 1:
+            for x in torch.autograd.grad(out.square().sum(), list(some.values())):
+                expected.append(torch.nn.functional.pad(x[0], (0, 0, 0, got[b][len(expected)].shape[1] - x.shape[2])))
+        for x, y in zip(got[b], expected, strict=True):
+            assert torch.equal(x.isfinite(), y.isfinite())
+            torch.testing.assert_close(x[y.isfinite()], y[y.isfinite()], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from regard import check
 from regard.kernels import cpu, differentiate, native, reference, tiled
 from regard.kernels import torch as torch_
 from regard.kernels.gpu import serve as gpu
-from regard.problem import Plan, Problem
+from regard.problem import Plan, Problem, flagged
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ def run(problem: Problem, kernel: str | None) -> tuple[Tensor, ...]:
         ran = _ran.get()
         if ran is not None:
             ran.append(name)
-    return _CANDIDATES[name].run(problem.plan, problem.tensors)
+    plan, tensors = problem.plan, problem.tensors
+    if name != "gpu" and tensors[0].device.type != "cpu":
+        plan, tensors = flagged(plan, tensors)
+    return _CANDIDATES[name].run(plan, tensors)
 
 
 # In half precision, torch's own attention computes on the matrix units (AMX) of the machines that have them: 2 to 4 times

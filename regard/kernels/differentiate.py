@@ -176,7 +176,7 @@ def _second(ctx: Any, seconds: Sequence[Tensor]) -> dict[int, Tensor]:
         gradients, tensors = everything[:count], everything[count:]
 
         def equation(*some: Tensor) -> tuple[Tensor, ...]:
-            outputs = reference.run(ctx.plan, _merge(tensors, wanted, some))
+            outputs = reference.run(*problem.flagged(ctx.plan, _merge(tensors, wanted, some)))
             return tuple(x for x, there in zip(outputs, ctx.given, strict=True) if there)
 
         pull = torch.func.vjp(equation, *[x for x, want in zip(tensors, wanted, strict=True) if want])[1]
@@ -194,7 +194,7 @@ def _second_of_function(ctx: Any, seconds: Sequence[Tensor], own: Sequence[int])
     moving = [i for i, x in enumerate(saved) if x.is_floating_point()]
     leaves = [x if i in own else x.detach().requires_grad_(i in moving) for i, x in enumerate(saved)]
     with torch.enable_grad():
-        outputs = reference.run(ctx.plan, leaves[count:])
+        outputs = reference.run(*problem.flagged(ctx.plan, leaves[count:]))
         firsts = torch.autograd.grad(
             [x for x, there in zip(outputs, ctx.given, strict=True) if there],
             [x for x, want in zip(leaves[count:], ctx.wanted, strict=True) if want],

@@ -51,9 +51,8 @@ class Words(NamedTuple):
     slopes: Any  # (H,), of ALiBi
     offset: Any  # the key that query 0 stands at, for the slopes
     relative: Any  # (H, L + S - 1 + 64) of query - key + S - 1
-    bad_q: Any  # (B, H, L): queries with NaN or inf
+    bad_q: Any  # (B, H, L): queries that held NaN or inf, where those were cleared before
     bad_k: Any  # (B, G, S): the same for keys and their values
-    bad_tiles: Any  # (B, G, tiles of keys): NaN where one holds such a key, and 0
     level: Any  # (H,): the sink of a softmax, the bias of a sigmoid
     seed: Any  # int64 of shape (), of dropout
     dropped: Any  # of 2^32, how many

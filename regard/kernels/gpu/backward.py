@@ -21,8 +21,7 @@ from regard.kernels.gpu.score import (
     span,
     times,
     weights,
-    without_bad_keys,
-    without_bad_queries,
+    without_wild,
     write_rows,
 )
 
@@ -62,11 +61,13 @@ def slopes(product, dp, kept, call, b, g, head, query, key, stream, factor, mask
         ds = p * (1.0 - p) * dp
     else:
         ds = p * (dp - delta)
+    before = ds * rise
     if masked or call.words.bias is not None:
         # Where a row is NaN, what it may not attend to is not.
         ds = tl.where(s == -float("inf"), 0.0, ds)
+        before = tl.where(s == -float("inf"), 0.0, before)
         seen = tl.where(s == -float("inf"), 0.0, seen)
-    return seen, ds, ds * rise
+    return seen, ds, before
 
 
 @triton.jit
@@ -92,8 +93,9 @@ def pull_queries(q, k, v, dout, pulled, kept, call):
     )
     row = (b * call.sizes.H + head) * call.sizes.L + query
     if pulled.q is not None:
-        dq = without_bad_queries(dq, call, b, head, query) * (call.words.scale * LN2)
-        write_rows(pulled.q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, dq)
+        write_rows(
+            pulled.q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, dq * (call.words.scale * LN2)
+        )
     if pulled.query_bias is not None:
         tl.store(pulled.query_bias + row, dbias, mask=query < call.sizes.L)
     if pulled.level is not None:
@@ -111,9 +113,10 @@ def _over_keys(
         shared = g + 0 * key
         other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, masked)
         value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, masked)
-        if masked:
-            other = without_bad_keys(other, call, b, g, key)
         product = products(own, other, call, b, head, query, key)
+        if masked:
+            # Who may attend to it has NaN in its score.
+            other = without_wild(other)
         dp = times(pull, tl.trans(value), call)
         _, ds, before = slopes(
             product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, masked
@@ -147,8 +150,6 @@ def pull_keys(q, k, v, dout, pulled, kept, call):
         dk, dv, dbias = _over_queries(
             full, count, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, True
         )
-    dk = without_bad_keys(dk, call, b, g, key)
-    dv = without_bad_keys(dv, call, b, g, key)
     if pulled.k is not None:
         write_rows(pulled.k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, dk * (call.words.scale * LN2))
     if pulled.v is not None:
@@ -167,11 +168,12 @@ def _over_queries(
         heads = head + 0 * query
         other = rows(q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, masked)
         pull = rows(dout, b, heads, query, call.sizes.L, call.form.E, call.form.wide_e, masked)
-        if masked:
-            other = without_bad_queries(other, call, b, head, query)
         stream, factor = streams(call, b, head, query[None, :])
         # Keys down, queries across: as the two products that follow take them.
         product = times(own, tl.trans(other), call)
+        if masked:
+            # Who may attend as it has NaN in its score.
+            other = without_wild(other)
         dp = times(value, tl.trans(pull), call)
         seen, _, before = slopes(
             product, dp, kept, call, b, g, head, query[None, :], key[:, None], stream, factor, masked

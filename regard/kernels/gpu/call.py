@@ -96,8 +96,9 @@ class Call:
     def _form(self, last: bool) -> Form:
         top = self.plan.summary.top
         terms = () if self._told is None else self._told.terms
-        # Weights that are rounded to the precision of values do for the gradients of q, k and v, but not of parameters.
-        exact = not last and any(x.is_floating_point() for x in self.tensors[3:])
+        # Weights that are rounded to the precision of values do for the gradients of q, k and v in the same precision, but
+        # not for those of parameters, some of which went into q and k.
+        exact = not last and (self.q.dtype != self.v.dtype or any(x.is_floating_point() for x in self.tensors[3:]))
         return constants(Form(
             self.D, self.E, wide(self.D), wide(self.E), self.shape.queries, self.shape.keys, self.repeats,
             isinstance(self.plan.normalizer, Sigmoid), top, triton.next_power_of_2(max(top, 1)), len(terms), terms, exact,
@@ -133,12 +134,7 @@ class Call:
             level = level if isinstance(level, Tensor) else torch.full((), level, device=self.device)
             words = words._replace(level=_scaled(level.expand(size.H)))
         if plan.bad_q is not None:
-            bad_q, bad_k = self.of(plan.bad_q), self.of(plan.bad_k)
-            tiles = torch.nn.functional.pad(bad_k, (0, -size.S % self.shape.keys)).view(
-                size.B, size.G, -1, self.shape.keys
-            )
-            nan = torch.zeros(tiles.shape[:3], device=self.device).masked_fill(tiles.any(-1), torch.nan)
-            words = words._replace(bad_q=_bytes(bad_q), bad_k=_bytes(bad_k), bad_tiles=nan)
+            words = words._replace(bad_q=_bytes(self.of(plan.bad_q)), bad_k=_bytes(self.of(plan.bad_k)))
         if plan.dropout:
             dropped = min(round(plan.dropout * _WHOLE), _WHOLE - 1)
             kept = 1 / (1 - plan.dropout) if plan.dropout < 1 else 0.0

@@ -14,7 +14,7 @@ import triton.language as tl
 from regard.kernels.gpu import top
 from regard.kernels.gpu.additive import products
 from regard.kernels.gpu.dropout import keep, streams
-from regard.kernels.gpu.score import LN2, listed, rows, scores, sigmoid, span, times, without_bad_keys, write_rows
+from regard.kernels.gpu.score import LN2, is_wild, listed, rows, scores, sigmoid, span, times, without_wild, write_rows
 
 
 class Found(NamedTuple):
@@ -48,19 +48,22 @@ def forward(q, k, v, found, call):
     begin = (count * part) // tl.num_programs(2)
     end = (count * (part + 1)) // tl.num_programs(2)
 
-    m = tl.full([call.form.queries], -float("inf"), tl.float32)
-    z = tl.zeros([call.form.queries], tl.float32)
-    t = tl.zeros([call.form.queries], tl.float32)
-    out = tl.zeros([call.form.queries, call.form.wide_e], tl.float32)
-    best, keys = top.nothing(call, call.form.queries)
     own = rows(q, b, head, query, call.sizes.L, call.form.D, call.form.wide_d, True)
     middle = tl.minimum(tl.maximum(full, begin), end)
+    m, z, t, out, best, keys = _nothing(call)
     m, z, t, out, best, keys = _sweep(
-        begin, middle, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, False
+        begin, middle, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, False, False
     )
     m, z, t, out, best, keys = _sweep(
-        middle, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, True
+        middle, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, True, False
     )
+    if call.form.literals > 0 and call.words.bad_q is None:  # noqa: SIM102, this one the compiler decides
+        if tl.max(tl.max(is_wild(out).to(tl.int32), 1), 0) > 0:
+            # NaN or inf in a value may have leaked to a row that may not attend to it: once more, with care.
+            m, z, t, out, best, keys = _nothing(call)
+            m, z, t, out, best, keys = _sweep(
+                begin, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, True, True
+            )  # fmt: skip
 
     level = tl.zeros([call.form.queries], tl.float32)
     if call.words.level is not None:
@@ -115,19 +118,25 @@ def forward(q, k, v, found, call):
 
 
 @triton.jit
+def _nothing(call):
+    """Of each row the largest score, the sums of weights and for the entropy, the output, and the largest weights."""
+    m = tl.full([call.form.queries], -float("inf"), tl.float32)
+    z = tl.zeros([call.form.queries], tl.float32)
+    t = tl.zeros([call.form.queries], tl.float32)
+    out = tl.zeros([call.form.queries, call.form.wide_e], tl.float32)
+    best, keys = top.nothing(call, call.form.queries)
+    return m, z, t, out, best, keys
+
+
+@triton.jit
 def _sweep(
     begin, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query,
-    masked: tl.constexpr,
+    masked: tl.constexpr, careful: tl.constexpr,
 ):  # fmt: skip
     level = tl.zeros([call.form.queries, 1], tl.float32)
     if call.form.sigmoid and call.words.level is not None:
         level = tl.load(call.words.level + head)[:, None]
     stream, factor = streams(call, b, head, query)
-    nan = tl.zeros([call.form.queries], tl.float32)
-    if call.words.bad_q is not None:
-        row = (b * call.sizes.H + head) * call.sizes.L + query
-        bad = tl.load(call.words.bad_q + row, mask=query < call.sizes.L, other=0) != 0
-        nan = tl.where(bad, float("nan"), 0.0)
     for n in range(begin, end):
         tile = listed(call, start, n)
         key = tile * call.form.keys + tl.arange(0, call.form.keys)
@@ -135,10 +144,6 @@ def _sweep(
         other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, masked)
         product = products(own, other, call, b, first, query, key)
         s, _ = scores(product, call, b, g, head[:, None], query[:, None], key[None, :], masked)
-        if call.words.bad_q is not None and not masked and not call.form.sigmoid:
-            # All rows attend to all keys: to one with NaN, or as one with NaN. They have no sum, and with it nothing else.
-            tiles_k = tl.cdiv(call.sizes.S, call.form.keys)
-            z += tl.load(call.words.bad_tiles + (b * call.sizes.G + g) * tiles_k + tile) + nan
         highest = tl.maximum(m, tl.max(s, 1))
         base = tl.where(highest == -float("inf"), 0.0, highest)
         shrink = tl.exp2(m - base)
@@ -162,13 +167,18 @@ def _sweep(
             # By a product: a row that attends to NaN is NaN, whatever is dropped.
             p = p * tl.where(keep(call, stream[:, None], factor[:, None], key[None, :]), 1.0, 0.0)
         value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, masked)
-        if masked:
-            value = without_bad_keys(value, call, b, g, key)
-        if call.form.exact and value.dtype != tl.float32:
+        if careful:
+            # NaN goes to the rows that may attend to it and to no others: 0 * NaN would be NaN.
+            reached = times((s != -float("inf")).to(tl.float16), is_wild(value).to(tl.float16), call)
+            out = tl.where(reached > 0.0, float("nan"), out)
+            value = without_wild(value)
+        if not call.form.exact or value.dtype == tl.float32:
+            out += times(p.to(value.dtype), value, call)
+        elif own.dtype == tl.float32:
+            out += times(p, value, call)
+        else:
             # In two parts: weights that are rounded no longer sum to what they were, and a parameter's gradient knows.
             high = p.to(value.dtype)
             out += times((p - high.to(tl.float32)).to(value.dtype), value, call)
             out += times(high, value, call)
-        else:
-            out += times(p.to(value.dtype), value, call)
     return m, z, t, out, best, keys

@@ -40,27 +40,15 @@ def write_rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, val
 
 
 @triton.jit
-def without_bad_queries(x, call, b, head, query):
-    """Rows of queries with 0 in the place of those that hold NaN or inf: in a tile where some may not attend, 0 * NaN would
-    be NaN. Where all may, it is as it should be.
-    """
-    if call.words.bad_q is not None:
-        x = _without(x, call.words.bad_q + (b * call.sizes.H + head) * call.sizes.L, query, call.sizes.L)
-    return x
+def is_wild(x):
+    """Which numbers are NaN or inf?"""
+    return ~(tl.abs(x.to(tl.float32)) < float("inf"))
 
 
 @triton.jit
-def without_bad_keys(x, call, b, g, key):
-    """The same for rows of keys or values."""
-    if call.words.bad_k is not None:
-        x = _without(x, call.words.bad_k + (b * call.sizes.G + g) * call.sizes.S, key, call.sizes.S)
-    return x
-
-
-@triton.jit
-def _without(x, flags, row, count):
-    bad = tl.load(flags + row, mask=row < count, other=0) != 0
-    return tl.where(bad[:, None], tl.zeros_like(x), x)
+def without_wild(x):
+    """The numbers of a tile with 0 for NaN and inf, as the weight 0 of a pair that may not attend makes NaN of them."""
+    return tl.where(is_wild(x), 0.0, x)
 
 
 @triton.jit
@@ -114,8 +102,7 @@ def scores(product, call, b, g, head, query, key, masked: tl.constexpr):
     if call.words.relative is not None:
         width = call.sizes.L + call.sizes.S + 63
         s += tl.load(call.words.relative + head * width + query - key + call.sizes.S - 1, mask=known, other=0.0)
-    if call.words.bad_q is not None and (masked or call.form.sigmoid):
-        # In a full tile of a softmax, the sums of the rows tell: see forward.py.
+    if call.words.bad_q is not None:
         bad = tl.load(call.words.bad_q + row, mask=query < call.sizes.L, other=0) != 0
         bad = bad | (
             tl.load(call.words.bad_k + (b * call.sizes.G + g) * call.sizes.S + key, mask=key < call.sizes.S, other=0)

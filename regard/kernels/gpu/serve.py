@@ -16,7 +16,7 @@ from regard.kernels import tiled
 from regard.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
 from regard.normalizer import Sigmoid, Softmax
 from regard.position import T5, Added, ALiBi
-from regard.problem import Plan
+from regard.problem import Plan, flagged
 from regard.score import Additive, Product
 from regard.tile import Sizes
 
@@ -34,7 +34,7 @@ _MOST_HEADS = 65_535
 _WIDEST = 256
 # Of NVIDIA's GPUs, the first whose matrix units take bfloat16.
 _OLDEST = (8, 0)
-# Where a number of a bias stands is told in 31 bits.
+# Where a number of a bias stands is told in 31 bits, and so is that of a query or a key.
 _FARTHEST = 1 << 31
 # A mask is brought to the form (a & b) | (c & d): of so many parts at most.
 _PARTS = 64
@@ -78,6 +78,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return "an axis has size zero"
     if q.shape[0] * q.shape[1] > _MOST_HEADS:
         return f"it has no more than {_MOST_HEADS:,} heads in all batch rows, and here are {q.shape[0] * q.shape[1]:,}"
+    if q.shape[0] * q.shape[1] * max(q.shape[2], k.shape[2]) >= _FARTHEST:
+        return "it counts the queries, or the keys, of all heads in 31 bits"
     if max(q.shape[-1], v.shape[-1]) > _WIDEST:
         return f"it has no rows of more than {_WIDEST} numbers, and these have {max(q.shape[-1], v.shape[-1])}"
     if plan.bias is not None and not isinstance(plan.bias, Added | ALiBi | T5):
@@ -151,7 +153,9 @@ def backward(
     # The log-sum-exp of the scores is no part of what else than a softmax tells of them.
     dlse = given.pop("lse", None) if isinstance(plan.normalizer, Softmax) else None
     if given or (dout is None and dlse is None):
-        return tiled.backward(plan, tensors, (), gradients, wanted)
+        plan, everything = flagged(plan, tensors)
+        more = len(everything) - len(tensors)
+        return tiled.backward(plan, everything, (), gradients, (*wanted, *[False] * more))[: len(tensors)]
     from regard.kernels.gpu import launch
 
     out, total, exact = kept

@@ -32,7 +32,8 @@ _TOP = {64: Shape(64, 64, 4, 1), 128: Shape(64, 64, 4, 1), 256: Shape(32, 32, 4,
 # Additive scores fill the registers by fours of fractions, and their gradients by rows.
 _ADDITIVE = {"forward": Shape(64, 64, 4, 1), "backward": Shape(32, 32, 4, 1)}
 # Few queries: the keys are split among the programs.
-_FEW = Shape(16, 64, 4, 3)
+_FEW = {256: Shape(16, 64, 4, 3)}
+_FEW_SINGLE = {64: Shape(16, 64, 4, 3), 128: Shape(16, 64, 8, 2), 256: Shape(16, 16, 4, 3)}
 # Products of float32 run on no matrix unit, and fill the registers.
 _SINGLE = {64: Shape(64, 32, 4, 2), 128: Shape(32, 32, 4, 2), 256: Shape(32, 16, 4, 1)}
 _WIDEST = Shape(16, 16, 4, 1)
@@ -60,11 +61,16 @@ def shape(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
     if is_interpreted():
         return _INTERPRETED.get(pass_, _INTERPRETED["forward"])
     architecture, size = _architecture(device), width * dtype.itemsize
-    if family or kernel == "few":
-        found = _ADDITIVE[pass_] if family else _FEW
+    single = dtype.itemsize != 2
+    if family:
+        found = _ADDITIVE[pass_]
     else:
-        table = _TOP if kernel == "top" else _SHAPES.get((architecture, kernel), _DEFAULT)
-        table = table if dtype.itemsize == 2 else _SINGLE
+        if kernel == "few":
+            table = _FEW_SINGLE if single else _FEW
+        elif single:
+            table = _SINGLE
+        else:
+            table = _TOP if kernel == "top" else _SHAPES.get((architecture, kernel), _DEFAULT)
         found = next((shape for most, shape in table.items() if width <= most), _WIDEST)
     return fitting(found, size, _SHARED.get(architecture, _LEAST_SHARED))
 
