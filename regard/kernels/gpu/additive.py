@@ -107,7 +107,8 @@ def sums(call, b, head, query, key):
         k = turned.angle_k + row_k.to(tl.int64) * turned.width * long_k + key
         for d in range(turned.width):
             angle = tl.load(q + d * long_q)[:, None] + tl.load(k + d * long_k)[None, :]
-            total += tl.load(turned.weight + own * turned.width + d) * tanh(angle)
+            value, _ = tanh(angle)
+            total += tl.load(turned.weight + own * turned.width + d) * value
     else:
         q = turned.power_q + row_q.to(tl.int64) * turned.fours * long_q + query
         k = turned.power_k + row_k.to(tl.int64) * turned.fours * long_k + key

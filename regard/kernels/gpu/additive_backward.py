@@ -146,9 +146,11 @@ def pull_rows(own, other, slope, dx, dweight, strip, call, of_keys: tl.constexpr
                     mask_one = (column < call.form.D) & (one + 0 * column < length)
                     mask_two = (column < call.form.D) & (two + 0 * column < length)
                     if far == float("inf"):
-                        x = tanh(angle + tl.load(other.angle + at_one, mask=mask_one, other=0.0)[None, :])
-                        y = tanh(angle + tl.load(other.angle + at_one + call.form.D, mask=mask_two, other=0.0)[None, :])
-                        rise += h_one * (0.25 - 0.25 * x * x) + h_two * (0.25 - 0.25 * y * y)
+                        x, rise_x = tanh(angle + tl.load(other.angle + at_one, mask=mask_one, other=0.0)[None, :])
+                        y, rise_y = tanh(
+                            angle + tl.load(other.angle + at_one + call.form.D, mask=mask_two, other=0.0)[None, :]
+                        )
+                        rise += 0.25 * (h_one * rise_x + h_two * rise_y)
                         value += 0.5 * (h_one * x + h_two * y)
                     else:
                         t = 1.0 + power * tl.load(other.power + at_one, mask=mask_one, other=0.0)[None, :]

@@ -64,13 +64,17 @@ def times(a, b, call):
 
 @triton.jit
 def tanh(x):
-    # Near 0 by its series, as 1 - e^-2x keeps no digits there.
+    """tanh x, and 1 - tanh^2 x."""
+    # Near 0 by its series, as 1 - e^-2x keeps no digits there; and where tanh is near 1, one less its square keeps none.
     size = tl.abs(x)
     square = x * x
     series = x * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * (-0.05396825 + square * 0.021869488))))
     power = tl.exp2(size * (-2.0 * LOG2E))
-    large = (1.0 - power) / (1.0 + power)
-    return tl.where(size < 0.25, series, tl.where(x < 0.0, -large, large))
+    one = 1.0 / (1.0 + power)
+    large = (1.0 - power) * one
+    near = size < 0.25
+    value = tl.where(near, series, tl.where(x < 0.0, -large, large))
+    return value, tl.where(near, 1.0 - series * series, 4.0 * power * one * one)
 
 
 @triton.jit
@@ -89,9 +93,8 @@ def scores(product, call, b, g, head, query, key, masked: tl.constexpr):
         s += tl.load(call.words.query_bias + row, mask=query < call.sizes.L, other=0.0)
     rise = tl.full([1, 1], 1.0, tl.float32)
     if call.words.softcap is not None:
-        t = tanh(s / call.words.softcap)
+        t, rise = tanh(s / call.words.softcap)
         s = call.words.softcap * t
-        rise = 1.0 - t * t
     if call.words.bias is not None:
         bias = call.words.bias
         of_head = bias.pointer + b.to(tl.int64) * bias.b + head.to(tl.int64) * bias.h
