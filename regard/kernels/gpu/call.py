@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -46,11 +45,11 @@ class Call:
     @property
     def grid(self) -> tuple[int, int]:
         """How many tiles of queries there are, and how many of keys."""
-        return triton.cdiv(self.size.L, self.queries), triton.cdiv(self.size.S, self.shape.keys)
+        return -(-self.size.L // self.queries), -(-self.size.S // self.shape.keys)
 
     def told(self, turned: bool = False) -> Told:
         """What a kernel takes that goes along a row of tiles; `turned`, along a column."""
-        return Told(self.words, self._tiles(turned), self.sizes, self.form)
+        return Told(self.words, self._tiles(turned), self.sizes, constants(self.form))
 
     def of(self, slot: Any) -> Any:
         """The tensor, or the number, that stands in a plan."""
@@ -99,11 +98,11 @@ class Call:
         # Weights that are rounded to the precision of values do for the gradients of q, k and v in the same precision, but
         # not for those of parameters, some of which went into q and k.
         exact = not last and (self.q.dtype != self.v.dtype or any(x.is_floating_point() for x in self.tensors[3:]))
-        return constants(Form(
+        return Form(
             self.D, self.E, wide(self.D), wide(self.E), self.shape.queries, self.shape.keys, self.repeats,
-            isinstance(self.plan.normalizer, Sigmoid), top, triton.next_power_of_2(max(top, 1)), len(terms), terms, exact,
+            isinstance(self.plan.normalizer, Sigmoid), top, _power_of_two(max(top, 1)), len(terms), terms, exact,
             tuning.is_interpreted(),
-        ))  # fmt: skip
+        )  # fmt: skip
 
     def _words(self) -> Words:
         plan, size = self.plan, self.size
@@ -153,9 +152,10 @@ def level_of(normalizer: Any) -> Any:
     return normalizer.sink if isinstance(normalizer, Softmax) else normalizer.bias
 
 
+@lru_cache(1024)
 def constants(form: Form) -> Form:
     """What a kernel is compiled for, as constants."""
-    return Form(*[x if isinstance(x, tl.constexpr) else tl.constexpr(x) for x in form])
+    return Form(*[tl.constexpr(x) for x in form])
 
 
 def matrix(x: Tensor) -> Matrix:
@@ -175,7 +175,12 @@ def rows(x: Tensor) -> Tensor:
 
 def wide(width: int) -> int:
     """A width, filled up to what a product takes."""
-    return int(max(triton.next_power_of_2(width), 16))
+    return max(_power_of_two(width), 16)
+
+
+def _power_of_two(n: int) -> int:
+    """The least that is not below n. Triton's own takes ten times as long, as it is for kernels, too."""
+    return 1 << (n - 1).bit_length()
 
 
 def _scaled(x: Tensor | None) -> Tensor | None:

@@ -101,7 +101,7 @@ def _afterwards(call: Call, total: Tensor) -> dict[str, Tensor]:
         found = Found(matrix(results["mass"]))
         told = call.told()
         told = told._replace(
-            words=told.words._replace(seed=None), form=constants(told.form._replace(E=N, wide_e=wide(N), top=0))
+            words=told.words._replace(seed=None), form=constants(call.form._replace(E=N, wide_e=wide(N), top=0))
         )
         start(attend, (call.grid[0], B * H // call.repeats, 1), call.shape, q, k, matrix(member), found, told)
     return results

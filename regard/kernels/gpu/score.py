@@ -64,7 +64,7 @@ def times(a, b, call):
 
 @triton.jit
 def tanh(x):
-    """tanh x, and 1 - tanh^2 x."""
+    """Of x, tanh and 1 - tanh^2."""
     # Near 0 by its series, as 1 - e^-2x keeps no digits there; and where tanh is near 1, one less its square keeps none.
     size = tl.abs(x)
     square = x * x
