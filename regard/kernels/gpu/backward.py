@@ -121,7 +121,7 @@ def _over_keys(
         _, ds, before = slopes(
             product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, masked
         )
-        dq += times(before.to(other.dtype), other, call)
+        dq += times(before.to(own.dtype), other, call)
         dbias += tl.sum(before, 1)
         dlevel += tl.sum(ds, 1)
     return dq, dbias, dlevel
@@ -179,6 +179,6 @@ def _over_queries(
             product, dp, kept, call, b, g, head, query[None, :], key[:, None], stream, factor, masked
         )
         dv += times(seen.to(pull.dtype), pull, call)
-        dk += times(before.to(other.dtype), other, call)
+        dk += times(before.to(own.dtype), other, call)
         dbias += tl.sum(before, 1)
     return dk, dv, dbias
