@@ -69,7 +69,7 @@ def write_slopes(v, dout, strip, kept, call):
         product = sums(call, b, head, query, key)
         dp = times(pull, tl.trans(value), call)
         seen, _, before = slopes(
-            product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, True
+            product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, True, True
         )
         row = (place * call.form.queries + tl.arange(0, call.form.queries))[:, None]
         column = key[None, :]

@@ -86,6 +86,7 @@ class Form(NamedTuple):
     wide_top: Any
     literals: Any
     terms: Any  # of the mask: see mask.py
+    bare: Any  # nothing but the scale, which is more than 0, makes scores of products
     exact: Any  # weights keep more digits than the values have
     interpreted: Any  # on the CPU
 

@@ -15,6 +15,7 @@ from regard.kernels.gpu.additive import products
 from regard.kernels.gpu.dropout import keep, streams
 from regard.kernels.gpu.score import (
     LN2,
+    any_wild,
     listed,
     rows,
     scores,
@@ -46,8 +47,13 @@ class Pulled(NamedTuple):
 
 
 @triton.jit
-def slopes(product, dp, kept, call, b, g, head, query, key, stream, factor, masked: tl.constexpr):
-    """Of a tile: the weights as the values see them, and the gradients of its scores, after and before the softcap."""
+def slopes(
+    product, dp, kept, call, b, g, head, query, key, stream, factor,
+    masked: tl.constexpr, careful: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: the weights as the values see them, and the gradients of its scores, after and before the softcap; with
+    care, 0 where a pair may not attend, even in a row of NaN.
+    """
     s, rise = scores(product, call, b, g, head, query, key, masked)
     row = (b * call.sizes.H + head) * call.sizes.L + query
     delta = tl.load(kept.delta + row, mask=query < call.sizes.L, other=0.0)
@@ -62,8 +68,7 @@ def slopes(product, dp, kept, call, b, g, head, query, key, stream, factor, mask
     else:
         ds = p * (dp - delta)
     before = ds * rise
-    if masked or call.words.bias is not None:
-        # Where a row is NaN, what it may not attend to is not.
+    if careful:
         ds = tl.where(s == -float("inf"), 0.0, ds)
         before = tl.where(s == -float("inf"), 0.0, before)
         seen = tl.where(s == -float("inf"), 0.0, seen)
@@ -82,15 +87,20 @@ def pull_queries(q, k, v, dout, pulled, kept, call):
     start, full, count = span(call, b, tile, call.form.keys, False)
     own = rows(q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, True)
     pull = rows(dout, b, heads, query, call.sizes.L, call.form.E, call.form.wide_e, True)
-    dq = tl.zeros([call.form.queries, call.form.wide_d], tl.float32)
-    dbias = tl.zeros([call.form.queries], tl.float32)
-    dlevel = tl.zeros([call.form.queries], tl.float32)
+    dq, dbias, dlevel = _no_queries(call)
     dq, dbias, dlevel = _over_keys(
-        0, full, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query, False
+        0, full, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query, False, False
     )
     dq, dbias, dlevel = _over_keys(
-        full, count, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query, True
+        full, count, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query, True, False
     )
+    if call.form.literals > 0 or call.words.bias is not None:  # noqa: SIM102, this one the compiler decides
+        if any_wild(dq):
+            # 0 * NaN is NaN: what may not attend may have leaked. Once more, with care.
+            dq, dbias, dlevel = _no_queries(call)
+            dq, dbias, dlevel = _over_keys(
+                0, count, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query, True, True
+            )
     row = (b * call.sizes.H + head) * call.sizes.L + query
     if pulled.q is not None:
         write_rows(
@@ -103,9 +113,15 @@ def pull_queries(q, k, v, dout, pulled, kept, call):
 
 
 @triton.jit
+def _no_queries(call):
+    dq = tl.zeros([call.form.queries, call.form.wide_d], tl.float32)
+    return dq, tl.zeros([call.form.queries], tl.float32), tl.zeros([call.form.queries], tl.float32)
+
+
+@triton.jit
 def _over_keys(
     begin, end, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query,
-    masked: tl.constexpr,
+    masked: tl.constexpr, careful: tl.constexpr,
 ):  # fmt: skip
     stream, factor = streams(call, b, head, query[:, None])
     for n in range(begin, end):
@@ -114,12 +130,12 @@ def _over_keys(
         other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, masked)
         value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, masked)
         product = products(own, other, call, b, head, query, key)
-        if masked:
+        if careful:
             # Who may attend to it has NaN in its score.
             other = without_wild(other)
         dp = times(pull, tl.trans(value), call)
         _, ds, before = slopes(
-            product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, masked
+            product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, masked, careful
         )
         dq += times(before.to(own.dtype), other, call)
         dbias += tl.sum(before, 1)
@@ -138,18 +154,24 @@ def pull_keys(q, k, v, dout, pulled, kept, call):
     start, full, count = span(call, b, tile, call.form.queries, True)
     own = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, True)
     value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, True)
-    dk = tl.zeros([call.form.keys, call.form.wide_d], tl.float32)
-    dv = tl.zeros([call.form.keys, call.form.wide_e], tl.float32)
-    dbias = tl.zeros([call.form.keys], tl.float32)
+    dk, dv, dbias = _no_keys(call)
     repeats = call.sizes.H // call.sizes.G
     for r in range(repeats):
         head = g * repeats + r
         dk, dv, dbias = _over_queries(
-            0, full, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, False
+            0, full, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, False, False
         )
         dk, dv, dbias = _over_queries(
-            full, count, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, True
+            full, count, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, True, False
         )
+    if call.form.literals > 0 or call.words.bias is not None:  # noqa: SIM102, this one the compiler decides
+        if any_wild(dk) | any_wild(dv):
+            dk, dv, dbias = _no_keys(call)
+            for r in range(repeats):
+                head = g * repeats + r
+                dk, dv, dbias = _over_queries(
+                    0, count, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, True, True
+                )
     if pulled.k is not None:
         write_rows(pulled.k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, dk * (call.words.scale * LN2))
     if pulled.v is not None:
@@ -159,9 +181,16 @@ def pull_keys(q, k, v, dout, pulled, kept, call):
 
 
 @triton.jit
+def _no_keys(call):
+    dk = tl.zeros([call.form.keys, call.form.wide_d], tl.float32)
+    dv = tl.zeros([call.form.keys, call.form.wide_e], tl.float32)
+    return dk, dv, tl.zeros([call.form.keys], tl.float32)
+
+
+@triton.jit
 def _over_queries(
     begin, end, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key,
-    masked: tl.constexpr,
+    masked: tl.constexpr, careful: tl.constexpr,
 ):  # fmt: skip
     for n in range(begin, end):
         query = listed(call, start, n) * call.form.queries + tl.arange(0, call.form.queries)
@@ -171,12 +200,12 @@ def _over_queries(
         stream, factor = streams(call, b, head, query[None, :])
         # Keys down, queries across: as the two products that follow take them.
         product = times(own, tl.trans(other), call)
-        if masked:
+        if careful:
             # Who may attend as it has NaN in its score.
             other = without_wild(other)
         dp = times(value, tl.trans(pull), call)
         seen, _, before = slopes(
-            product, dp, kept, call, b, g, head, query[None, :], key[:, None], stream, factor, masked
+            product, dp, kept, call, b, g, head, query[None, :], key[:, None], stream, factor, masked, careful
         )
         dv += times(seen.to(pull.dtype), pull, call)
         dk += times(before.to(own.dtype), other, call)

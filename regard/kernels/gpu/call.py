@@ -100,9 +100,14 @@ class Call:
         exact = not last and (self.q.dtype != self.v.dtype or any(x.is_floating_point() for x in self.tensors[3:]))
         return Form(
             self.D, self.E, wide(self.D), wide(self.E), self.shape.queries, self.shape.keys, self.repeats,
-            isinstance(self.plan.normalizer, Sigmoid), top, _power_of_two(max(top, 1)), len(terms), terms, exact,
-            tuning.is_interpreted(),
+            isinstance(self.plan.normalizer, Sigmoid), top, _power_of_two(max(top, 1)), len(terms), terms, self._is_bare(),
+            exact, tuning.is_interpreted(),
         )  # fmt: skip
+
+    def _is_bare(self) -> bool:
+        plan, words = self.plan, self.words
+        beside = (plan.softcap, plan.bias, words.key_bias, words.query_bias, words.turned)
+        return isinstance(plan.normalizer, Softmax) and words.scale > 0 and all(word is None for word in beside)
 
     def _words(self) -> Words:
         plan, size = self.plan, self.size

@@ -14,7 +14,19 @@ import triton.language as tl
 from regard.kernels.gpu import top
 from regard.kernels.gpu.additive import products
 from regard.kernels.gpu.dropout import keep, streams
-from regard.kernels.gpu.score import LN2, is_wild, listed, rows, scores, sigmoid, span, times, without_wild, write_rows
+from regard.kernels.gpu.score import (
+    LN2,
+    any_wild,
+    is_wild,
+    listed,
+    rows,
+    scores,
+    sigmoid,
+    span,
+    times,
+    without_wild,
+    write_rows,
+)
 
 
 class Found(NamedTuple):
@@ -22,7 +34,7 @@ class Found(NamedTuple):
 
     out: Any  # Matrix
     exact: Any = None  # Matrix: the same in float32
-    total: Any = None  # log2 of the sum, for the backward pass
+    total: Any = None  # log2 of the sum, for the backward pass; inf where there is none
     lse: Any = None
     max: Any = None
     entropy: Any = None
@@ -58,7 +70,7 @@ def forward(q, k, v, found, call):
         middle, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, True, False
     )
     if call.form.literals > 0 and call.words.bad_q is None:  # noqa: SIM102, this one the compiler decides
-        if tl.max(tl.max(is_wild(out).to(tl.int32), 1), 0) > 0:
+        if any_wild(out):
             # NaN or inf in a value may have leaked to a row that may not attend to it: once more, with care.
             m, z, t, out, best, keys = _nothing(call)
             m, z, t, out, best, keys = _sweep(
@@ -101,7 +113,7 @@ def forward(q, k, v, found, call):
     skip = part.to(tl.int64) * found.part * call.form.E
     write_rows(found.out, b, head, query, call.sizes.L, call.form.E, call.form.wide_e, out, skip)
     if found.total is not None:
-        tl.store(found.total + row, total, mask=inside)
+        tl.store(found.total + row, tl.where(z == 0.0, float("inf"), total), mask=inside)
     if found.lse is not None:
         tl.store(found.lse + row, total * LN2, mask=inside)
     if found.max is not None:
@@ -143,12 +155,14 @@ def _sweep(
         shared = g + 0 * key
         other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, masked)
         product = products(own, other, call, b, first, query, key)
-        s, _ = scores(product, call, b, g, head[:, None], query[:, None], key[None, :], masked)
-        highest = tl.maximum(m, tl.max(s, 1))
+        # Where nothing but a scale makes scores of products, it is left to what follows, which multiplies and adds at once.
+        scale = call.words.scale if call.form.bare else 1.0
+        s, _ = scores(product, call, b, g, head[:, None], query[:, None], key[None, :], masked, not call.form.bare)
+        highest = tl.maximum(m, tl.max(s, 1) * scale)
         base = tl.where(highest == -float("inf"), 0.0, highest)
         shrink = tl.exp2(m - base)
-        apart = tl.maximum(s - base[:, None], -1000.0)  # -inf times 0 is no number
-        p = tl.exp2(s - base[:, None])
+        apart = tl.maximum(s * scale - base[:, None], -1000.0)  # -inf times 0 is no number
+        p = tl.exp2(s * scale - base[:, None])
         if call.form.sigmoid:
             if found.lse is not None:
                 z = z * shrink + tl.sum(p, 1)
@@ -162,7 +176,7 @@ def _sweep(
             out = out * shrink[:, None]
         m = highest
         if call.form.top > 0:
-            best, keys = top.take(best, keys, s, tile * call.form.keys, call.form.keys)
+            best, keys = top.take(best, keys, s * scale, tile * call.form.keys, call.form.keys)
         if call.words.seed is not None:
             # By a product: a row that attends to NaN is NaN, whatever is dropped.
             p = p * tl.where(keep(call, stream[:, None], factor[:, None], key[None, :]), 1.0, 0.0)

@@ -94,7 +94,9 @@ def gather(q, k, v, dout, sums, kept, call, over: tl.constexpr):
             stream, factor = streams(call, b, head, query[:, None])
             product = products(own, other, call, b, head, query, key)
             dp = times(pull, tl.trans(value), call)
-            _, ds, _ = slopes(product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, True)
+            _, ds, _ = slopes(
+                product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, True, True
+            )
             total += ds
     query = tl.arange(0, call.form.queries)
     key = tl.arange(0, call.form.keys)

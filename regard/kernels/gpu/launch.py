@@ -68,10 +68,11 @@ def _in_parts(call: Call, parts: int, last: bool) -> dict[str, Tensor]:
     """The same, of keys that are split."""
     size = call.size
     outs = call.empty(parts, size.B, size.H, size.L, call.E)
-    totals = call.empty(parts, size.B, size.H, size.L)
-    _attend(call, Found(matrix(outs[0]), total=totals, part=totals[0].numel()), parts)
-    out, lse = merge(list(outs), list(totals * LN2))
-    results = {"out": out.to(call.v.dtype), "total": lse / LN2, "lse": lse}
+    sums = call.empty(parts, size.B, size.H, size.L)
+    _attend(call, Found(matrix(outs[0]), lse=sums, part=sums[0].numel()), parts)
+    out, lse = merge(list(outs), list(sums))
+    total = (lse / LN2).masked_fill(lse == -torch.inf, torch.inf)
+    results = {"out": out.to(call.v.dtype), "total": total, "lse": lse}
     return results if last or call.v.dtype == torch.float32 else results | {"exact": out}
 
 
@@ -153,8 +154,7 @@ def backward(
     if level is not None:
         if not isinstance(normalizer, Sigmoid):
             # A sink has no value: all that it does is to take from the other weights.
-            share = torch.exp2(call.words.level.view(-1, 1) - total)
-            found[level] = -(share.masked_fill(total == -torch.inf, 0.0) * kept.delta)
+            found[level] = -(torch.exp2(call.words.level.view(-1, 1) - total) * kept.delta)
         found[level] = found[level].sum((0, 2))
     if plan.bias is not None:
         found |= _of_bias(call, dout, kept, wanted)

@@ -27,13 +27,13 @@ _FAR = 1 << 30
 @triton.jit
 def allowed(call, b, head, query, key):
     """May each pair attend? `query` and `key` broadcast to the tile, `head` to the queries."""
-    some = (query < 0) & (key < 0)
-    every = (query >= 0) & (key >= 0)
+    some = (query != query) | (key != key)
+    every = (query == query) & (key == key)
     for n in tl.static_range(call.form.literals):
         every = every & _literal(call, n, b, head, query, key)
         if call.form.terms[n][2]:
             some = some | every
-            every = (query >= 0) & (key >= 0)
+            every = (query == query) & (key == key)
     return some
 
 
@@ -47,6 +47,8 @@ def _literal(call, place: tl.constexpr, b, head, query, key):
     if kind == 0:  # Band: offset, left, right
         behind = query + numbers[n] - key
         ok = (behind <= numbers[n + 1]) & (behind >= -numbers[n + 2])
+    elif kind == 4:  # Band without an end on its left: the same numbers
+        ok = key <= query + (numbers[n] + numbers[n + 2])
     elif kind == 1:  # Before: stride
         ok = key + 0 * query < tl.load(pointers[p] + b * numbers[n])
     elif kind == 2:  # Documents: two strides; L and S
@@ -110,7 +112,7 @@ _Part = tuple[int, list[Tensor], list[int]]
 
 def _band(mask: Any, size: Sizes) -> _Part:
     left, right = (_FAR if n is None else min(n, _FAR) for n in (mask.left, mask.right))
-    return 0, [], [size.offset(mask.align), left, right]
+    return 4 if mask.left is None else 0, [], [size.offset(mask.align), left, right]
 
 
 def _before(mask: Any, size: Sizes) -> _Part:

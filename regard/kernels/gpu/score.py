@@ -46,6 +46,12 @@ def is_wild(x):
 
 
 @triton.jit
+def any_wild(x):
+    """Is any number of a tile NaN or inf?"""
+    return tl.max(tl.max(is_wild(x).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
 def without_wild(x):
     """The numbers of a tile with 0 for NaN and inf, as the weight 0 of a pair that may not attend makes NaN of them."""
     return tl.where(is_wild(x), 0.0, x)
@@ -78,11 +84,11 @@ def tanh(x):
 
 
 @triton.jit
-def scores(product, call, b, g, head, query, key, masked: tl.constexpr):
+def scores(product, call, b, g, head, query, key, masked: tl.constexpr, scaled: tl.constexpr = True):
     """The scores of a tile, -inf where a pair may not attend; and by how much each grows with what stands before the
     softcap. `query` and `key` broadcast to the tile, `head` to the queries.
     """
-    s = product * call.words.scale
+    s = product * call.words.scale if scaled else product
     known = (query < call.sizes.L) & (key < call.sizes.S)
     row = (b * call.sizes.H + head) * call.sizes.L + query  # of what there is per query
     if call.words.key_bias is not None:
@@ -127,7 +133,7 @@ def sigmoid(s):
 
 @triton.jit
 def weights(s, total, call, b, head, query):
-    """The weights of a tile, from its scores and log2 of the sum of each row (B, H, L)."""
+    """The weights of a tile, from its scores and log2 of the sum of each row (B, H, L), inf for one of nothing."""
     if call.form.sigmoid:
         if call.words.level is not None:
             s += tl.load(call.words.level + head)
@@ -135,7 +141,7 @@ def weights(s, total, call, b, head, query):
     else:
         row = (b * call.sizes.H + head) * call.sizes.L + query
         known = tl.load(total + row, mask=query < call.sizes.L, other=float("inf"))
-        p = tl.exp2(s - tl.where(known == -float("inf"), float("inf"), known))
+        p = tl.exp2(s - known)
     return p
 
 
