@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from judge import judge, truth
+from judge import ask, judge, judge_output, truth
 from problems import Problem, decided, make, problems
 from test_kernels import CASES, PLAIN
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import regard
 from regard import Summary, mask, normalizer, position, score
 from regard.kernels import choose
+from regard.kernels.gpu import launch, serve, tuning
 from regard.kernels.gpu import mask as gpu_mask
-from regard.kernels.gpu import serve, tuning
 from regard.kernels.gpu.gather import unfold
 from regard.tile import Grid, Sizes
 
@@ -206,15 +206,20 @@ def test_few_queries(heads: tuple[int, int], L: int, words: dict[str, Any]) -> N
     judge(problem, "gpu", truth(problem))
 
 
-def test_keys_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    from regard.kernels.gpu import launch
-
+@pytest.mark.parametrize("words", ["plain", "causal", "sink", "lse"])
+@pytest.mark.parametrize("L", [1, 3])
+def test_keys_are_split(words: str, L: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no backward pass follows."""
     parts: list[int] = []
     split = launch._parts
     monkeypatch.setattr(launch, "_parts", lambda call: parts.append(split(call)) or parts[-1])
-    q, k = torch.randn(1, 8, 1, 16), torch.randn(1, 2, 263, 16)
-    regard.attention(q, k, k, kernel="gpu")
+    problem = make(decided({**PLAIN, "L": L, "S": 263, "B": 1, "heads": (2, 2), "summary": None, **_WORDS[words]}))
+    told = truth(problem)
+    with torch.no_grad():
+        found = ask(problem, "gpu", problem.tensors)
     assert parts[0] > 1
+    for name, x in found.items():
+        judge_output(problem, name, x, told, "gpu")
 
 
 @pytest.mark.parametrize("word", [normalizer.Softmax(), normalizer.Sigmoid()], ids=["softmax", "sigmoid"])
@@ -374,6 +379,15 @@ def test_a_compiled_graph_holds_it() -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled(q), q), torch.autograd.grad(run(q), q))
 
 
-def test_tiles_are_not_square() -> None:
-    """So that no axis is mistaken for another."""
-    assert tuning._INTERPRETED["forward"].queries != tuning._INTERPRETED["forward"].keys
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+def test_distances_are_gathered_along_diagonals_of_squares(
+    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tuning._INTERPRETED.queries != tuning._INTERPRETED.keys, "so that no axis is mistaken for another"
+    monkeypatch.setattr(tuning, "is_interpreted", lambda: False)
+    for architecture in ((8, 0), (8, 9), (9, 0), (10, 0)):
+        monkeypatch.setattr(tuning, "_architecture", lambda device, found=architecture: found)
+        for kernel in ("gather", "additive gather"):
+            shape = tuning.shape(kernel, dtype, width, torch.device("cuda"))
+            assert shape.queries == shape.keys

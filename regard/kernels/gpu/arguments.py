@@ -71,6 +71,15 @@ class Tiles(NamedTuple):
     numbers: Any  # and its numbers
 
 
+class RowSums(NamedTuple):
+    """The sum of each row (B, H, L) as log2, inf for one of nothing, and what its rounding took away: None where weights
+    have fewer digits than that.
+    """
+
+    total: Any
+    rest: Any
+
+
 class Form(NamedTuple):
     """What a kernel is compiled for."""
 

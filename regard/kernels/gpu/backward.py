@@ -28,10 +28,10 @@ from regard.kernels.gpu.score import (
 
 
 class Kept(NamedTuple):
-    """What the backward pass is given, (B, H, L): the sum of each row as log2, and sum_j p_j dp_j, less the gradient of the
+    """What the backward pass is given: the sum of each row, and of these sum_j p_j dp_j (B, H, L), less the gradient of the
     log-sum-exp."""
 
-    total: Any
+    sums: Any  # RowSums
     delta: Any
 
 
@@ -57,7 +57,7 @@ def slopes(
     s, rise = scores(product, call, b, g, head, query, key, masked)
     row = (b * call.sizes.H + head) * call.sizes.L + query
     delta = tl.load(kept.delta + row, mask=query < call.sizes.L, other=0.0)
-    p = weights(s, kept.total, call, b, head, query)
+    p = weights(s, kept.sums, call, b, head, query)
     seen = p
     if call.words.seed is not None:
         survives = keep(call, stream, factor, key)

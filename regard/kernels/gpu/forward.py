@@ -13,6 +13,7 @@ import triton.language as tl
 
 from regard.kernels.gpu import top
 from regard.kernels.gpu.additive import products
+from regard.kernels.gpu.arguments import RowSums
 from regard.kernels.gpu.dropout import keep, streams
 from regard.kernels.gpu.score import (
     LN2,
@@ -34,7 +35,7 @@ class Found(NamedTuple):
 
     out: Any  # Matrix
     exact: Any = None  # Matrix: the same in float32
-    total: Any = None  # log2 of the sum, for the backward pass; inf where there is none
+    sums: Any = RowSums(None, None)  # for the backward pass
     lse: Any = None
     max: Any = None
     entropy: Any = None
@@ -85,7 +86,8 @@ def forward(q, k, v, found, call):
     inside = query < call.sizes.L
     row = part.to(tl.int64) * found.part + (b * call.sizes.H + head).to(tl.int64) * call.sizes.L + query
     if call.form.sigmoid:
-        total = m + tl.log2(z)
+        peak = m
+        total = peak + tl.log2(z)
         share = sigmoid(m + level)
         entropy = -t * LN2
     else:
@@ -112,8 +114,10 @@ def forward(q, k, v, found, call):
         write_rows(found.exact, b, head, query, call.sizes.L, call.form.E, call.form.wide_e, out)
     skip = part.to(tl.int64) * found.part * call.form.E
     write_rows(found.out, b, head, query, call.sizes.L, call.form.E, call.form.wide_e, out, skip)
-    if found.total is not None:
-        tl.store(found.total + row, tl.where(z == 0.0, float("inf"), total), mask=inside)
+    if found.sums.total is not None:
+        tl.store(found.sums.total + row, tl.where(z == 0.0, float("inf"), total), mask=inside)
+    if found.sums.rest is not None:
+        tl.store(found.sums.rest + row, tl.where(z == 0.0, 0.0, (peak - total) + tl.log2(z)), mask=inside)
     if found.lse is not None:
         tl.store(found.lse + row, total * LN2, mask=inside)
     if found.max is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regard.kernels.gpu import additive_backward, tuning
+from regard.kernels.gpu.arguments import RowSums
 from regard.kernels.gpu.backward import Kept, Pulled, pull_keys, pull_queries
 from regard.kernels.gpu.call import FEW, Call, constants, level_of, matrix, rows, start, wide
 from regard.kernels.gpu.forward import Found
@@ -30,13 +31,14 @@ _LEAST = 2
 
 
 def forward(plan: Plan, tensors: Sequence[Tensor], last: bool) -> dict[str, Tensor]:
-    """The outputs of a problem by name; with `total` and `exact`, what its backward pass takes, unless it is the `last`."""
+    """The outputs of a problem by name; with `sums` and `exact`, what its backward pass takes, unless it is the `last`."""
     call = Call(plan, tensors, "forward", last)
     summary = plan.summary
-    parts = _parts(call)
+    parts = _parts(call) if last else 1
     if parts > 1:
-        return _in_parts(call, parts, last)
-    results = {"out": call.per_query(call.E).to(call.v.dtype), "total": call.per_query()}
+        return _in_parts(call, parts)
+    results = {"out": call.per_query(call.E).to(call.v.dtype)}
+    results["sums"] = call.empty(2, call.size.B, call.size.H, call.size.L)
     results |= {name: call.per_query() for name in ("lse", "max", "entropy") if getattr(summary, name)}
     if summary.top:
         results["top_weights"] = call.per_query(summary.top)
@@ -44,10 +46,14 @@ def forward(plan: Plan, tensors: Sequence[Tensor], last: bool) -> dict[str, Tens
     if call.v.dtype != torch.float32 and not last:
         results["exact"] = call.per_query(call.E)
     exact = matrix(results["exact"]) if "exact" in results else None
-    found = Found(matrix(results["out"]), exact=exact, total=results["total"])
+    found = Found(matrix(results["out"]), exact=exact, sums=_row_sums(call, results["sums"]))
     found = found._replace(**{name: results.get(name) for name in ("lse", "max", "entropy", "top_weights", "top_keys")})
     _attend(call, found, 1)
-    return results | _afterwards(call, results["total"])
+    return results | _afterwards(call, found.sums)
+
+
+def _row_sums(call: Call, sums: Tensor) -> RowSums:
+    return RowSums(sums[0], sums[1] if call.q.dtype == torch.float32 else None)
 
 
 def _attend(call: Call, found: Found, parts: int) -> None:
@@ -64,19 +70,17 @@ def _parts(call: Call) -> int:
     return min(tuning.programs(call.device) // there, -(-call.grid[1] // _LEAST))
 
 
-def _in_parts(call: Call, parts: int, last: bool) -> dict[str, Tensor]:
-    """The same, of keys that are split."""
+def _in_parts(call: Call, parts: int) -> dict[str, Tensor]:
+    """The same, of keys that are split; no backward pass takes their sums."""
     size = call.size
     outs = call.empty(parts, size.B, size.H, size.L, call.E)
     sums = call.empty(parts, size.B, size.H, size.L)
     _attend(call, Found(matrix(outs[0]), lse=sums, part=sums[0].numel()), parts)
     out, lse = merge(list(outs), list(sums))
-    total = (lse / LN2).masked_fill(lse == -torch.inf, torch.inf)
-    results = {"out": out.to(call.v.dtype), "total": total, "lse": lse}
-    return results if last or call.v.dtype == torch.float32 else results | {"exact": out}
+    return {"out": out.to(call.v.dtype), "lse": lse, "sums": lse.new_empty(0)}
 
 
-def _afterwards(call: Call, total: Tensor) -> dict[str, Tensor]:
+def _afterwards(call: Call, sums: RowSums) -> dict[str, Tensor]:
     """The summaries that are told once the sums of the rows are known."""
     size, summary = call.size, call.plan.summary
     B, H, S = size.B, size.H, size.S
@@ -84,7 +88,7 @@ def _afterwards(call: Call, total: Tensor) -> dict[str, Tensor]:
     results = {}
     if summary.received:
         results["received"] = call.empty(B, H, S)
-        start(receive, (call.grid[1], B * H), call.shape, q, k, results["received"], total, call.told(turned=True))
+        start(receive, (call.grid[1], B * H), call.shape, q, k, results["received"], sums, call.told(turned=True))
     wanted: list[tuple[str, Tensor | None, int]] = [("full", None, size.L)] if summary.full else []
     if summary.row_numbers:
         numbers = _numbers(tuple(row % size.L for row in summary.row_numbers), call.device)
@@ -92,7 +96,7 @@ def _afterwards(call: Call, total: Tensor) -> dict[str, Tensor]:
     for name, places, count in wanted:
         results[name] = call.empty(B, H, count, S)
         grid = (call.grid[1], -(-count // call.shape.queries), B * H)
-        start(write, grid, call.shape, q, k, results[name], places, count, total, call.told())
+        start(write, grid, call.shape, q, k, results[name], places, count, sums, call.told())
     if summary.mass is not None:
         # The weight of a group is a weighted sum, too: of values that are 1 for its keys.
         member = call.of(summary.mass).float().mT
@@ -114,7 +118,7 @@ def _numbers(rows: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def backward(
-    plan: Plan, tensors: Sequence[Tensor], dout: Tensor, out: Tensor, total: Tensor, dlse: Tensor | None,
+    plan: Plan, tensors: Sequence[Tensor], dout: Tensor, out: Tensor, sums: Tensor, dlse: Tensor | None,
     wanted: Sequence[bool],
 ) -> dict[int, Tensor]:  # fmt: skip
     """The gradients that are wanted, by the place of the tensor, from those of the output and of the log-sum-exp."""
@@ -122,7 +126,7 @@ def backward(
     size, score, normalizer = call.size, plan.score, plan.normalizer
     dout = rows(dout)
     delta = (dout.float() * out.float()).sum(-1)
-    kept = Kept(total, delta if dlse is None else delta - dlse)
+    kept = Kept(_row_sums(call, sums), delta if dlse is None else delta - dlse)
     found: dict[int, Tensor] = {}
     pulled: dict[str, Any] = dict.fromkeys(Pulled._fields)
 
@@ -154,7 +158,7 @@ def backward(
     if level is not None:
         if not isinstance(normalizer, Sigmoid):
             # A sink has no value: all that it does is to take from the other weights.
-            found[level] = -(torch.exp2(call.words.level.view(-1, 1) - total) * kept.delta)
+            found[level] = -(torch.exp2(call.words.level.view(-1, 1) - sums[0]) * kept.delta)
         found[level] = found[level].sum((0, 2))
     if plan.bias is not None:
         found |= _of_bias(call, dout, kept, wanted)
@@ -167,6 +171,7 @@ def _of_bias(call: Call, dout: Tensor, kept: Kept, wanted: Sequence[bool]) -> di
     places = [x.index for x in vars(bias).values() if isinstance(x, Slot) and wanted[x.index]]
     if not places:
         return {}
+    call = Call(call.plan, call.tensors, "gather")
     R, C = call.grid
     kinds, own = call.kinds()
     over, batch, heads, grid = Over.DIAGONALS, size.B, 1, (R + C - 1, size.H)

@@ -132,16 +132,18 @@ def sigmoid(s):
 
 
 @triton.jit
-def weights(s, total, call, b, head, query):
-    """The weights of a tile, from its scores and log2 of the sum of each row (B, H, L), inf for one of nothing."""
+def weights(s, sums, call, b, head, query):
+    """The weights of a tile, from its scores and the sum of each row."""
     if call.form.sigmoid:
         if call.words.level is not None:
             s += tl.load(call.words.level + head)
         p = sigmoid(s)
     else:
         row = (b * call.sizes.H + head) * call.sizes.L + query
-        known = tl.load(total + row, mask=query < call.sizes.L, other=float("inf"))
-        p = tl.exp2(s - known)
+        less = s - tl.load(sums.total + row, mask=query < call.sizes.L, other=float("inf"))
+        if sums.rest is not None:
+            less -= tl.load(sums.rest + row, mask=query < call.sizes.L, other=0.0)
+        p = tl.exp2(less)
     return p
 
 

@@ -20,8 +20,8 @@ from regard.problem import Plan, flagged
 from regard.score import Additive, Product
 from regard.tile import Sizes
 
-# Forward gives, beside its outputs, log2 of the sum of each row, and the output in full precision (empty where it is so
-# anyhow): backward takes them.
+# Forward gives, beside its outputs, the sum of each row as `RowSums`, and the output in full precision (empty where it is
+# so anyhow): backward takes them.
 EXTRAS = 2
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,8 +125,8 @@ def forward(plan: Plan, tensors: Sequence[Tensor], last: bool = False) -> tuple[
 
     with _on(tensors[0].device):
         results = launch.forward(plan, tensors, last)
-    total = results["total"]
-    return *[results[name] for name in plan.outputs], total, results.get("exact", total.new_empty(0))
+    sums = results["sums"]
+    return *[results[name] for name in plan.outputs], sums, results.get("exact", sums.new_empty(0))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -137,7 +137,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def empty_extras(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:
     """Tensors like the extras, with nothing in them; `like` is float32."""
     rows = (size.B, size.H, size.L)
-    return [like.new_empty(rows), like.new_empty((*rows, v.shape[-1]) if v.dtype != torch.float32 else 0)]
+    return [like.new_empty(2, *rows), like.new_empty((*rows, v.shape[-1]) if v.dtype != torch.float32 else 0)]
 
 
 def backward(
@@ -158,8 +158,8 @@ def backward(
         return tiled.backward(plan, everything, (), gradients, (*wanted, *[False] * more))[: len(tensors)]
     from regard.kernels.gpu import launch
 
-    out, total, exact = kept
+    out, sums, exact = kept
     dout = torch.zeros_like(out) if dout is None else dout
     with _on(out.device):
-        found = launch.backward(plan, tensors, dout, exact if exact.numel() else out, total, dlse, wanted)
+        found = launch.backward(plan, tensors, dout, exact if exact.numel() else out, sums, dlse, wanted)
     return tuple([found.get(place) for place in range(len(tensors))])

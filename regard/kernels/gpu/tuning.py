@@ -43,7 +43,7 @@ _SHARED = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 _LEAST_SHARED = 99 << 10
 # Under the interpreter each tile is a round of Python: small ones for small problems, and not square, so that no axis is
 # mistaken for another.
-_INTERPRETED = {"forward": Shape(32, 64), "backward": Shape(32, 32), "few": Shape(16, 32)}
+_INTERPRETED = Shape(32, 64)
 # Programs that fill a GPU, and those of the interpreter, which has only one to run them.
 _PROGRAMS_A_PROCESSOR, _PROGRAMS_INTERPRETED = 2, 12
 
@@ -55,11 +55,16 @@ def is_interpreted() -> bool:
 
 def shape(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Shape:
     """The tiles of a kernel: "forward" or "backward", "few" for the former with few queries, "top" with the largest weights,
-    "additive forward" and "additive backward", for queries of such a type and rows so wide.
+    "gather" for the gradients of a bias, and "additive" before these; for queries of such a type and rows so wide.
     """
     family, _, pass_ = kernel.rpartition(" ")
+    if pass_ == "gather":
+        # Along a diagonal of squares the distances are the same.
+        found = shape(kernel.replace(pass_, "backward"), dtype, width, device)
+        side = min(found.queries, found.keys)
+        return replace(found, queries=side, keys=side)
     if is_interpreted():
-        return _INTERPRETED.get(pass_, _INTERPRETED["forward"])
+        return _INTERPRETED
     architecture, size = _architecture(device), width * dtype.itemsize
     single = dtype.itemsize != 2
     if family:

@@ -12,8 +12,8 @@ from regard.kernels.gpu.score import listed, rows, scores, span, weights
 
 
 @triton.jit
-def receive(q, k, received, total, call):
-    """The sums (B, H, S) of a tile of keys, of one head; `total` (B, H, L) is log2 of the sum of each row."""
+def receive(q, k, received, row_sums, call):
+    """What a tile of keys receives (B, H, S), of one head."""
     tile = tl.program_id(0)
     b = tl.program_id(1) // call.sizes.H
     head = tl.program_id(1) % call.sizes.H
@@ -22,19 +22,19 @@ def receive(q, k, received, total, call):
     start, full, count = span(call, b, tile, call.form.queries, True)
     other = rows(k, b, g + 0 * key, key, call.sizes.S, call.form.D, call.form.wide_d, True)
     sums = tl.zeros([call.form.keys], tl.float32)
-    sums = _over_queries(0, full, sums, other, start, q, total, call, b, g, head, key, False)
-    sums = _over_queries(full, count, sums, other, start, q, total, call, b, g, head, key, True)
+    sums = _over_queries(0, full, sums, other, start, q, row_sums, call, b, g, head, key, False)
+    sums = _over_queries(full, count, sums, other, start, q, row_sums, call, b, g, head, key, True)
     tl.store(received + (b * call.sizes.H + head) * call.sizes.S + key, sums, mask=key < call.sizes.S)
 
 
 @triton.jit
-def _over_queries(begin, end, sums, other, start, q, total, call, b, g, head, key, masked: tl.constexpr):
+def _over_queries(begin, end, sums, other, start, q, row_sums, call, b, g, head, key, masked: tl.constexpr):
     for n in range(begin, end):
         query = listed(call, start, n) * call.form.queries + tl.arange(0, call.form.queries)
         own = rows(q, b, head + 0 * query, query, call.sizes.L, call.form.D, call.form.wide_d, masked)
         product = products(own, other, call, b, head, query, key)
         s, _ = scores(product, call, b, g, head, query[:, None], key[None, :], masked)
-        p = weights(s, total, call, b, head, query[:, None])
+        p = weights(s, row_sums, call, b, head, query[:, None])
         if masked or call.words.bias is not None:
             p = tl.where(s == -float("inf"), 0.0, p)
         sums += tl.sum(p, 0)
@@ -42,7 +42,7 @@ def _over_queries(begin, end, sums, other, start, q, total, call, b, g, head, ke
 
 
 @triton.jit
-def write(q, k, written, numbers, count, total, call):
+def write(q, k, written, numbers, count, row_sums, call):
     """The weights (B, H, count, S) of the queries with these numbers; None for all."""
     place = tl.program_id(1) * call.form.queries + tl.arange(0, call.form.queries)
     key = tl.program_id(0) * call.form.keys + tl.arange(0, call.form.keys)
@@ -56,7 +56,7 @@ def write(q, k, written, numbers, count, total, call):
     other = rows(k, b, g + 0 * key, key, call.sizes.S, call.form.D, call.form.wide_d, True)
     product = products(own, other, call, b, head, query, key)
     s, _ = scores(product, call, b, g, head, query[:, None], key[None, :], True)
-    p = weights(s, total, call, b, head, query[:, None])
+    p = weights(s, row_sums, call, b, head, query[:, None])
     p = tl.where(s == -float("inf"), 0.0, p)
     at = (tl.program_id(2).to(tl.int64) * count + place[:, None]) * call.sizes.S + key[None, :]
     tl.store(written + at, p, mask=(place < count)[:, None] & (key < call.sizes.S)[None, :])
