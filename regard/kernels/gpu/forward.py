@@ -192,7 +192,8 @@ def _sweep(
             value = without_wild(value)
         if not call.form.exact or value.dtype == tl.float32:
             out += times(p.to(value.dtype), value, call)
-        elif own.dtype == tl.float32:
+        elif own.dtype == tl.float32 and call.words.turned is None:
+            # Something learned went into the queries, in full precision.
             out += times(p, value, call)
         else:
             # In two parts: weights that are rounded no longer sum to what they were, and a parameter's gradient knows.
