@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from regard.kernels.gpu.score import tanh, times
+from regard.kernels.gpu.score import reciprocal, tanh, times
 
 TWICE = 2.8853900817779268  # 2 log2 e
 # The exponentials of q or k beyond +-30 leave the range of floats; sums of fewer than eight are not yet those of fractions,
@@ -107,7 +107,7 @@ def sums(call, b, head, query, key):
         k = turned.angle_k + row_k.to(tl.int64) * turned.width * long_k + key
         for d in range(turned.width):
             angle = tl.load(q + d * long_q)[:, None] + tl.load(k + d * long_k)[None, :]
-            value, _ = tanh(angle)
+            value, _ = tanh(angle, call)
             total += tl.load(turned.weight + own * turned.width + d) * value
     else:
         q = turned.power_q + row_q.to(tl.int64) * turned.fours * long_q + query
@@ -130,16 +130,6 @@ def products(own, other, call, b, head, query, key):
     else:
         product = times(own, tl.trans(other), call)
     return product
-
-
-@triton.jit
-def reciprocal(x, call):
-    """1 / x, of a float of middling size: one instruction, exact to the last place or so, where a division takes eight."""
-    if call.form.interpreted:
-        y = 1.0 / x
-    else:
-        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
-    return y
 
 
 @triton.jit

@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from regard.kernels.gpu.additive import TWICE, reach, reciprocal, sums
+from regard.kernels.gpu.additive import TWICE, reach, sums
 from regard.kernels.gpu.backward import Kept, slopes
 from regard.kernels.gpu.call import Call, matrix, start
 from regard.kernels.gpu.dropout import streams
-from regard.kernels.gpu.score import listed, rows, span, tanh, times
+from regard.kernels.gpu.score import listed, reciprocal, rows, span, tanh, times
 
 
 class Strip(NamedTuple):
@@ -146,9 +146,9 @@ def pull_rows(own, other, slope, dx, dweight, strip, call, of_keys: tl.constexpr
                     mask_one = (column < call.form.D) & (one + 0 * column < length)
                     mask_two = (column < call.form.D) & (two + 0 * column < length)
                     if far == float("inf"):
-                        x, rise_x = tanh(angle + tl.load(other.angle + at_one, mask=mask_one, other=0.0)[None, :])
+                        x, rise_x = tanh(angle + tl.load(other.angle + at_one, mask=mask_one, other=0.0)[None, :], call)
                         y, rise_y = tanh(
-                            angle + tl.load(other.angle + at_one + call.form.D, mask=mask_two, other=0.0)[None, :]
+                            angle + tl.load(other.angle + at_one + call.form.D, mask=mask_two, other=0.0)[None, :], call
                         )
                         rise += 0.25 * (h_one * rise_x + h_two * rise_y)
                         value += 0.5 * (h_one * x + h_two * y)

@@ -88,7 +88,7 @@ def forward(q, k, v, found, call):
     if call.form.sigmoid:
         peak = m
         total = peak + tl.log2(z)
-        share = sigmoid(m + level)
+        share = sigmoid(m + level, call)
         entropy = -t * LN2
     else:
         peak = m
@@ -127,7 +127,7 @@ def forward(q, k, v, found, call):
     if call.form.top > 0:
         for n in tl.static_range(call.form.top):
             value, key, best = top.largest_first(best, keys, n, call.form.top)
-            weight = sigmoid(value + level) if call.form.sigmoid else tl.exp2(value - total)
+            weight = sigmoid(value + level, call) if call.form.sigmoid else tl.exp2(value - total)
             absent = value == -float("inf")
             tl.store(found.top_weights + row * call.form.top + n, tl.where(absent, 0.0, weight), mask=inside)
             tl.store(found.top_keys + row * call.form.top + n, tl.where(absent, -1, key).to(tl.int64), mask=inside)
@@ -170,7 +170,7 @@ def _sweep(
         if call.form.sigmoid:
             if found.lse is not None:
                 z = z * shrink + tl.sum(p, 1)
-            p = sigmoid(s + level)
+            p = sigmoid(s + level, call)
             if found.entropy is not None:
                 t += tl.sum(p * tl.where(p > 0.0, tl.log2(p), 0.0), 1)
         else:
