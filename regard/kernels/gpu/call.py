@@ -78,6 +78,8 @@ class Call:
             kernel = f"additive {kernel}"
         elif kernel == "forward":
             kernel = "few" if self.size.L <= FEW else "top" if self.plan.summary.top else kernel
+        elif kernel == "backward" and isinstance(self.plan.bias, Added):
+            kernel = "biased backward"
         shape = tuning.shape(kernel, self.q.dtype, width, self.device)
         packed = kernel == "few" and repeats & (repeats - 1) == 0 and repeats <= shape.queries
         return shape, repeats if packed else 1

@@ -54,8 +54,9 @@ def is_interpreted() -> bool:
 
 
 def shape(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Shape:
-    """The tiles of a kernel: "forward" or "backward", "few" for the former with few queries, "top" with the largest weights,
-    "gather" for the gradients of a bias, and "additive" before these; for queries of such a type and rows so wide.
+    """The tiles of a kernel for queries of such a type and rows so wide: "forward", or "few" where there are few queries, or
+    "top" with the largest weights; "backward", or "biased backward" with a tensor as a bias; "gather" for the gradients of a
+    bias; and these after "additive".
     """
     family, _, pass_ = kernel.rpartition(" ")
     if pass_ == "gather":
@@ -63,6 +64,9 @@ def shape(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
         found = shape(kernel.replace(pass_, "backward"), dtype, width, device)
         side = min(found.queries, found.keys)
         return replace(found, queries=side, keys=side)
+    if family == "biased":
+        # What is loaded ahead of a matrix of queries by keys fills the registers: five in six of what is spilled.
+        return replace(shape(pass_, dtype, width, device), stages=1)
     if is_interpreted():
         return _INTERPRETED
     architecture, size = _architecture(device), width * dtype.itemsize
