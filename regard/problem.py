@@ -245,7 +245,7 @@ def _beside_q(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 _AS_THEY_ARE = (ScaledDot, Dot)
 
 
-def _is_left_to(kernel: str | None, q: Tensor, score: Score | None) -> bool:
+def _is_left_to(kernel: str | None, q: Tensor, score: Any) -> bool:
     """Does a kernel keep NaN and inf from leaking by itself, with no pass over q, k and v before? Those of the GPU do; where
     they do not serve, the problem is `flagged`.
     """

@@ -58,10 +58,10 @@ def run(problem: Problem, kernel: str | None) -> tuple[Tensor, ...]:
         ran = _ran.get()
         if ran is not None:
             ran.append(name)
-    plan, tensors = problem.plan, problem.tensors
-    if name != "gpu" and tensors[0].device.type != "cpu":
-        plan, tensors = flagged(plan, tensors)
-    return _CANDIDATES[name].run(plan, tensors)
+    run = _CANDIDATES[name].run
+    if name != "gpu" and problem.tensors[0].device.type != "cpu":
+        return run(*flagged(problem.plan, problem.tensors))
+    return run(problem.plan, problem.tensors)
 
 
 # In half precision, torch's own attention computes on the matrix units (AMX) of the machines that have them: 2 to 4 times
