@@ -190,14 +190,12 @@ def _sweep(
             reached = times((s != -float("inf")).to(tl.float16), is_wild(value).to(tl.float16), call)
             out = tl.where(reached > 0.0, float("nan"), out)
             value = without_wild(value)
-        if not call.form.exact or value.dtype == tl.float32:
-            out += times(p.to(value.dtype), value, call)
-        elif own.dtype == tl.float32 and call.words.turned is None:
-            # Something learned went into the queries, in full precision.
-            out += times(p, value, call)
-        else:
-            # In two parts: weights that are rounded no longer sum to what they were, and a parameter's gradient knows.
-            high = p.to(value.dtype)
-            out += times((p - high.to(tl.float32)).to(value.dtype), value, call)
-            out += times(high, value, call)
+        if call.form.exact and value.dtype != tl.float32:
+            # In three parts, which hold all digits: weights that are rounded no longer sum to what they were, and a
+            # parameter's gradient knows.
+            for _ in tl.static_range(2):
+                part = p.to(value.dtype)
+                out += times(part, value, call)
+                p -= part.to(tl.float32)
+        out += times(p.to(value.dtype), value, call)
     return m, z, t, out, best, keys
