@@ -223,8 +223,7 @@ def test_keys_are_split(words: str, L: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("word", [normalizer.Softmax(), normalizer.Sigmoid()], ids=["softmax", "sigmoid"])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("key", [7, 133])
+@pytest.mark.parametrize(("key", "softcap"), [(7, None), (133, 2.0)])
 @pytest.mark.parametrize(
     ("where", "wild"), [("q", torch.nan), ("k", torch.inf), ("k", -torch.inf), ("v", torch.inf), (None, 0.0)]
 )
