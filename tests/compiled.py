@@ -1,7 +1,8 @@
 """Compile the kernels of the GPU where there is none: `python tests/compiled.py ARCHITECTURE [NAME ...]`, such as 90.
 
 Triton's compiler, and NVIDIA's assembler that comes with it, need no GPU. Prints a line of JSON per kernel: its registers, what it
-spills of them (bytes, and instructions in its loops), and how many of its instructions are products of the matrix units.
+spills of them (bytes, and instructions in its loops), how many instructions each loop has (an outer one with those inside), and
+how many of all are products of the matrix units.
 """
 
 from __future__ import annotations
@@ -58,12 +59,13 @@ def compile_only(kernel: Any, grid: tuple[int, ...], shape: tuning.Shape, *argum
         file.write(made.asm["cubin"])
         file.flush()
         usage_text, code = (_dump(file.name, what) for what in ("-res-usage", "-sass"))
+    loops, spills = _loops(code)
     usage = dict(part.split(":") for part in usage_text.split() if part.count(":") == 1 and part[0] in "RS")
     ptx = made.asm["ptx"]
     print(
         json.dumps({
             "kernel": kernel.__name__, "registers": int(usage["REG"]), "spilled": int(usage["STACK"]),
-            "spills in loops": _spills_in_loops(code), "shared": made.metadata.shared, "products": ptx.count("wgmma.mma_async.sync") + ptx.count("mma.sync"),
+            "spills in loops": spills, "loops": loops, "shared": made.metadata.shared, "products": ptx.count("wgmma.mma_async.sync") + ptx.count("mma.sync"),
             "powers": ptx.count("ex2.approx"),
         }), flush=True,
     )  # fmt: skip
@@ -73,13 +75,16 @@ def _dump(file: str, what: str) -> str:
     return subprocess.run([_FILES / "cuobjdump", what, file], capture_output=True, text=True, check=True).stdout
 
 
-def _spills_in_loops(code: str) -> int:
-    """How many instructions in loops write to local memory, or read from it: a loop is what a branch goes back over."""
+def _loops(code: str) -> tuple[list[int], int]:
+    """How many instructions each loop has, and how many in any write to local memory, or read from it: a loop is what a branch
+    goes back over.
+    """
     lines = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)]
     back = [(int(to[1], 16), at) for at, text in lines if (to := re.search(r"BRA.*?(0x[0-9a-f]+)", text))]
     loops = [(first, last) for first, last in back if first < last]
     spills = [at for at, text in lines if re.search(r"\b(STL|LDL)\b", text)]
-    return sum(any(first <= at <= last for first, last in loops) for at in spills)
+    counts = [sum(first <= at <= last for at, _ in lines) for first, last in loops]
+    return counts, sum(any(first <= at <= last for first, last in loops) for at in spills)
 
 
 def _run(dtype: torch.dtype = torch.bfloat16, D: int = 64, L: int = _L, G: int = 2, **words: Any) -> None:

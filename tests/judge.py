@@ -228,9 +228,9 @@ def _judge(problem: Problem, kernel: str, told: Truth) -> None:
             check(f"gradient of {name}", gradient, told.gradients[name], places.get(name))
 
 
-def _see_nan(problem: Problem) -> Tensor:
-    """The rows (B, H, L) that attend to NaN, or as NaN: all that a kernel makes of inf is what arithmetic makes of it."""
-    q, k = (problem.tensors[name].isnan().any(-1) for name in "qk")
+def _see_nan(problem: Problem, where: str) -> Tensor:
+    """The rows (B, H, L) that attend to NaN in k or v, or as NaN: what comes of inf is what arithmetic makes of it."""
+    q, k = (problem.tensors[name].isnan().any(-1) for name in ("q", where))
     k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
     return ((q[..., :, None] | k[..., None, :]) & problem.allowed).any(-1)
 
@@ -240,8 +240,12 @@ def judge_output(problem: Problem, name: str, got: Tensor, told: Truth, kernel: 
     tainted, where = told.tainted, None
     if tainted.any():
         if name in ("out", "lse"):
-            nan = _see_nan(problem) if kernel == "gpu" else tainted
+            # The kernels of the GPU take q, k and v as they are, unless they are made of others.
+            as_it_is = kernel == "gpu" and problem.choices["score"] in ("scaled_dot", "dot")
+            nan = _see_nan(problem, "k") if as_it_is else tainted
             assert bool(got[nan].isnan().all()), f"{name}: rows that attend to NaN are not NaN"
+            if name == "out":
+                assert bool(got[_see_nan(problem, "v")].isnan().any(-1).all()), "NaN of a value is lost"
         if name == "received":
             where = ~(tainted[..., None] & problem.allowed).any(2)
         elif name == "rows":

@@ -30,6 +30,7 @@ def test_the_plain_kernels_run_on_the_matrix_units() -> None:
     (kernels,) = _compile(90, "causal").values()
     assert [kernel["kernel"] for kernel in kernels] == ["forward", "pull_queries", "pull_keys"]
     for kernel in kernels:
+        # Few bytes that are spilled once, before the loops or after them, cost nothing.
         assert kernel["products"] >= 16 and not kernel["spills in loops"] and kernel["spilled"] <= 16, kernel
 
 

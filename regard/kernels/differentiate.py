@@ -145,7 +145,7 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, ctx.plan, ctx.wanted, ctx.given, *tensors = inputs
+        ctx.kernel, ctx.plan, ctx.wanted, ctx.given, *tensors = inputs
         # What the forward pass kept follows from the tensors: the second derivative is taken of them alone.
         ctx.save_for_backward(*tensors[: sum(ctx.given) + len(ctx.wanted)])
         ctx.count = len(tensors)
@@ -163,6 +163,12 @@ class Backward(torch.autograd.Function):
         return _one_by_one(Backward.apply, info.batch_size, in_dims, inputs)
 
 
+def _equation(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What `reference` gives for a problem of another kernel; that of the GPU was left to keep NaN from leaking."""
+    plan, tensors = problem.flagged(ctx.plan, tensors) if ctx.kernel == "gpu" else (ctx.plan, tensors)
+    return reference.run(plan, tensors)
+
+
 def _second(ctx: Any, seconds: Sequence[Tensor]) -> dict[int, Tensor]:
     """The derivative of `Backward`, by the index of its tensors."""
     count, wanted = sum(ctx.given), ctx.wanted
@@ -176,7 +182,7 @@ def _second(ctx: Any, seconds: Sequence[Tensor]) -> dict[int, Tensor]:
         gradients, tensors = everything[:count], everything[count:]
 
         def equation(*some: Tensor) -> tuple[Tensor, ...]:
-            outputs = reference.run(*problem.flagged(ctx.plan, _merge(tensors, wanted, some)))
+            outputs = _equation(ctx, _merge(tensors, wanted, some))
             return tuple(x for x, there in zip(outputs, ctx.given, strict=True) if there)
 
         pull = torch.func.vjp(equation, *[x for x, want in zip(tensors, wanted, strict=True) if want])[1]
@@ -194,7 +200,7 @@ def _second_of_function(ctx: Any, seconds: Sequence[Tensor], own: Sequence[int])
     moving = [i for i, x in enumerate(saved) if x.is_floating_point()]
     leaves = [x if i in own else x.detach().requires_grad_(i in moving) for i, x in enumerate(saved)]
     with torch.enable_grad():
-        outputs = reference.run(*problem.flagged(ctx.plan, leaves[count:]))
+        outputs = _equation(ctx, leaves[count:])
         firsts = torch.autograd.grad(
             [x for x, there in zip(outputs, ctx.given, strict=True) if there],
             [x for x, want in zip(leaves[count:], ctx.wanted, strict=True) if want],

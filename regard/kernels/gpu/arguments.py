@@ -45,7 +45,6 @@ class Words(NamedTuple):
     scale: Any
     turned: Any  # an additive score: see additive.py
     softcap: Any
-    per_softcap: Any  # 1 / softcap
     key_bias: Any  # (B, G, S)
     query_bias: Any  # (B, H, L)
     bias: Any  # Table

@@ -124,7 +124,7 @@ class Call:
             key_bias, query_bias = (_scaled(self.of(x)) for x in (score.key_bias, score.query_bias))
             words = words._replace(scale=scale * _LOG2E, key_bias=key_bias, query_bias=query_bias)
         if plan.softcap is not None:
-            words = words._replace(softcap=plan.softcap * _LOG2E, per_softcap=1 / (plan.softcap * _LOG2E))
+            words = words._replace(softcap=plan.softcap * _LOG2E)
         if isinstance(bias, Added):
             tensor = self.of(bias.tensor)
             strides = [stride if n > 1 else 0 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)]

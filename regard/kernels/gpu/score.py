@@ -109,7 +109,7 @@ def scores(product, call, b, g, head, query, key, masked: tl.constexpr, scaled: 
         s += tl.load(call.words.query_bias + row, mask=query < call.sizes.L, other=0.0)
     rise = tl.full([1, 1], 1.0, tl.float32)
     if call.words.softcap is not None:
-        t, rise = tanh(s * call.words.per_softcap, call)
+        t, rise = tanh(s * (1.0 / call.words.softcap), call)
         s = call.words.softcap * t
     if call.words.bias is not None:
         bias = call.words.bias
