@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # The native kernels are built against the torch that is installed, not one of their own.
 INSTALL := $(PIP) --no-build-isolation
 
-.PHONY: demo test test-all check docs bench page clean
+.PHONY: demo test test-all test-cpus check docs bench page clean
 
 demo: $(VENV)/demo
 	$(BIN)/regard demo --out build/demo
@@ -16,6 +16,12 @@ test: $(VENV)/dev check
 
 test-all: $(VENV)/dev check
 	$(BIN)/python -m pytest
+
+# What depends on the CPU, as it runs on a CPU with AVX2 and no more, and on one with neither AVX2 nor AVX-512.
+CPU_TESTS := $(patsubst %,tests/test_%.py,native cpu decode additive threshold kernels precision recurrent)
+test-cpus: $(VENV)/dev
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 REGARD_INSTRUCTIONS=avx2 $(BIN)/python -m pytest -m "not slow" $(CPU_TESTS)
+	REGARD_INSTRUCTIONS=baseline $(BIN)/python -m pytest -m "not slow" $(CPU_TESTS)
 
 # Style and types.
 check: $(VENV)/dev

@@ -61,14 +61,16 @@ const Kernels* named(const std::string& name) {
 
 std::atomic<const Kernels*> in_use{nullptr};
 
-// The set in use: at first the one that REGARD_INSTRUCTIONS names.
+// The set that REGARD_INSTRUCTIONS names, or the best of this machine.
+const Kernels* named_by_environment() {
+  const char* name = std::getenv("REGARD_INSTRUCTIONS");
+  return named(name ? name : "");
+}
+
+// The set in use.
 const Kernels& kernels() {
   const Kernels* set = in_use.load(std::memory_order_acquire);
-  if (!set) {
-    const char* name = std::getenv("REGARD_INSTRUCTIONS");
-    set = named(name ? name : "");
-    in_use.store(set, std::memory_order_release);
-  }
+  if (!set) in_use.store(set = named_by_environment(), std::memory_order_release);
   return *set;
 }
 
@@ -314,8 +316,8 @@ double peak(Tensor buffer, int64_t limit, int64_t rounds) {
   return kernels().peak(static_cast<Limit>(limit), rounds, floats(buffer, "buffer", buffer.numel()), buffer.numel(), pool());
 }
 
-// From now on, another set (the fastest, for an empty name): for tests.
-void use(std::string name) { in_use.store(named(name), std::memory_order_release); }
+// Uses the set of this name from here on; "" for the one that is used where nobody names one.
+void use(std::string name) { in_use.store(name.empty() ? named_by_environment() : named(name), std::memory_order_release); }
 
 // Names of the sets that this machine runs, the one in use first.
 std::string instructions() {

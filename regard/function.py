@@ -20,7 +20,8 @@ class Python(Score):
     gives scores (b, H, l, s). q and k come in float32, or in float64 for float64 inputs.
 
     `captured` are the leaf tensors it closes over that want a gradient; None where they cannot be told, since torch.func
-    is transforming them or a graph is being compiled: only a kernel of differentiable steps gives them their gradients.
+    is transforming them: only a kernel of differentiable steps gives them their gradients. In a graph that is compiled, none
+    are looked for: there a kernel of differentiable steps serves every function.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +43,7 @@ class Python(Score):
     @staticmethod
     def of(function: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Python:
         """Wrap a function, and find what it closes over by scoring one pair and walking the graph that it leaves."""
-        if not q.numel() or not k.numel():
+        if torch.compiler.is_compiling() or not q.numel() or not k.numel():
             return Python(function)
         # A pair of its own making: what the answer is wrapped in, or hangs on, comes from the function alone.
         one_q, one_k = (
@@ -50,8 +51,6 @@ class Python(Score):
         )
         with torch.enable_grad():
             trial = Python(function)._call(one_q, one_k)
-        if torch.compiler.is_compiling():
-            return Python(function, None if trial.requires_grad else ())
         # Every transform of torch.func that is under way wraps it once.
         while torch._C._functorch.is_functorch_wrapped_tensor(trial):
             if torch._C._functorch.is_batchedtensor(trial) or trial.requires_grad or _has_tangent(trial):

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import itertools
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -116,32 +115,32 @@ def _fields(kind: type) -> tuple[str, ...] | None:
     return None if fields is None else tuple(fields)
 
 
-# A compiled graph holds a plan as text, so that an exported program can be read, saved and loaded without pickle.
-# Python functions cannot be written down: the text names them, and the name is good for the life of the process.
-_names = itertools.count()
-_function_of: weakref.WeakValueDictionary[str, Callable[..., Any]] = weakref.WeakValueDictionary()
-_name_of: weakref.WeakKeyDictionary[Callable[..., Any], str] = weakref.WeakKeyDictionary()
-
-
-def _name(function: Callable[..., Any]) -> str:
-    name = _name_of.get(function)
-    if name is None:
-        name = f"python_{next(_names)}"
-        _name_of[function] = name
-        _function_of[name] = function
-    return name
-
-
-# What `torch.compiler.assume_constant_result` does, but that it imports the whole compiler (0.9 s, 800 modules).
-_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# A compiled graph holds a plan as text, so that an exported program can be read, saved and loaded without pickle. Python
+# code cannot be written down: neither functions nor the classes of users.
+def unwritable(word: Any, vocabulary: dict[str, type[Any]]) -> str | None:
+    """The name of the first part of a split word that `describe` cannot write, or that `parse` could not read; None if there
+    is none.
+    """
+    kind = type(word)
+    if isinstance(word, tuple):
+        parts = list(word)
+    elif dataclasses.is_dataclass(word) and not isinstance(word, type):
+        if vocabulary.get(kind.__name__) is not kind:
+            return f"the class {kind.__name__}"
+        parts = [getattr(word, name) for name in kind.__dataclass_fields__]
+    elif word is None or isinstance(word, bool | str | int | float | torch.SymInt | torch.SymFloat):
+        return None
+    else:
+        return f"the Python function {getattr(word, '__name__', kind.__name__)}"
+    return next((name for name in [unwritable(part, vocabulary) for part in parts] if name is not None), None)
 
 
 @dataclass(frozen=True)
 class Numbers:
     """The numbers of a plan that is written as text: they stand beside it, since a compiled graph may leave them open."""
 
-    whole: list[int] = field(default_factory=list)
-    real: list[float] = field(default_factory=list)
+    whole: list[Any] = field(default_factory=list)
+    real: list[Any] = field(default_factory=list)
 
 
 def describe(word: Any, numbers: Numbers) -> str:
@@ -157,13 +156,12 @@ def describe(word: Any, numbers: Numbers) -> str:
         return "(" + "".join([f"{describe(part, numbers)}, " for part in word]) + ")"
     if word is None or isinstance(word, bool | str):
         return repr(word)
-    if isinstance(word, int):
+    if isinstance(word, int | torch.SymInt):
         numbers.whole.append(word)
         return f"W{len(numbers.whole) - 1}"
-    if isinstance(word, float):
-        numbers.real.append(word)
-        return f"R{len(numbers.real) - 1}"
-    return _name(word)
+    assert isinstance(word, float | torch.SymFloat), f"{word!r} is unwritable"
+    numbers.real.append(word)
+    return f"R{len(numbers.real) - 1}"
 
 
 def parse(text: str, numbers: Numbers, vocabulary: dict[str, type[Any]]) -> Any:
@@ -177,17 +175,9 @@ def parse(text: str, numbers: Numbers, vocabulary: dict[str, type[Any]]) -> Any:
         if isinstance(node, ast.Tuple):
             return tuple(build(part) for part in node.elts)
         if isinstance(node, ast.Name):
-            return named(node.id)
+            if node.id[0] not in "WR" or not node.id[1:].isdigit():
+                raise ValueError(f"plan: {node.id!r} is no number of a plan, which are W0, W1, ... and R0, R1, ...")
+            return (numbers.whole if node.id[0] == "W" else numbers.real)[int(node.id[1:])]
         return ast.literal_eval(node)
-
-    def named(name: str) -> Any:
-        if name[1:].isdigit() and name[0] in "WR":
-            return (numbers.whole if name[0] == "W" else numbers.real)[int(name[1:])]
-        if name not in _function_of:
-            raise ValueError(
-                f"plan: {name!r} names a Python function of another process; a program that is saved and loaded elsewhere "
-                "can hold the scores and masks of regard, but no Python function"
-            )
-        return _function_of[name]
 
     return build(ast.parse(text, mode="eval").body)

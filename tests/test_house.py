@@ -191,6 +191,7 @@ TESTED_BY = {
     "models.classifier": "reader",
     "models.tagger": "reader",
     "nn": "house",
+    "nn.encoder": "recurrent",
     **{f"nn.vision.{part}": "vision" for part in ("channel", "grid", "non_local", "patch", "self_attention", "window")},
     "nn.vision.pooling": "vision",
     "nn.vision.position": "vision",

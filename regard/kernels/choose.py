@@ -54,6 +54,8 @@ _ran: ContextVar[list[str] | None] = ContextVar("ran", default=None)
 def run(problem: Problem, kernel: str | None) -> tuple[Tensor, ...]:
     """Run a problem by the kernel that is forced, or by the first that serves it."""
     name = _choose(problem) if kernel is None else _force(problem, kernel)
+    if name == "reference" and kernel is None:
+        reference.warn(str(_refuse("tiled", problem)), *problem.tensors[:2])
     if not torch.compiler.is_compiling():
         ran = _ran.get()
         if ran is not None:
@@ -100,17 +102,22 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 
 def _choose(problem: Problem) -> str:
     for name in _order(problem):
-        candidate = _CANDIDATES[name]
-        if candidate.automatic and candidate.refuse(problem.plan, problem.tensors) is None:
+        if _CANDIDATES[name].automatic and _refuse(name, problem) is None:
             return name
     return "reference"  # it serves everything
+
+
+def _refuse(name: str, problem: Problem) -> str | None:
+    """Why a candidate cannot serve a problem; None if it can."""
+    reason = None if name == "reference" else differentiate.refuse_compiled(problem.plan)
+    return _CANDIDATES[name].refuse(problem.plan, problem.tensors) if reason is None else reason
 
 
 def _force(problem: Problem, kernel: str) -> str:
     if not isinstance(kernel, str) or kernel not in _CANDIDATES:
         expected = f"one of {', '.join(map(repr, _CANDIDATES))}, or None"
         raise check.wrong("kernel", kernel, expected, isinstance(kernel, str))
-    reason = _CANDIDATES[kernel].refuse(problem.plan, problem.tensors)
+    reason = _refuse(kernel, problem)
     if reason is not None:
         raise ValueError(f"kernel is {kernel!r}, which cannot serve this problem: {reason}")
     return kernel
@@ -134,7 +141,7 @@ class Explanation:
 
 def explanation(problem: Problem) -> Explanation:
     """What each candidate says of a problem."""
-    reasons = {name: c.refuse(problem.plan, problem.tensors) for name, c in _CANDIDATES.items()}
+    reasons = {name: _refuse(name, problem) for name in _CANDIDATES}
     return Explanation(_choose(problem), reasons)
 
 

@@ -34,10 +34,10 @@ _VOCABULARY: dict[str, type[Any]] = {
 
 def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """All outputs of a problem by a kernel, in the order of `Plan.outputs`, with gradients."""
-    hidden = isinstance(plan.score, Python) and plan.score.captured is None
-    if kernel == "reference" and (hidden or not torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()
+    if kernel == "reference" and not (compiling and word.unwritable(plan, _VOCABULARY) is None):
         return reference.run(plan, tensors)  # it is made of differentiable steps
-    if torch.compiler.is_compiling():
+    if compiling:
         numbers = word.Numbers()
         text = word.describe(plan, numbers)
         outputs = tuple(_forward(list(tensors), kernel, text, numbers.whole, numbers.real))
@@ -50,6 +50,16 @@ def run(kernel: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...
     else:
         outputs = _KERNELS[kernel].forward(plan, tensors)
     return outputs[: len(outputs) - _KERNELS[kernel].EXTRAS]
+
+
+def refuse_compiled(plan: Plan) -> str | None:
+    """Why the graph that is being compiled cannot hold an operator with this plan; None if it can, or none is compiled.
+
+    The compiler guards what it traces through: the code of a Python function, and all that it closes over. An operator that
+    named the function would be reused with the function of an earlier call.
+    """
+    name = word.unwritable(plan, _VOCABULARY) if torch.compiler.is_compiling() else None
+    return None if name is None else f"{name} cannot be an operand of an operator in a compiled graph"
 
 
 def is_differentiated(tensors: Sequence[Tensor]) -> bool:

@@ -1,13 +1,16 @@
 """The equation, materialised: all scores at once. Any device, any score, derivatives of every order and direction.
 
-Memory is L x S; nothing chooses this kernel but you, by `kernel="reference"`, and second derivatives of the others.
+Memory is L x S. This kernel serves where `kernel="reference"` asks for it, second derivatives of the others, and what no
+other serves: Python functions in graphs that are compiled, or whose tensors `torch.func` hides. Then it warns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +51,42 @@ def backward(
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """It serves everything."""
     return None
+
+
+# The reasons that a warning was given for: each is given once.
+_warned: set[str] = set()
+
+
+def warn(reason: str, q: Tensor, k: Tensor) -> None:
+    """Warn that this kernel serves in the place of one that is linear in memory, which refused for a reason.
+
+    While torch.compile traces, the warning is given by the compiler; it is no part of the graph.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from torch._dynamo.comptime import comptime
+
+        comptime(_warn_at_compile_time)
+    else:
+        _warn(reason, q, k)
+
+
+def _warn_at_compile_time(context: Any) -> None:
+    """`_warn`, with the locals of `warn` as the compiler sees them: sizes may be symbols, and their hints are named."""
+    reason, q, k = (context.get_local(name) for name in ("reason", "q", "k"))
+    _warn(reason.as_python_constant(), q.as_fake(), k.as_fake())
+
+
+def _warn(reason: str, q: Tensor, k: Tensor) -> None:
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    sizes = [n.node.hint if isinstance(n, torch.SymInt) else n for n in (*q.shape[:3], k.shape[2])]
+    count = math.prod(sizes) * (8 if q.dtype == torch.float64 else 4)
+    warnings.warn(
+        f"attention: {reason}. The call is computed by kernel='reference', whose L x S matrices take {count:,} bytes each "
+        f"(B x H x L x S = {' x '.join(map(str, sizes))}).",
+        stacklevel=2,
+    )
 
 
 def run(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ EXTRAS = 0
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """It serves everything but what the graph of autograd does not show it."""
     if isinstance(plan.score, Python) and plan.score.captured is None:
-        return "the score closes over a tensor that torch.func or a compiled graph differentiates, and hides it from us"
+        return "the score closes over a tensor that torch.func differentiates, and hides it from us"
     return None
 
 
