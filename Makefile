@@ -18,7 +18,8 @@ test-all: $(VENV)/dev check
 	$(BIN)/python -m pytest
 
 # What depends on the CPU, as it runs on a CPU with AVX2 and no more, and on one with neither AVX2 nor AVX-512.
-CPU_TESTS := $(patsubst %,tests/test_%.py,native cpu decode additive threshold kernels precision recurrent)
+CPU_TESTS := $(patsubst %,tests/backends/cpu/test_%.py,operators cpu decode entmax) tests/backends/test_backends.py \
+  $(patsubst %,tests/nn/test_%.py,additive precision recurrent)
 test-cpus: $(VENV)/dev
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 REGARD_INSTRUCTIONS=avx2 $(BIN)/python -m pytest -m "not slow" $(CPU_TESTS)
 	REGARD_INSTRUCTIONS=baseline $(BIN)/python -m pytest -m "not slow" $(CPU_TESTS)

@@ -1,7 +1,7 @@
 // The operators of torch.ops.regard_native, by LibTorch's stable ABI: one binary for every torch from 2.10 on.
 //
 // They check shapes, types and strides once more, since anyone may call an operator; the errors that users see are those of
-// regard/arguments.py.
+// regard/plan/arguments.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <unistd.h>

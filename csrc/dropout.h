@@ -1,4 +1,4 @@
-// Dropout as in regard/dropout.py: a weight is kept or dropped by a hash of (seed, batch, head, query, key).
+// Dropout as in regard/backends/dropout.py: a weight is kept or dropped by a hash of (seed, batch, head, query, key).
 #pragma once
 
 #include "mask.h"

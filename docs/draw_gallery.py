@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from regard.look import look
+from regard.apps.look import look
 from regard.view.figure import alignment, heads, heatmap
 
 FOLDER = Path(__file__).parent / "gallery"

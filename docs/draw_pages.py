@@ -22,7 +22,7 @@ from matplotlib.image import imread, imsave
 from playwright.sync_api import Page, sync_playwright
 
 import regard
-from regard.look import look
+from regard.apps.look import look
 from regard.view.page import page
 from regard.view.picture import Picture
 

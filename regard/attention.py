@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from regard.kernels import choose, native
-from regard.kernels.choose import Explanation
-from regard.mask import Mask
-from regard.normalizer import Normalizer
-from regard.position import Bias
-from regard.problem import pose
-from regard.score import Score
-from regard.summary import Seen, Summary, Top
+from regard.backends import choose
+from regard.backends.choose import Explanation
+from regard.backends.cpu import extension
+from regard.components.mask import Mask
+from regard.components.normalizer import Normalizer
+from regard.components.position import Bias
+from regard.components.score import Score
+from regard.components.summary import AttentionSummary, Summary, Top
+from regard.deprecated import resolve_backend
+from regard.plan.assemble import make_problem
 
-_AS_IT_IS = nullcontext()
+_NO_CONTEXT = nullcontext()
 # Of no type: it takes the signature of one overload for that of all.
 _as_torch_function: Any = handle_torch_function
 
@@ -40,6 +42,7 @@ def attention(
     dropout: float = ...,
     seed: int | Tensor | None = ...,
     summary: Literal[None] = ...,
+    backend: str | None = ...,
     kernel: str | None = ...,
 ) -> Tensor: ...
 
@@ -58,8 +61,9 @@ def attention(
     dropout: float = ...,
     seed: int | Tensor | None = ...,
     summary: Summary,
+    backend: str | None = ...,
     kernel: str | None = ...,
-) -> tuple[Tensor, Seen]: ...
+) -> tuple[Tensor, AttentionSummary]: ...
 
 
 def attention(
@@ -75,8 +79,9 @@ def attention(
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
     summary: Summary | None = None,
+    backend: str | None = None,
     kernel: str | None = None,
-) -> Tensor | tuple[Tensor, Seen]:
+) -> Tensor | tuple[Tensor, AttentionSummary]:
     """Attention in three stages: score, normalise, weighted sum.
 
         s_ij = score(q_i, k_j)        then softcap, bias and mask
@@ -99,10 +104,11 @@ def attention(
         seed: an int, or int64 of shape (), that fixes which weights are dropped; drawn from torch's generator by
             default. The same seed drops the same weights on every kernel.
         summary: what else to tell about the weights, without the weights. It never changes the output.
-        kernel: force "cpu", "gpu", "torch", "tiled" or "reference"; raises if that one cannot serve.
+        backend: force "cpu", "sdpa", "triton", "tiled" or "reference"; raises if that one cannot serve.
+        kernel: the name of `backend` in version 0.1.
 
     Returns:
-        The output (B, H, L, E), with the leading axes of q and the dtype of v; with `summary`, a pair of it and `Seen`.
+        The output (B, H, L, E), with the leading axes of q and the dtype of v; with `summary`, a pair of it and `AttentionSummary`.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, its shape, and what was expected.
@@ -113,29 +119,32 @@ def attention(
     """
     if torch._C._is_torch_function_mode_enabled() and not torch.compiler.is_compiling():
         # As a function of torch: whoever watches these sees this one too.
-        words: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "score": score, "normalizer": normalizer, "mask": mask, "bias": bias, "softcap": softcap, "dropout": dropout,
-            "seed": seed, "summary": summary, "kernel": kernel,
+            "seed": seed, "summary": summary, "backend": backend, "kernel": kernel,
         }  # fmt: skip
-        return _as_torch_function(attention, (), q, k, v, **words)  # type: ignore[no-any-return]
-    precision: AbstractContextManager[Any] = _AS_IT_IS
+        return _as_torch_function(attention, (), q, k, v, **arguments)  # type: ignore[no-any-return]
+    precision: AbstractContextManager[Any] = _NO_CONTEXT
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
         # It chooses the precision of q, k and v; all that follows keeps its sums in float32.
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
         precision = torch.autocast(q.device.type, enabled=False)
     elif (
         score is None and normalizer is None and mask is None and bias is None and softcap is None and seed is None
-        and summary is None and kernel is None and dropout == 0.0
+        and summary is None and backend is None and kernel is None and dropout == 0.0
     ):  # fmt: skip
         out = choose.run_plain(q, k, v)
         if out is not None:
             return out
+    if backend is not None or kernel is not None:
+        backend = resolve_backend(backend, kernel)
     with_summary = summary is not None
     with precision:
-        problem = pose(
-            q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary, kernel, native.are_finite
-        )
-        outputs = choose.run(problem, kernel)
+        problem = make_problem(
+            q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary,
+            choose.masks_nonfinite(backend, q), extension.are_finite,
+        )  # fmt: skip
+        outputs = choose.run(problem, backend)
     out = problem.restore(outputs[0])
     if not with_summary:
         return out
@@ -144,7 +153,7 @@ def attention(
     }
     if "top_keys" in named:
         named["top"] = Top(named.pop("top_weights"), named.pop("top_keys"))
-    return out, Seen(**named)
+    return out, AttentionSummary(**named)
 
 
 def explain(
@@ -169,7 +178,7 @@ def explain(
        tiled      can serve
        reference  can serve, when asked for by name
     """
-    return choose.explanation(pose(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary))
+    return choose.explanation(make_problem(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary))
 
 
 def _autocast(x: Tensor) -> Tensor:

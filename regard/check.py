@@ -13,7 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from regard.tile import Align
+from regard.components.tile import Align
 
 
 def kind(value: object) -> str:

@@ -14,7 +14,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
-from regard.kernels import native
+from regard.backends.cpu import extension
 
 Opener = Callable[..., Any]  # opens a document in a browser, and gives its tab
 
@@ -39,13 +39,13 @@ def several_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=native.instructions())
+@pytest.fixture(params=extension.instructions())
 def instructions(request: Any) -> Iterator[str]:
     """Each instruction set of this machine, in turn."""
-    native.ops.use(request.param)
-    assert native.instructions()[0] == request.param
+    extension.ops.use(request.param)
+    assert extension.instructions()[0] == request.param
     yield request.param
-    native.ops.use("")
+    extension.ops.use("")
 
 
 @pytest.fixture(scope="module")

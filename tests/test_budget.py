@@ -7,12 +7,12 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from budget import OverBudgetError, Yardstick, check
-from judge import ask, fresh, judge, solved, truth
-from problems import DTYPES, Problem, decided, make
+from support import oracle
+from support.budget import OverBudgetError, Yardstick, check
+from support.compare import ask, fresh, judge, solved, truth
+from support.problems import DTYPES, Problem, decided, make
 from torch import Tensor
 
 _PLAIN: dict[str, Any] = {
@@ -109,10 +109,10 @@ def test_judge_sees_what_is_wrong_in_one_place(monkeypatch: pytest.MonkeyPatch) 
         def answer(*asked: Any, wrong: str = wrong) -> dict[str, Tensor]:
             return {name: x * 1.0001 if name == wrong else x for name, x in ask(*asked).items()}
 
-        monkeypatch.setattr("judge.ask", answer)
+        monkeypatch.setattr("support.compare.ask", answer)
         with pytest.raises(AssertionError, match=wrong.replace("_", ".")):
             judge(problem, "reference", told)
-    monkeypatch.setattr("judge.ask", ask)
+    monkeypatch.setattr("support.compare.ask", ask)
     for wrong in told.gradients:
 
         def leaves(problem: Problem, wrong: str = wrong) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def test_judge_sees_what_is_wrong_in_one_place(monkeypatch: pytest.MonkeyPatch) 
             found[wrong].register_hook(lambda gradient: gradient * 1.0001)
             return found
 
-        monkeypatch.setattr("judge.fresh", leaves)
+        monkeypatch.setattr("support.compare.fresh", leaves)
         with pytest.raises(AssertionError, match=f"gradient of {wrong}"):
             judge(problem, "reference", told)
 

@@ -10,12 +10,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-_ROOT = Path(__file__).parent.parent
 _USE = """
 import torch, regard
-from regard import doctor
-with regard.chosen() as ran:
+from regard.apps import doctor
+with regard.record_backends() as ran:
     regard.attention(*[torch.ones(1, 2, 3, 4)] * 3, softcap=2.0)
 print(regard.__file__, ran, next(x.value for x in doctor.machine() if x.name == "native kernels"), sep="\\n")
 """
@@ -25,7 +25,7 @@ def _installed(folder: Path, **environment: str) -> tuple[Path, list[str]]:
     """A wheel that pip makes of a clean copy of the sources, and what a process says that uses it."""
     copy, wheels, site = folder / "sources", folder / "wheels", folder / "site"
     left_out = shutil.ignore_patterns(".*", "build", "*.egg-info", "_native.*", "__pycache__", "node_modules")
-    shutil.copytree(_ROOT, copy, ignore=left_out)
+    shutil.copytree(ROOT, copy, ignore=left_out)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     environ = {**os.environ, **environment}
     making = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(copy)]

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from budget import Yardstick, check
-from judge import KERNELS, fresh, solved, truth
-from problems import Problem, decided, make
+from support.budget import Yardstick, check
+from support.compare import KERNELS, fresh, solved, truth
+from support.problems import Problem, decided, make
 from torch import Tensor
 
 import regard
@@ -28,7 +28,7 @@ def _parts(problem: Problem, leaves: dict[str, Tensor], cuts: Sequence[int], ker
     for start, stop in zip((0, *cuts), (*cuts, 79), strict=True):
         keys, values = leaves["k"][:, :, start:stop], leaves["v"][:, :, start:stop]
         given = {name: word(start, stop) for name, word in words.items()}
-        out, seen = regard.attention(leaves["q"], keys, values, summary=Summary(lse=True), kernel=kernel, **given)
+        out, seen = regard.attention(leaves["q"], keys, values, summary=Summary(lse=True), backend=kernel, **given)
         outs.append(out)
         lses.append(seen.lse)
     return regard.merge(outs, lses)
@@ -68,7 +68,7 @@ def test_rows_that_attend_to_nothing_in_some_parts_or_in_all(kernel: str) -> Non
     leaves = fresh(problem)
     out, lse = _parts(problem, leaves, (40,), kernel, mask=lambda start, stop: mask.dense(table[..., start:stop]))
     whole, seen = regard.attention(
-        *(leaves[n] for n in "qkv"), mask=mask.dense(table), summary=Summary(lse=True), kernel="reference"
+        *(leaves[n] for n in "qkv"), mask=mask.dense(table), summary=Summary(lse=True), backend="reference"
     )
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, seen.lse, rtol=1e-5, atol=1e-6)
@@ -94,7 +94,7 @@ def test_a_sink_belongs_in_one_part(kernel: str) -> None:
 
     out, lse = _parts(problem, leaves, (13, 50), kernel, normalizer=word)
     whole, seen = regard.attention(
-        *(leaves[n] for n in "qkv"), normalizer=normalizer.Softmax(sink), summary=Summary(lse=True), kernel="reference"
+        *(leaves[n] for n in "qkv"), normalizer=normalizer.Softmax(sink), summary=Summary(lse=True), backend="reference"
     )
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, seen.lse, rtol=1e-5, atol=1e-6)

@@ -9,11 +9,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-_ROOT = Path(__file__).parent.parent
 
-
-def _run(*arguments: object, cwd: Path = _ROOT) -> str:
+def _run(*arguments: object, cwd: Path = ROOT) -> str:
     done = subprocess.run(list(map(str, arguments)), cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -31,9 +30,9 @@ def test_sdist_holds_every_source(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {
-        path.relative_to(_ROOT).as_posix()
+        path.relative_to(ROOT).as_posix()
         for folder in ("regard", "csrc", "tests")
-        for path in (_ROOT / folder).rglob("*.*")
+        for path in (ROOT / folder).rglob("*.*")
         if path.suffix in (".py", ".cpp", ".h", ".html", ".css", ".js", ".typed")
     }
     assert len([name for name in expected if name.startswith("csrc/")]) >= 26
@@ -53,9 +52,9 @@ def test_sdist_builds_a_wheel_with_native_kernels(sdist: Path, tmp_path: Path) -
     (site / "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
     _run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel)
     code = (
-        "import torch, regard; from regard.kernels import native; q = torch.randn(1, 2, 7, 8);"
-        "out = regard.attention(q, q, q, score=regard.score.Additive(torch.ones(8)), kernel='cpu');"
-        "print(regard.__file__, native.missing, bool(out.isfinite().all()), *native.instructions())"
+        "import torch, regard; from regard.backends.cpu import extension; q = torch.randn(1, 2, 7, 8);"
+        "out = regard.attention(q, q, q, score=regard.score.Additive(torch.ones(8)), backend='cpu');"
+        "print(regard.__file__, extension.missing, bool(out.isfinite().all()), *extension.instructions())"
     )
     where, missing, finite, *instructions = _run(python, "-c", code, cwd=tmp_path).split()
     assert Path(where).is_relative_to(tmp_path / "venv")

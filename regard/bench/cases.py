@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard import mask, normalizer, position, score
 from regard.attention import attention
-from regard.summary import Summary
+from regard.components import mask, normalizer, position, score
+from regard.components.summary import Summary
 
 Inputs = list[Tensor]
 

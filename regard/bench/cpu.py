@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard import mask, score
 from regard.attention import attention
+from regard.backends.cpu import extension
 from regard.bench.goal import Goal, Result, Shape
 from regard.bench.length import Length
 from regard.bench.peak import LIMITS, Peak
 from regard.bench.row import Contest, Outputs, Row
-from regard.kernels import native
-from regard.mask import Mask
-from regard.summary import Summary
+from regard.components import mask, score
+from regard.components.mask import Mask
+from regard.components.summary import Summary
 
 SHAPES = [
     Shape(1, 8, 1024, 64),
@@ -44,7 +44,7 @@ def _dot(dtype: torch.dtype = torch.float32, causal: bool = False) -> Make:
         pairs = s.pairs * (s.L + 1) / 2 / s.L if causal else s.pairs
 
         def ours(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> Outputs:
-            return [attention(q, k, v, mask=m, kernel=kernel)]
+            return [attention(q, k, v, mask=m, backend=kernel)]
 
         def other(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
             return [F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=bool(s.G))]
@@ -62,7 +62,7 @@ def _masked(build: Callable[[Shape], tuple[Mask, Callable[[], Tensor], float]], 
         m, table, pairs = build(s)
 
         def ours(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> Outputs:
-            return [attention(q, k, v, mask=m, kernel=kernel)]
+            return [attention(q, k, v, mask=m, backend=kernel)]
 
         if not dense:
             return Contest(_qkv(s, torch.float32), ours, lambda q, k, v: [attention(q, k, v)], pairs, s.pairs)
@@ -101,7 +101,7 @@ def _documents(s: Shape) -> tuple[Mask, Callable[[], Tensor], float]:
 
 def _dropout(s: Shape) -> Contest:
     def ours(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> Outputs:
-        return [attention(q, k, v, dropout=0.1, seed=0, kernel=kernel)]
+        return [attention(q, k, v, dropout=0.1, seed=0, backend=kernel)]
 
     def other(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         return [F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)]
@@ -111,7 +111,7 @@ def _dropout(s: Shape) -> Contest:
 
 def _bias(s: Shape) -> Contest:
     def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernel: str | None = None) -> Outputs:
-        return [attention(q, k, v, bias=bias, kernel=kernel)]
+        return [attention(q, k, v, bias=bias, backend=kernel)]
 
     def other(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Outputs:
         return [F.scaled_dot_product_attention(q, k, v, attn_mask=bias)]
@@ -123,7 +123,7 @@ def _bias(s: Shape) -> Contest:
 def _additive(broadcast: bool) -> Make:
     def make(s: Shape) -> Contest:
         def ours(q: Tensor, k: Tensor, v: Tensor, w: Tensor, kernel: str | None = None) -> Outputs:
-            return [attention(q, k, v, score=score.Additive(w), kernel=kernel)]
+            return [attention(q, k, v, score=score.Additive(w), backend=kernel)]
 
         def wide(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Outputs:
             return [torch.softmax(torch.tanh(q[:, :, :, None] + k[:, :, None]) @ w, -1) @ v]
@@ -144,7 +144,7 @@ def _seen(summary: Summary) -> Make:
 
     def make(s: Shape) -> Contest:
         def ours(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> Outputs:
-            out, seen = attention(q, k, v, summary=summary, kernel=kernel)
+            out, seen = attention(q, k, v, summary=summary, backend=kernel)
             parts = [seen.lse, seen.max, seen.entropy, seen.received, seen.top and seen.top.weights]
             return [out, *[x for x in parts if x is not None]]
 
@@ -255,7 +255,7 @@ def _overhead() -> list[Row]:
 
 
 def _narrow() -> list[Row]:
-    if "avx2" not in native.instructions():
+    if "avx2" not in extension.instructions():
         return []
     forward = Row("AVX2 forced forward", _TORCH, _dot(), SHAPES[:2], [Goal("ratio", 1.1)], instructions="avx2")
     return [forward, replace(forward, name="AVX2 forced forward + backward", shapes=SHAPES[:1], backward=True)]
@@ -301,7 +301,7 @@ def measure(picked: Sequence[Row | Length], seconds: float, threads: int) -> tup
     Raises:
         ValueError: there are no native kernels, or no such row.
     """
-    if native.missing:
-        raise ValueError(native.missing)
+    if extension.missing:
+        raise ValueError(extension.missing)
     peaks = {limit: Peak(limit) for limit in LIMITS}
     return peaks, (result for row in picked for result in row.results(peaks, seconds, threads))

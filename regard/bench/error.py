@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.kernels.choose import chosen
+from regard.backends.choose import record_backends
 
 # How often a result may be rounded beside the budget, in units of its last place at the size of the largest.
 _ROUNDINGS = 4.0
@@ -52,7 +52,7 @@ def error(function: Callable[..., Sequence[Tensor]], inputs: Callable[[], Sequen
     for seed in range(_DRAWS):
         torch.manual_seed(seed)
         drawn = list(inputs())
-        with chosen() as ran:
+        with record_backends() as ran:
             found, given = _outcome(function, drawn, None, backward)
         truth = _equation(function, [x.double() for x in drawn], backward, given)
         plain = _plain(function, drawn, truth, backward, given)
@@ -111,7 +111,7 @@ def _outcome(
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """The outputs, with backward the gradients too, and from which gradients of the outputs those come."""
     leaves = [x.detach().requires_grad_(backward) for x in inputs]
-    outputs = list(function(*leaves, kernel=kernel))
+    outputs = list(function(*leaves, backend=kernel))
     if not backward:
         return outputs, ()
     given = [torch.randn_like(x) for x in outputs] if given is None else given

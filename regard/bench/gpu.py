@@ -19,12 +19,12 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from regard import mask, position, score
 from regard.attention import attention
 from regard.bench.error import Error, error
 from regard.bench.goal import FIGURES, Shape
 from regard.bench.measure import ready
-from regard.summary import Summary
+from regard.components import mask, position, score
+from regard.components.summary import Summary
 
 Outputs = Sequence[Tensor]
 Way = Callable[..., Outputs]
@@ -108,8 +108,8 @@ def _regard(
         def run(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> list[Tensor]:
             kernel = kernel or forced
             if "summary" not in said:
-                return [attention(q, k, v, kernel=kernel, **said)]
-            out, seen = attention(q, k, v, kernel=kernel, **said)
+                return [attention(q, k, v, backend=kernel, **said)]
+            out, seen = attention(q, k, v, backend=kernel, **said)
             told = [x for x in seen if isinstance(x, Tensor)]
             return [out, *told, *([] if seen.top is None else [seen.top.weights])]
 
@@ -164,7 +164,7 @@ def _flex(kind: str) -> Callable[[Shape, torch.device], Way]:
 
 
 def _additive(shape: Shape, device: torch.device) -> Way:
-    return lambda q, k, v, w, kernel=None: [attention(q, k, v, score=score.Additive(w), kernel=kernel)]
+    return lambda q, k, v, w, kernel=None: [attention(q, k, v, score=score.Additive(w), backend=kernel)]
 
 
 def _broadcast(shape: Shape, device: torch.device) -> Way:
@@ -224,7 +224,7 @@ def rows() -> list[Row]:
                         pairs,
                     )
                 )
-    without = _regard(lambda s, d: {"mask": mask.causal()}, "gpu")  # and not what serves the plain case
+    without = _regard(lambda s, d: {"mask": mask.causal()}, "triton")  # and not what serves the plain case
     for name, (summary, goal) in _SUMMARIES.items():
         found.append(
             Row(

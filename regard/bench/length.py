@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from regard.attention import attention
+from regard.backends.choose import record_backends
+from regard.backends.cpu import extension
 from regard.bench.error import error
 from regard.bench.goal import Goal, Result, Shape
 from regard.bench.peak import Peak
 from regard.bench.row import Contest
-from regard.kernels import native
-from regard.kernels.choose import chosen
-from regard.score import Additive
+from regard.components.score import Additive
 
 _STATUS = Path("/proc/self/status")
 
@@ -50,7 +50,7 @@ class Length:
         """Measure it once, which takes as long as it takes."""
         small = self.make(dataclasses.replace(self.shape, L=min(self.judged, self.shape.L)))
         wrong = error(small.ours, small.inputs, True)
-        used = native.instructions()[0]
+        used = extension.instructions()[0]
         result = Result(self.name, self.against, self.shape, wrong.kernel, used, wrong, self.goals)
         if wrong.within:
             found = memory(self.what, self.shape.L, self.shape.D, threads, used)
@@ -93,14 +93,14 @@ def _measure(what: str, length: int, width: int, kernel: str | None) -> Memory:
     def run(n: int) -> tuple[int, int, float]:
         q, k, v = (torch.randn(1, 1, n, width, requires_grad=True) for _ in range(3))
         given, before, start = torch.randn(1, 1, n, width), held(), time.perf_counter()
-        out = attention(q, k, v, kernel=kernel, **words)  # type: ignore[call-overload]
+        out = attention(q, k, v, backend=kernel, **words)  # type: ignore[call-overload]
         out.backward(given)
         gradients = [x.grad for x in (q, k, v) if x.grad is not None]
         assert len(gradients) == 3
         return held() - before, sum(4 * x.numel() for x in (out, *gradients)), time.perf_counter() - start
 
     run(256)  # what the first call sets up is not the problem's
-    with chosen() as ran:
+    with record_backends() as ran:
         grown, outputs, seconds = run(length)
     return Memory(max(grown - outputs, 0), seconds, ran[0])
 

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from regard.kernels import native
+from regard.backends.cpu import extension
 
 # What can be the limit, as `Limit` in csrc/problem.h counts it, and the unit of a thousand million a second.
 LIMITS = {"fp32": "GFLOP/s of multiply-adds", "bf16": "GFLOP/s of VDPBF16PS", "read": "GB/s read of memory"}
@@ -42,7 +42,7 @@ class Peak:
     def burst(self) -> float:
         """Run the loop; how many seconds it took. `best` is the most that it did a second so far, in thousand millions."""
         start = time.perf_counter()
-        work = float(native.ops.peak(self._buffer, self._limit, self._rounds))
+        work = float(extension.ops.peak(self._buffer, self._limit, self._rounds))
         taken = time.perf_counter() - start
         self.best = max(self.best, work / taken / 1e9)
         return taken

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from regard.backends.choose import record_backends
+from regard.backends.cpu import extension
 from regard.bench.error import error
 from regard.bench.goal import Goal, Result, Shape
 from regard.bench.measure import race, ready
 from regard.bench.peak import Peak
-from regard.kernels import native
-from regard.kernels.choose import chosen
 
 Outputs = Sequence[Tensor]
 
@@ -81,12 +81,12 @@ class Row:
         contest = self.make(shape)
         with forced(self.instructions):
             wrong = error(small.ours, small.inputs, self.backward)
-            used = native.instructions()[0]
+            used = extension.instructions()[0]
         result = Result(self.name, self.against, shape, wrong.kernel, used, wrong, self.goals)
         if not wrong.within:
             return result
         inputs = [contest.inputs() for _ in range(self.copies)]
-        with chosen() as ran:
+        with record_backends() as ran:
             ours = _in_turns([ready(contest.ours, x, self.backward) for x in inputs])
             ours()
         other = _in_turns([ready(contest.other, x, self.backward) for x in inputs])
@@ -128,12 +128,12 @@ def forced(instructions: str) -> Iterator[None]:
     if not instructions:
         yield
         return
-    before = native.instructions()[0]
-    native.ops.use(instructions)
+    before = extension.instructions()[0]
+    extension.ops.use(instructions)
     try:
         yield
     finally:
-        native.ops.use(before)
+        extension.ops.use(before)
 
 
 def _in_turns(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

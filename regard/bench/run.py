@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from regard.backends.choose import record_backends
 from regard.bench.cases import Case, Inputs
 from regard.bench.measure import race
-from regard.kernels.choose import chosen
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _errors(case: Case, backward: bool) -> tuple[float, float, str]:
         torch.manual_seed(seed)
         inputs = case.inputs()
         truth = _outcome(case.peer, [x.double() for x in inputs], backward)
-        with chosen() as kernels:
+        with record_backends() as kernels:
             ours.append(_error(_outcome(case.ours, inputs, backward), truth))
         peers.append(_error(_outcome(case.peer, inputs, backward), truth))
     return max(ours), max(peers), kernels[0]

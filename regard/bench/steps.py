@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from regard.bench.cases import Case
-from regard.mask import And, Band, Before, Mask
+from regard.components.mask import And, Band, Before, Mask
+from regard.components.score import Additive
 from regard.models.cross_entropy import cross_entropy
 from regard.models.recurrent import Recurrent
 from regard.models.transformer import Transformer
 from regard.nn import memory, multihead
-from regard.score import Additive
 
 _SENTENCES, _LONGEST, _PIECES, _DROPOUT = 64, 20, 8000, 0.2
 

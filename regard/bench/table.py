@@ -14,9 +14,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from regard.backends.cpu import extension
 from regard.bench.goal import FIGURES, Result
 from regard.bench.peak import LIMITS, Peak
-from regard.kernels import native
 
 _COLOURS = {True: "green", False: "red", None: ""}
 
@@ -27,7 +27,7 @@ def machine() -> dict[str, str | int]:
         "cpu": _processor(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        "instructions": native.instructions()[0],
+        "instructions": extension.instructions()[0],
         "torch": torch.__version__,
         "system": platform.system(),
     }

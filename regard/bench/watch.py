@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regard.bench.length import held
 from regard.bench.measure import race
-from regard.watch import Watched, watch
+from regard.watch import Recording, watch
 
 # The matrices of weights that an eager model gives are kept whole: those that would fill a machine are not asked for.
 _MOST_WEIGHTS = 4 * 2**30
@@ -120,7 +120,7 @@ def _run(model: Any, ids: Tensor, way: str) -> tuple[Tensor, Any]:
     return out.last_hidden_state, out.attentions if way == "eager" else seen
 
 
-def _weights_error(seen: Watched, weights: Sequence[Tensor]) -> float:
+def _weights_error(seen: Recording, weights: Sequence[Tensor]) -> float:
     """How far the weights that a watch tells are from those of the eager model, at most."""
     return max(
         float(

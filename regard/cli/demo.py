@@ -23,8 +23,8 @@ def demo(
     quick: Annotated[bool, typer.Option(help="Leave training and the benchmark out.")] = False,
 ) -> None:
     """The tour: the three stages on one sentence, a look at a real model, one that learns, a benchmark, and one page."""
-    from regard.demo import SENTENCE, stages
-    from regard.look import look
+    from regard.apps.demo import SENTENCE, stages
+    from regard.apps.look import look
 
     out.mkdir(parents=True, exist_ok=True)
     console.rule("[bold]1  The three stages[/]")
@@ -44,7 +44,7 @@ def demo(
 
 def _pronounce(folder: Path) -> None:
     """Train for a minute, and show where the model looked while it spoke."""
-    from regard.demo import SPOKEN, pronounce
+    from regard.apps.demo import SPOKEN, pronounce
 
     if is_task(folder):  # of an earlier tour
         shutil.rmtree(folder)

@@ -14,7 +14,7 @@ def doctor() -> None:
     """Tell what can run here, and why the rest cannot."""
     import torch
 
-    from regard import doctor as look_at
+    from regard.apps import doctor as look_at
 
     marks = {True: "[green]●[/]", False: "[red]○[/]", None: "[dim]·[/]"}
     for title, findings in (("This machine", look_at.machine()), ("Optional packages", look_at.extras())):

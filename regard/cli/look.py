@@ -14,7 +14,7 @@ from rich.text import Text
 from regard.cli.app import app, console
 
 if TYPE_CHECKING:
-    from regard.look import Looked
+    from regard.apps.look import LookResult
 
 
 @app.command()
@@ -40,9 +40,9 @@ def look(
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
     """See what a model attends to in a text, or in a picture: here, and on a page."""
-    from regard.look import look as run
-    from regard.look import look_at_record
-    from regard.look_at_image import look_at_image
+    from regard.apps.look import look as run
+    from regard.apps.look import look_at_record
+    from regard.apps.look_at_image import look_at_image
 
     text = text or []
     if image is None and len(text) == 2 and model is None:
@@ -61,7 +61,7 @@ def look(
         webbrowser.open(out.resolve().as_uri())
 
 
-def show(run: Callable[[], Looked], out: Path, save: Path | None = None) -> None:
+def show(run: Callable[[], LookResult], out: Path, save: Path | None = None) -> None:
     """Look here, and on a page, at what a run saw; and save it."""
     from regard.view.page import page
     from regard.view.terminal import terminal

@@ -6,10 +6,10 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from regard import mask
+from regard.components import mask
+from regard.components.summary import AttentionSummary, Summary
 from regard.models.reader import Reader, Words
 from regard.nn.pooling import AttentionPooling
-from regard.summary import Seen, Summary
 
 
 class Classifier(nn.Module):
@@ -33,8 +33,8 @@ class Classifier(nn.Module):
     @overload
     def forward(self, text: Words, summary: Literal[None] = ...) -> Tensor: ...
     @overload
-    def forward(self, text: Words, summary: Summary) -> tuple[Tensor, Seen]: ...
-    def forward(self, text: Words, summary: Summary | None = None) -> Tensor | tuple[Tensor, Seen]:
+    def forward(self, text: Words, summary: Summary) -> tuple[Tensor, AttentionSummary]: ...
+    def forward(self, text: Words, summary: Summary | None = None) -> Tensor | tuple[Tensor, AttentionSummary]:
         """Scores (B, labels), before softmax; with `summary`, also what the query (L = 1) looked at."""
         x, known = self.reader(text), mask.lengths(text.lengths)
         if summary is None:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard import mask
+from regard.components import mask
+from regard.components.position import sinusoidal
 from regard.models.transformer import Encoder
 from regard.nn.pooling import AttentionPooling
 from regard.nn.recurrent import RecurrentEncoder
-from regard.position import sinusoidal
 
 KINDS = ("recurrent", "transformer", "conv")
 _UNKNOWN = 1  # the number of a word that is in no vocabulary

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard import mask
+from regard.components import mask
+from regard.components.summary import Summary
 from regard.nn.additive import AdditiveAttention
 from regard.nn.cell import Kind, make_cell
 from regard.nn.cell import State as Steps
 from regard.nn.memory import Memory
 from regard.nn.recurrent import RecurrentDecoder, RecurrentEncoder
-from regard.summary import Summary
 
 
 @dataclass

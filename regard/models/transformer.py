@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard import check, mask
-from regard.mask import Mask
+from regard import check
+from regard.components import mask
+from regard.components.mask import Mask
+from regard.components.position import sinusoidal
+from regard.components.summary import Summary
 from regard.nn.block import AttentionBlock
 from regard.nn.cache import KeyValueCache
-from regard.position import sinusoidal
-from regard.summary import Summary
 
 
 class FeedForward(nn.Module):

@@ -7,31 +7,35 @@
 `LuongAttention` and `recurrent` are for recurrent networks, `vision` is for convolutional ones.
 """
 
+from regard.deprecated import getter
 from regard.nn import recurrent, vision
 from regard.nn.additive import AdditiveAttention
 from regard.nn.block import AttentionBlock
 from regard.nn.cache import KeyValueCache
+from regard.nn.component import ComponentModule
 from regard.nn.latent import LatentAttention
 from regard.nn.luong import LuongAttention
 from regard.nn.memory import Memory
 from regard.nn.multihead import MultiheadAttention
 from regard.nn.pooling import AdditivePooling, AttentionPooling, KernelPooling
 from regard.nn.replace import replace_attention
-from regard.nn.word import Word
 
 __all__ = [
     "AdditiveAttention",
     "AdditivePooling",
     "AttentionBlock",
     "AttentionPooling",
+    "ComponentModule",
     "KernelPooling",
     "KeyValueCache",
     "LatentAttention",
     "LuongAttention",
     "Memory",
     "MultiheadAttention",
-    "Word",
     "recurrent",
     "replace_attention",
     "vision",
 ]
+
+
+__getattr__ = getter("regard.nn")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from regard.components.normalizer import Normalizer
+from regard.components.score import Additive, Score
 from regard.nn.memory import MemoryAttention, vector
-from regard.normalizer import Normalizer
-from regard.score import Additive, Score
 
 
 class AdditiveAttention(MemoryAttention):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from regard import check
-from regard.mask import Mask, dense
+from regard.components.mask import Mask, dense
+from regard.components.summary import Summary
 from regard.nn.cache import KeyValueCache
 from regard.nn.multihead import MultiheadAttention
-from regard.summary import Summary
 
 
 class AttentionBlock(nn.Module):
@@ -67,7 +67,7 @@ class AttentionBlock(nn.Module):
             cache: as in `MultiheadAttention`.
 
         Returns:
-            (B, L, d_model); with `summary`, a pair of it and `Seen`.
+            (B, L, d_model); with `summary`, a pair of it and `AttentionSummary`.
         """
         x = self.norm(query) if self.pre else query
         key, value = (x if other is query else other for other in (key, value))

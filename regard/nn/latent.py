@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import attention
-from regard.mask import Mask, window
+from regard.components.mask import Mask, window
+from regard.components.normalizer import Normalizer
+from regard.components.position import Rotary
+from regard.components.score import ScaledDot
+from regard.components.summary import Summary
 from regard.nn.cache import KeyValueCache
-from regard.nn.word import Word
-from regard.normalizer import Normalizer
-from regard.position import Rotary
-from regard.score import ScaledDot
-from regard.summary import Summary
+from regard.nn.component import ComponentModule
 
 _NAME = "LatentAttention"
 
@@ -87,7 +87,7 @@ class LatentAttention(nn.Module):
             check.finite(f"{_NAME}: scale", scale, ", or None")
         if normalizer is not None and not isinstance(normalizer, Normalizer):
             raise check.wrong(f"{_NAME}: normalizer", normalizer, "one of regard.normalizer", False)
-        self.normalizer = None if normalizer is None else Word(normalizer)
+        self.normalizer = None if normalizer is None else ComponentModule(normalizer)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         if query_rank is None:
             self.q_proj = nn.Linear(embed_dim, num_heads * width, bias=False, **where)
@@ -119,7 +119,7 @@ class LatentAttention(nn.Module):
             cache: the tokens of earlier calls; the new ones stand after them. Masks count keys from the first.
 
         Returns:
-            (B, L, embed_dim); with `summary`, a pair of it and `Seen`.
+            (B, L, embed_dim); with `summary`, a pair of it and `AttentionSummary`.
         """
         fits = check.is_floats(x)
         if not fits or x.dim() < 3 or x.shape[-1] != self.embed_dim:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from regard import check
-from regard.mask import And, Before, Mask, dense, window
+from regard.components.mask import And, Before, Mask, dense, window
+from regard.components.score import Additive, Dot, Score
+from regard.components.summary import AttentionSummary, Summary
+from regard.components.tensor_ops import widen
 from regard.nn.memory import Memory, MemoryAttention, vector
-from regard.score import Additive, Dot, Score, widen
-from regard.summary import Seen, Summary
 
 
 class LuongAttention(MemoryAttention):
@@ -89,7 +90,7 @@ class LuongAttention(MemoryAttention):
         *,
         start: int = 0,
         summary: Summary | None = None,
-    ) -> Tensor | tuple[Tensor, Seen]:
+    ) -> Tensor | tuple[Tensor, AttentionSummary]:
         """Attend to a memory.
 
         Args:
@@ -102,7 +103,7 @@ class LuongAttention(MemoryAttention):
 
         Returns:
             The context (B, L, E), or (B, E) for one step; of width `output_width` where there is one. With `summary`, a
-            pair of it and `Seen`, where one step is L = 1. The context of a row that may attend to nothing is 0.
+            pair of it and `AttentionSummary`, where one step is L = 1. The context of a row that may attend to nothing is 0.
         """
         check.whole("LuongAttention: start", start, 0)
         memory = self._memory(query, key, value, mask)
@@ -111,7 +112,9 @@ class LuongAttention(MemoryAttention):
             if memory.values.shape[-1] != width:
                 expected = f"floats of shape (B, S, {width}): that wide are the values for output_width"
                 raise check.wrong("LuongAttention: value", memory.values, expected, True)
-        found: Tensor | tuple[Tensor, Seen] = self._for_rows(query, lambda x: self._attend(x, memory, start, summary))
+        found: Tensor | tuple[Tensor, AttentionSummary] = self._for_rows(
+            query, lambda x: self._attend(x, memory, start, summary)
+        )
         return found
 
     def extra_repr(self) -> str:
@@ -119,7 +122,7 @@ class LuongAttention(MemoryAttention):
         return f"score={self.score!r}{where}"
 
     def _attend(self, query: Tensor, memory: Memory, start: int, summary: Summary | None) -> Any:
-        seen: Seen | None
+        seen: AttentionSummary | None
         if self.local == "predictive":
             context, seen = self._predictive(query, memory, summary)
         else:
@@ -131,7 +134,7 @@ class LuongAttention(MemoryAttention):
             context = torch.tanh(self.output_map(torch.cat([context, query], -1)))
         return context if summary is None else (context, seen)
 
-    def _predictive(self, query: Tensor, memory: Memory, summary: Summary | None) -> tuple[Tensor, Seen]:
+    def _predictive(self, query: Tensor, memory: Memory, summary: Summary | None) -> tuple[Tensor, AttentionSummary]:
         """With the logarithm of the Gaussian g added to the scores s, the weights are e^s g / sum(e^s g): times their sum,
         and divided by sum(e^s), they are softmax(s) g.
         """

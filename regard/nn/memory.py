@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import attention
-from regard.mask import Mask
-from regard.nn.word import Word
-from regard.normalizer import Normalizer, Softmax
-from regard.score import Additive, Dot, Score
-from regard.summary import Seen, Summary, Top
-from regard.word import rebuild
+from regard.components.component import map_leaves
+from regard.components.mask import Mask
+from regard.components.normalizer import Normalizer, Softmax
+from regard.components.score import Additive, Dot, Score
+from regard.components.summary import AttentionSummary, Summary, Top
+from regard.nn.component import ComponentModule
 
 
 class Memory(NamedTuple):
@@ -40,7 +40,7 @@ class Memory(NamedTuple):
         room for three beams.
         """
         check_rows("Memory.reorder: rows", rows)
-        mask = None if self.mask is None else rebuild(self.mask, lambda leaf: _of_rows(leaf, rows))
+        mask = None if self.mask is None else map_leaves(self.mask, lambda leaf: _of_rows(leaf, rows))
         return Memory(self.keys.index_select(0, rows), self.values.index_select(0, rows), mask)
 
 
@@ -80,7 +80,7 @@ class MemoryAttention(nn.Module):
             raise check.wrong(f"{self._name}: normalizer", normalizer, expected, False)
         check_chance(f"{self._name}: dropout", dropout)
         self.query_width, self.key_width, self.width = query_width, key_width, width
-        self.normalizer = Word(Softmax() if normalizer is None else normalizer)
+        self.normalizer = ComponentModule(Softmax() if normalizer is None else normalizer)
         self.dropout = dropout
 
     def remember(self, key: Tensor, value: Tensor | None = None, mask: Mask | None = None) -> Memory:
@@ -108,7 +108,7 @@ class MemoryAttention(nn.Module):
         mask: Mask | None = None,
         *,
         summary: Summary | None = None,
-    ) -> Tensor | tuple[Tensor, Seen]:
+    ) -> Tensor | tuple[Tensor, AttentionSummary]:
         """Attend to a memory.
 
         Args:
@@ -119,11 +119,13 @@ class MemoryAttention(nn.Module):
             summary: what else to tell about the weights.
 
         Returns:
-            The context (B, L, E), or (B, E) for one step; with `summary`, a pair of it and `Seen`, where one step is
+            The context (B, L, E), or (B, E) for one step; with `summary`, a pair of it and `AttentionSummary`, where one step is
             L = 1. A row that may attend to nothing gives 0.
         """
         memory = self._memory(query, key, value, mask)
-        found: Tensor | tuple[Tensor, Seen] = self._for_rows(query, lambda rows: self._read(rows, memory, summary))
+        found: Tensor | tuple[Tensor, AttentionSummary] = self._for_rows(
+            query, lambda rows: self._read(rows, memory, summary)
+        )
         return found
 
     def _memory(self, query: Tensor, key: Tensor | Memory, value: Tensor | None, mask: Mask | None) -> Memory:
@@ -195,14 +197,14 @@ def _of_one(q: Tensor, k: Tensor, score: Additive) -> Tensor:
     return seen.lse[:, None]
 
 
-def join(told: Sequence[Seen], summary: Summary) -> Seen:
+def join(told: Sequence[AttentionSummary], summary: Summary) -> AttentionSummary:
     """What was told step by step, as if all had been told at once."""
 
     def along(name: str) -> Any:
         parts = [getattr(seen, name) for seen in told]
         return None if parts[0] is None else torch.cat(parts, 1)
 
-    seen = Seen(**{name: along(name) for name in ("lse", "max", "entropy", "mass", "full")})
+    seen = AttentionSummary(**{name: along(name) for name in ("lse", "max", "entropy", "mass", "full")})
     if summary.top:
         tops = [seen.top for seen in told if seen.top is not None]
         seen = seen._replace(

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import AnyScore, attention
-from regard.mask import Mask, dense, documents, window
+from regard.components.mask import Mask, dense, documents, window
+from regard.components.normalizer import Normalizer
+from regard.components.position import Bias, Rotary
+from regard.components.score import Score
+from regard.components.summary import Summary
+from regard.components.tile import Sizes
 from regard.nn.cache import KeyValueCache
+from regard.nn.component import ComponentModule
 from regard.nn.restriction import restrictions, written_out
-from regard.nn.word import Word
-from regard.normalizer import Normalizer
-from regard.position import Bias, Rotary
-from regard.score import Score
-from regard.summary import Summary
-from regard.tile import Sizes
 
 _NAME = "MultiheadAttention"
 
@@ -107,9 +107,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"{_NAME}: position turns {position.width} entries; expected {expected}")
         if softcap is not None:
             check.positive(f"{_NAME}: softcap", softcap, ", or None")
-        self.score = Word(score) if isinstance(score, Score) else score
-        self.normalizer = None if normalizer is None else Word(normalizer)
-        self.position = Word(position) if isinstance(position, Bias) else position
+        self.score = ComponentModule(score) if isinstance(score, Score) else score
+        self.normalizer = None if normalizer is None else ComponentModule(normalizer)
+        self.position = ComponentModule(position) if isinstance(position, Bias) else position
         self.softcap = softcap
         self.kv_heads = self.num_heads
         # Where this is True, the layers of nn.Transformer may compute attention on their own, past this one.
@@ -188,7 +188,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 calls, and masks count all keys from the first. A fixed one takes the places of key and value.
 
         Returns:
-            The output, of the shape of query, and: `Seen` with `summary`; otherwise None, or with need_weights the
+            The output, of the shape of query, and: `AttentionSummary` with `summary`; otherwise None, or with need_weights the
             weights (B, L, S), or (B, num_heads, L, S) where they are not averaged. One sequence has no axis B.
         """
         if getattr(query, "is_nested", False):
@@ -204,7 +204,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 expected = "one of regard.mask (a tensor goes into attn_mask, or into mask.dense)"
                 raise check.wrong(f"{_NAME}: mask", mask, expected, False)
             masks.append(mask)
-        bias = self.position() if isinstance(self.position, Word) else None
+        bias = self.position() if isinstance(self.position, ComponentModule) else None
         if isinstance(self.position, Rotary):
             q, k = self.position(q, k, start=past)
         if cache is not None and not cache.fixed:
@@ -219,7 +219,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         asked = Summary(full=True) if summary is None and need_weights else summary
         words: dict[str, Any] = {
-            "score": self.score() if isinstance(self.score, Word) else self.score,
+            "score": self.score() if isinstance(self.score, ComponentModule) else self.score,
             "normalizer": None if self.normalizer is None else self.normalizer(),
             "softcap": self.softcap,
             "dropout": self.dropout if self.training else 0.0,

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import attention
-from regard.mask import Mask
+from regard.components.mask import Mask
+from regard.components.score import Additive, Gaussian
+from regard.components.summary import AttentionSummary, Summary
 from regard.nn.memory import check_axes, check_chance, check_mask, vector
-from regard.score import Additive, Gaussian
-from regard.summary import Seen, Summary
 
 
 class AttentionPooling(nn.Module):
@@ -49,7 +49,7 @@ class AttentionPooling(nn.Module):
 
     def forward(
         self, x: Tensor, mask: Mask | None = None, *, summary: Summary | None = None
-    ) -> Tensor | tuple[Tensor, Seen]:
+    ) -> Tensor | tuple[Tensor, AttentionSummary]:
         """Pool a sequence.
 
         Args:
@@ -58,7 +58,7 @@ class AttentionPooling(nn.Module):
             summary: what else to tell about the weights.
 
         Returns:
-            (B, width) for one query, (B, queries, width) for several; with `summary`, a pair of it and `Seen`, of shapes
+            (B, width) for one query, (B, queries, width) for several; with `summary`, a pair of it and `AttentionSummary`, of shapes
             (B, num_heads, queries) and so on.
         """
         check_axes("AttentionPooling: x", x, "B, S", self.width)
@@ -107,7 +107,7 @@ class AdditivePooling(nn.Module):
 
     def forward(
         self, x: Tensor, mask: Mask | None = None, *, summary: Summary | None = None
-    ) -> Tensor | tuple[Tensor, Seen]:
+    ) -> Tensor | tuple[Tensor, AttentionSummary]:
         """Pool a sequence.
 
         Args:
@@ -116,7 +116,7 @@ class AdditivePooling(nn.Module):
             summary: what else to tell about the weights.
 
         Returns:
-            (B, width) for one u, (B, queries, width) for several; with `summary`, a pair of it and `Seen`, in which
+            (B, width) for one u, (B, queries, width) for several; with `summary`, a pair of it and `AttentionSummary`, in which
             each u is a head with one query: (B, queries, 1) and so on.
         """
         check_axes("AdditivePooling: x", x, "B, S", self.width)
@@ -165,7 +165,7 @@ class KernelPooling(nn.Module):
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None, *, summary: Summary | None = None
-    ) -> Tensor | tuple[Tensor, Seen]:
+    ) -> Tensor | tuple[Tensor, AttentionSummary]:
         """Values at the points of the queries.
 
         Args:
@@ -176,7 +176,7 @@ class KernelPooling(nn.Module):
             summary: what else to tell about the weights.
 
         Returns:
-            (B, L, E), or (L, E); with `summary`, a pair of it and `Seen`. Where no point may be looked at it is 0.
+            (B, L, E), or (L, E); with `summary`, a pair of it and `AttentionSummary`. Where no point may be looked at it is 0.
         """
         fits = check.is_floats(query)
         if not fits or query.dim() not in (2, 3):

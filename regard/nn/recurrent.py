@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import attention
-from regard.mask import Mask
+from regard.components.mask import Mask
+from regard.components.score import Dot
+from regard.components.summary import AttentionSummary, Summary
+from regard.components.tile import Sizes
 from regard.nn.additive import AdditiveAttention
 from regard.nn.cell import Cell, Kind, State, make_cell
 from regard.nn.encoder import RecurrentEncoder
 from regard.nn.luong import LuongAttention
 from regard.nn.memory import Memory, MemoryAttention, check_axes, check_mask, join, unwatched, vector
 from regard.nn.precision import run_recurrent
-from regard.score import Dot
-from regard.summary import Seen, Summary
-from regard.tile import Sizes
 
 __all__ = ["RecurrentDecoder", "RecurrentEncoder", "coverage_loss"]
 
@@ -128,7 +128,7 @@ class RecurrentDecoder(nn.Module):
         state: State | Tensor | tuple[Tensor, Tensor] | None = None,
         *,
         summary: Summary | None = None,
-    ) -> tuple[Tensor, State] | tuple[Tensor, State, Seen]:
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, AttentionSummary]:
         """All steps of inputs that are known, as in training.
 
         Args:
@@ -140,7 +140,7 @@ class RecurrentDecoder(nn.Module):
             summary: what else to tell about the weights.
 
         Returns:
-            The outputs (B, L, hidden_width), and the state after the last step; with `summary`, `Seen` of all steps too.
+            The outputs (B, L, hidden_width), and the state after the last step; with `summary`, `AttentionSummary` of all steps too.
         """
         check_axes("RecurrentDecoder: x", x, "B, L", self.input_width)
         if not x.shape[1]:
@@ -167,7 +167,7 @@ class RecurrentDecoder(nn.Module):
 
     def step(
         self, x: Tensor, memory: Memory, state: State, *, summary: Summary | None = None
-    ) -> tuple[Tensor, State] | tuple[Tensor, State, Seen]:
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, AttentionSummary]:
         """One step, as in decoding.
 
         Args:
@@ -177,7 +177,7 @@ class RecurrentDecoder(nn.Module):
             summary: what else to tell about the weights.
 
         Returns:
-            The output (B, hidden_width), and the state; with `summary`, `Seen` too, where L = 1.
+            The output (B, hidden_width), and the state; with `summary`, `AttentionSummary` too, where L = 1.
         """
         check_axes("RecurrentDecoder: x", x, "B", self.input_width)
         if not isinstance(memory, Memory):

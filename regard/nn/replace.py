@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import attention
-from regard.mask import causal, dense
+from regard.components.mask import causal, dense
+from regard.components.normalizer import Softmax
+from regard.components.score import ScaledDot
+from regard.components.summary import Summary
 from regard.nn.multihead import MultiheadAttention
-from regard.normalizer import Softmax
-from regard.score import ScaledDot
-from regard.summary import Summary
 
 M = TypeVar("M", bound=nn.Module)
 

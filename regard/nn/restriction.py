@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from regard import check
-from regard.arguments import align
-from regard.mask import Mask, causal, dense, lengths
-from regard.position import Bias
-from regard.tile import Sizes, Tile
+from regard.components.mask import Mask, causal, dense, lengths
+from regard.components.position import Bias
+from regard.components.tile import Sizes, Tile
+from regard.plan.arguments import resolve_alignment
 
 
 def restrictions(
@@ -86,7 +86,7 @@ def written_out(
 ) -> tuple[Tensor | None, Tensor | None]:
     """A mask and a bias as tensors (B, H, L, S), or less where they broadcast, for the precision and device of `like`."""
     tile = Tile((0, size.B), (0, size.H), (0, size.L), (0, size.S), size, like.device)
-    mask, aligned = align(mask, None if isinstance(bias, Tensor) else bias, size)
+    mask, aligned = resolve_alignment(mask, None if isinstance(bias, Tensor) else bias, size)
     table = None
     if mask is not None:
         mask.check(size, like.device)

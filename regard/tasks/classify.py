@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.components.summary import Summary
 from regard.models.classifier import Classifier
-from regard.summary import Summary
 from regard.tasks import tag
 from regard.tasks.batch import deal
 from regard.tasks.data import DataError, Labelled

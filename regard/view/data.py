@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.deprecated import getter
 from regard.view import pack
 from regard.view.brief import HABITS, Brief, briefs
 from regard.view.record import Record, Rows, Sides, check, label, rows
@@ -25,7 +26,7 @@ _CELLS, _PARTS = 32, 256
 
 
 @dataclass(frozen=True)
-class Seen:
+class PageInput:
     """What a model attended to in a text: the records, the tokens as `page` takes them, and a name to tell it by."""
 
     name: str
@@ -44,7 +45,7 @@ class Data:
     shown.
     """
 
-    def __init__(self, seen: Sequence[Seen], batch: int = 0) -> None:
+    def __init__(self, seen: Sequence[PageInput], batch: int = 0) -> None:
         self.records = [record for one in seen for record in one.records]
         self._batch = batch
         self._most = max(_LEAST, _ENTRIES // max(1, sum(record.heads * record.queries for record in self.records)))
@@ -55,7 +56,7 @@ class Data:
         for one in seen:
             self._add(one, base=self._read(one, seen), name=f"{one.name}: " if len(seen) > 1 else "")
 
-    def _read(self, one: Seen, seen: Sequence[Seen]) -> int:
+    def _read(self, one: PageInput, seen: Sequence[PageInput]) -> int:
         """Take up the texts of one, and give the number of the first; two models that read the same text share it."""
         shared = all(other.texts == seen[0].texts for other in seen)
         if shared and self._texts:
@@ -66,7 +67,7 @@ class Data:
         self._names += names[: len(one.texts)]
         return base
 
-    def _add(self, one: Seen, base: int, name: str) -> None:
+    def _add(self, one: PageInput, base: int, name: str) -> None:
         for record, side in zip(one.records, check(one.records, one.tokens, one.key_tokens, self._batch), strict=True):
             found = rows(record, self._batch)
             told = briefs(record, found, side)
@@ -222,3 +223,6 @@ def _token(reading: Reading) -> list[str | int]:
     """[text, 1 if it continues a word, 1 if a marker, raw where that differs], cut short at the end where it can be."""
     token: list[str | int] = [reading.text, int(reading.continues), int(reading.marker)]
     return token if reading.raw == reading.text else [*token, reading.raw]
+
+
+__getattr__ = getter("regard.view.data")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from regard.view.data import Data, Seen
+from regard.view.data import Data, PageInput
 from regard.view.picture import Picture
 from regard.view.record import Record
 
@@ -32,7 +32,7 @@ def page(
     key_tokens: Sequence[str] | None = None,
     budget: int = BUDGET,
     picture: Picture | None = None,
-    other: Seen | None = None,
+    other: PageInput | None = None,
 ) -> str:
     """A whole HTML document, as text, that shows what every head of `records` attends to.
 
@@ -52,7 +52,7 @@ def page(
     Raises ValueError where `records` is empty, the tokens do not fit them, or the picture does not fit the tokens.
     """
     patches = None if picture is None else picture.describe(len(tokens if key_tokens is None else key_tokens))
-    seen = [Seen(title or "first", records, tokens, key_tokens), *([] if other is None else [other])]
+    seen = [PageInput(title or "first", records, tokens, key_tokens), *([] if other is None else [other])]
     return document(Data(seen, batch), title, subtitle, budget, picture=patches)
 
 

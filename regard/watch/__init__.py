@@ -14,22 +14,37 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from regard.summary import Seen, Summary, Top
-from regard.watch import inside
-from regard.watch.ask import Shape
-from regard.watch.compare import Compared, compare, differing
-from regard.watch.head import Heads, Share, heads, share, similarity
-from regard.watch.intercept import Intercept
-from regard.watch.place import Place
-from regard.watch.readable import readable
-from regard.watch.record import Record
-from regard.watch.rollout import Traced, flow, rollout
-from regard.watch.watched import Watched
+from regard.components.summary import AttentionSummary, Summary, Top
+from regard.deprecated import getter
+from regard.watch.analysis.compare import Comparison, compare, differing
+from regard.watch.analysis.heads import Heads, Share, heads, share, similarity
+from regard.watch.analysis.rollout import Rollout, flow, rollout
+from regard.watch.capture import torch_layers
+from regard.watch.capture.hf_config import readable
+from regard.watch.capture.intercept import Intercept
+from regard.watch.capture.module_tracker import Place
+from regard.watch.capture.recorder import Shape
+from regard.watch.recording.record import Record
+from regard.watch.recording.recording import Recording
 
 __all__ = [
-    "Compared", "Heads", "Record", "Share", "Traced", "Watched", "compare", "differing", "flow", "heads", "rollout", "share",
-    "similarity", "watch",
+    "Comparison",
+    "Heads",
+    "Record",
+    "Recording",
+    "Rollout",
+    "Share",
+    "compare",
+    "differing",
+    "flow",
+    "heads",
+    "rollout",
+    "share",
+    "similarity",
+    "watch",
 ]  # fmt: skip
+
+__getattr__ = getter("regard.watch")
 
 
 @contextmanager
@@ -41,7 +56,7 @@ def watch(
     entropy: bool = True,
     rows: Sequence[int] | None = None,
     layers: Collection[int] | None = None,
-) -> Iterator[Watched]:
+) -> Iterator[Recording]:
     """Record what a model attends to while it runs inside the `with` block, in this thread.
 
     Every call of `regard.attention`, `F.scaled_dot_product_attention` and FlexAttention under the model is seen; torch's own
@@ -59,13 +74,13 @@ def watch(
             by step, keeps it.
 
     Yields:
-        `Watched`: a sequence of `Record`, one per call of attention.
+        `Recording`: a sequence of `Record`, one per call of attention.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: {type(model).__name__}; expected a torch.nn.Module")
     if not isinstance(top, int) or top < 1:
         raise ValueError(f"top: {top!r}; expected a whole number > 0: how many weights of each row to keep")
-    watched, place = Watched(), Place(model)
+    watched, place = Recording(), Place(model)
     ask = _Ask(
         watched,
         place,
@@ -73,7 +88,7 @@ def watch(
         None if layers is None else frozenset(layers),
     )
     with ExitStack() as stack:
-        stack.enter_context(inside.exchanged())
+        stack.enter_context(torch_layers.exchanged())
         stack.enter_context(readable(model))
         stack.enter_context(place.follow())
         stack.enter_context(Intercept(ask))
@@ -89,7 +104,7 @@ def watch(
 class _Ask:
     """What a watch asks of each call, and the records that it makes of the answers."""
 
-    def __init__(self, watched: Watched, place: Place, summary: Summary, layers: frozenset[int] | None) -> None:
+    def __init__(self, watched: Recording, place: Place, summary: Summary, layers: frozenset[int] | None) -> None:
         self._watched, self._place, self._summary, self._layers = watched, place, summary, layers
         self._name, self._layer = "", 0
 
@@ -100,7 +115,7 @@ class _Ask:
         self._layer = self._place.number(self._name)
         return self._summary if self._layers is None or self._layer in self._layers else None
 
-    def tell(self, seen: Seen, shape: Shape, causal: bool) -> None:
+    def tell(self, seen: AttentionSummary, shape: Shape, causal: bool) -> None:
         _, heads, queries, keys = shape
         seen = seen.each(Tensor.detach)
         assert seen.top is not None and seen.max is not None

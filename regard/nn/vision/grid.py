@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regard import check
 from regard.attention import attention
-from regard.summary import Seen, Summary
+from regard.components.summary import AttentionSummary, Summary
 
 
 def check_map(name: str, x: Tensor, channels: int | None = None) -> None:
@@ -49,7 +49,9 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads).transpose(-3, -2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, summary: Summary | None, **words: Any) -> tuple[Tensor, Seen | None]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, summary: Summary | None, **words: Any
+) -> tuple[Tensor, AttentionSummary | None]:
     """`attention` of q (..., heads, L, D), k (..., heads, S, D), v (..., heads, S, E), the heads put side by side: (..., L,
     heads E). Always with what was seen, None where there is no summary.
     """

@@ -7,9 +7,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from regard import check
+from regard.components.score import Dot
+from regard.components.summary import AttentionSummary, Summary
 from regard.nn.vision.grid import attend, check_map, to_map, to_tokens
-from regard.score import Dot
-from regard.summary import Seen, Summary
 
 
 class NonLocalBlock(nn.Module):
@@ -55,8 +55,8 @@ class NonLocalBlock(nn.Module):
         for parameter in (self.norm if norm else self.w_z).parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, Seen]:
-        """From x (B, C, H, W) to the same shape. With `summary`, a pair of it and `Seen`, for one head, (B, 1, H W): its
+    def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, AttentionSummary]:
+        """From x (B, C, H, W) to the same shape. With `summary`, a pair of it and `AttentionSummary`, for one head, (B, 1, H W): its
         queries are the places row by row, and so are its keys, those of the pooled map where there is one.
         """
         check_map("NonLocalBlock: x", x, self.channels)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard import check
+from regard.components.normalizer import Normalizer
+from regard.components.score import Score
+from regard.components.summary import AttentionSummary, Summary
 from regard.nn.vision.grid import check_heads, check_map, to_map, to_tokens
 from regard.nn.vision.position import RelativeBias2d, Rotary2d, Sinusoidal2d
 from regard.nn.vision.self_attention import SelfAttention
-from regard.normalizer import Normalizer
-from regard.score import Score
-from regard.summary import Seen, Summary
 
 
 class PatchAttention(nn.Module):
@@ -69,8 +69,8 @@ class PatchAttention(nn.Module):
         self.position = Sinusoidal2d() if position is None else position
         self.attention = SelfAttention(channels * patch**2, width, num_heads, score, normalizer)
 
-    def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, Seen]:
-        """From x (B, C, H, W) to the same shape. With `summary`, a pair of it and `Seen`, (B, heads, N): its queries and
+    def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, AttentionSummary]:
+        """From x (B, C, H, W) to the same shape. With `summary`, a pair of it and `AttentionSummary`, (B, heads, N): its queries and
         keys are the N patches, row by row.
         """
         check_map("PatchAttention: x", x, self.channels)

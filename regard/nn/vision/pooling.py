@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from regard import check
+from regard.components.normalizer import Normalizer
+from regard.components.score import Score
+from regard.components.summary import AttentionSummary, Summary
+from regard.nn.component import ComponentModule
 from regard.nn.vision.grid import attend, check_heads, check_map, split_heads, to_tokens
 from regard.nn.vision.position import RelativeBias2d, Rotary2d, Sinusoidal2d
-from regard.nn.word import Word
-from regard.normalizer import Normalizer
-from regard.score import Score
-from regard.summary import Seen, Summary
 
 
 class AttentionPool2d(nn.Module):
@@ -57,10 +57,10 @@ class AttentionPool2d(nn.Module):
         self.query = nn.Parameter(torch.randn(channels) * channels**-0.5)
         self.q, self.k, self.v = (nn.Linear(channels, channels) for _ in range(3))
         self.out = nn.Linear(channels, out)
-        self.score, self.normalizer = Word(score), Word(normalizer)
+        self.score, self.normalizer = ComponentModule(score), ComponentModule(normalizer)
 
-    def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, Seen]:
-        """From x (B, C, H, W) to (B, out). With `summary`, a pair of it and `Seen`, of one query, (B, heads, 1). Its keys
+    def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, AttentionSummary]:
+        """From x (B, C, H, W) to (B, out). With `summary`, a pair of it and `AttentionSummary`, of one query, (B, heads, 1). Its keys
         are the places row by row, after the mean where that is one: place (r, c) is then key 1 + r W + c.
         """
         check_map("AttentionPool2d: x", x, self.channels)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from regard import check
+from regard.components.position import Rotary, sinusoidal
 from regard.nn.vision.grid import check_map, pair
-from regard.position import Rotary, sinusoidal
 
 
 class Sinusoidal2d(nn.Module):

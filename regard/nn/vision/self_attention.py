@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from regard.mask import Mask
+from regard.components.mask import Mask
+from regard.components.normalizer import Normalizer
+from regard.components.score import Score
+from regard.components.summary import AttentionSummary, Summary
+from regard.nn.component import ComponentModule
 from regard.nn.vision.grid import attend, split_heads
-from regard.nn.word import Word
-from regard.normalizer import Normalizer
-from regard.score import Score
-from regard.summary import Seen, Summary
 
 # Turns q and k (..., heads, N, D).
 Turn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -37,7 +37,7 @@ class SelfAttention(nn.Module):
         # So that the layer, which adds this to its input, starts as the identity.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.score, self.normalizer = Word(score), Word(normalizer)
+        self.score, self.normalizer = ComponentModule(score), ComponentModule(normalizer)
 
     def forward(
         self,
@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
         mask: Mask | None = None,
         bias: Tensor | None = None,
         summary: Summary | None = None,
-    ) -> tuple[Tensor, Seen | None]:
+    ) -> tuple[Tensor, AttentionSummary | None]:
         """From x (..., N, C) to the same shape, and what was seen; `turn` is applied to q and k (..., heads, N, D) first."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(self.norm(x)).chunk(3, -1))
         if turn is not None:

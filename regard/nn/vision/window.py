@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard import check
-from regard.mask import documents
+from regard.components.mask import documents
+from regard.components.normalizer import Normalizer
+from regard.components.score import Score
+from regard.components.summary import AttentionSummary, Summary
 from regard.nn.vision.grid import check_heads, check_map, pair
 from regard.nn.vision.position import RelativeBias2d
 from regard.nn.vision.self_attention import SelfAttention
-from regard.normalizer import Normalizer
-from regard.score import Score
-from regard.summary import Seen, Summary
 
 
 class WindowAttention2d(nn.Module):
@@ -59,8 +59,8 @@ class WindowAttention2d(nn.Module):
         self.bias = RelativeBias2d(num_heads, self.window)
         self.attention = SelfAttention(channels, channels, num_heads, score, normalizer)
 
-    def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, Seen]:
-        """From x (B, C, H, W) to the same shape. With `summary`, a pair of it and `Seen`, (B, windows, heads, N): the
+    def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, AttentionSummary]:
+        """From x (B, C, H, W) to the same shape. With `summary`, a pair of it and `AttentionSummary`, (B, windows, heads, N): the
         windows row by row, and the N places of each row by row, of the map as it is filled up and rolled.
         """
         check_map("WindowAttention2d: x", x, self.channels)

@@ -1,0 +1,221 @@
+"""Fused backends as part of autograd and torch.func.
+
+Their second derivatives are those of `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from regard.backends import reference
+from regard.backends.backend import FusedBackend
+from regard.components.component import slots
+from regard.components.function import FunctionScore
+from regard.plan.nonfinite import flag_nonfinite
+from regard.plan.problem import Plan
+
+
+def run(backend: FusedBackend, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return all outputs of a problem, in the order of `Plan.outputs`, with gradients."""
+    outputs: tuple[Tensor, ...]
+    if _is_transformed():
+        outputs = Forward.apply(backend, plan, *tensors)  # type: ignore[no-untyped-call]
+    elif _is_recorded(tensors):
+        return Eager.apply(backend, plan, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    else:
+        outputs = backend.forward(plan, tensors, is_last=True)
+    return outputs[: len(outputs) - backend.saved]
+
+
+def is_differentiated(tensors: Sequence[Tensor]) -> bool:
+    """Does autograd or a transform of torch.func have to know? If not, half of the time of a short call is saved."""
+    return _is_recorded(tensors) or _is_transformed()
+
+
+def _is_recorded(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])  # noqa: C419, a generator takes longer
+
+
+def _is_transformed() -> bool:
+    """Is a transform of torch.func, or forward mode, under way?"""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def to_save(backend: FusedBackend, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return what `backward` takes of everything that `forward` returned."""
+    return (outputs[0], *outputs[-backend.saved :]) if backend.saved else ()
+
+
+class Forward(torch.autograd.Function):
+    """A kernel's forward."""
+
+    @staticmethod
+    def forward(backend: FusedBackend, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = backend.forward(plan, tensors)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend, ctx.plan, *tensors = inputs
+        saved = to_save(ctx.backend, output)
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[x for x in output if not x.is_floating_point()], *saved[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward_of(ctx, gradients[: len(gradients) - ctx.backend.saved])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _loop_over_batch(Forward.apply, info.batch_size, in_dims, inputs)
+
+
+class Eager(torch.autograd.Function):
+    """The same for calls that no transform sees. Those want the context apart from `forward`; in a Function of that form
+    torch looks up its signature in every call, which takes longer than a short sequence takes to compute.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: FusedBackend, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.backend, ctx.plan = backend, plan
+        outputs: tuple[Tensor, ...] = backend.forward(plan, tensors)
+        ctx.save_for_backward(*tensors, *to_save(backend, outputs))
+        ctx.set_materialize_grads(False)
+        outputs = outputs[: len(outputs) - backend.saved]
+        if plan.summary.top:
+            ctx.mark_non_differentiable(*[x for x in outputs if not x.is_floating_point()])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward_of(ctx, gradients)
+
+
+def _backward_of(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs of a kernel's forward, from those of its outputs."""
+    needs_grad, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
+    if not torch.is_grad_enabled() and not _is_transformed():
+        # Nobody asks for a second derivative, nor maps the first: no graph has to know of it.
+        tensors, saved = saved[: len(needs_grad)], saved[len(needs_grad) :]
+        return None, None, *ctx.backend.backward(ctx.plan, tensors, saved, gradients, needs_grad)
+    given = tuple(g is not None for g in gradients)
+    present = [g for g in gradients if g is not None]
+    results = Backward.apply(ctx.backend, ctx.plan, needs_grad, given, *present, *saved)  # type: ignore[no-untyped-call]
+    return None, None, *scatter(results, needs_grad)
+
+
+class Backward(torch.autograd.Function):
+    """A kernel's backward. Its own derivative is taken by `reference`."""
+
+    @staticmethod
+    def forward(
+        backend: FusedBackend, plan: Plan, needs_grad: tuple[bool, ...], given: tuple[bool, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        gradients, rest = tensors[: sum(given)], tensors[sum(given) :]
+        tensors, outputs = rest[: len(needs_grad)], rest[len(needs_grad) :]
+        results = backend.backward(plan, tensors, outputs, scatter(gradients, given), needs_grad)
+        return tuple(x for x in results if x is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend, ctx.plan, ctx.needs_grad, ctx.given, *tensors = inputs
+        # What the forward pass saved follows from the tensors: the second derivative is taken of them alone.
+        ctx.save_for_backward(*tensors[: sum(ctx.given) + len(ctx.needs_grad)])
+        ctx.count = len(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
+        first, needed = sum(ctx.given), ctx.needs_input_grad[4:]
+        captured = slots(ctx.plan.score.captured) if isinstance(ctx.plan.score, FunctionScore) else []
+        own = [first + i for i in captured if ctx.needs_grad[i] or needed[first + i]]
+        results = _second(ctx, seconds) if not own else _second_of_function(ctx, seconds, own)
+        return None, None, None, None, *[results.get(i) for i in range(ctx.count)]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _loop_over_batch(Backward.apply, info.batch_size, in_dims, inputs)
+
+
+def _equation(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return what `reference` gives for the same problem."""
+    plan, tensors = flag_nonfinite(ctx.plan, tensors) if ctx.backend.masks_nonfinite else (ctx.plan, tensors)
+    return reference.forward(plan, tensors)
+
+
+def _second(ctx: Any, seconds: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The derivative of `Backward`, by the index of its tensors."""
+    count, needs_grad = sum(ctx.given), ctx.needs_grad
+    moving = [i for i, x in enumerate(ctx.saved_tensors) if x.is_floating_point()]
+
+    def first(*floats: Tensor) -> tuple[Tensor, ...]:
+        """The first derivative, as a differentiable function of gradients and tensors."""
+        everything = list(ctx.saved_tensors)
+        for i, x in zip(moving, floats, strict=True):
+            everything[i] = x
+        gradients, tensors = everything[:count], everything[count:]
+
+        def equation(*some: Tensor) -> tuple[Tensor, ...]:
+            outputs = _equation(ctx, _merge(tensors, needs_grad, some))
+            return tuple(x for x, there in zip(outputs, ctx.given, strict=True) if there)
+
+        pull = torch.func.vjp(equation, *[x for x, want in zip(tensors, needs_grad, strict=True) if want])[1]
+        return tuple(pull(tuple(gradients)))
+
+    pull = torch.func.vjp(first, *[ctx.saved_tensors[i] for i in moving])[1]
+    return dict(zip(moving, pull(tuple(seconds)), strict=True))
+
+
+def _second_of_function(ctx: Any, seconds: Sequence[Tensor], own: Sequence[int]) -> dict[int, Tensor]:
+    """The same for a Python score whose `own` tensors want a gradient. It computes with them whatever it is given, so that
+    no function of other tensors can be differentiated in its place: only the graph that they are leaves of.
+    """
+    count, saved = sum(ctx.given), ctx.saved_tensors
+    moving = [i for i, x in enumerate(saved) if x.is_floating_point()]
+    leaves = [x if i in own else x.detach().requires_grad_(i in moving) for i, x in enumerate(saved)]
+    with torch.enable_grad():
+        outputs = _equation(ctx, leaves[count:])
+        firsts = torch.autograd.grad(
+            [x for x, there in zip(outputs, ctx.given, strict=True) if there],
+            [x for x, want in zip(leaves[count:], ctx.needs_grad, strict=True) if want],
+            leaves[:count], create_graph=True, materialize_grads=True,
+        )  # fmt: skip
+    pairs = [(x, y) for x, y in zip(firsts, seconds, strict=True) if x.requires_grad]
+    found = torch.autograd.grad(
+        [x for x, _ in pairs], [leaves[i] for i in moving], [y for _, y in pairs], retain_graph=True, allow_unused=True
+    )
+    return dict(zip(moving, found, strict=True))
+
+
+def _loop_over_batch(
+    apply: Callable[..., tuple[Tensor, ...]], count: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """What a Function gives for each element of a batch axis of torch.func.vmap, stacked."""
+    runs = [
+        apply(
+            *[
+                x if dim is None or not isinstance(x, Tensor) else x.select(dim, i)
+                for x, dim in zip(inputs, in_dims, strict=True)
+            ]
+        )
+        for i in range(count)
+    ]
+    outputs = tuple(torch.stack(parts) for parts in zip(*runs, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+def scatter(present: Sequence[Tensor], there: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The tensors that are present, with None in the places where none is."""
+    items = iter(present)
+    return tuple(next(items) if flag else None for flag in there)
+
+
+def _merge(tensors: Sequence[Tensor], needs_grad: Sequence[bool], some: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, with those that are needs_grad replaced."""
+    items = iter(some)
+    return [next(items) if want else x for x, want in zip(tensors, needs_grad, strict=True)]

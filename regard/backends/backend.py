@@ -1,0 +1,76 @@
+"""What a backend is: the contract between `attention` and an implementation of its problems.
+
+A backend is a module, or an object, with the attributes and functions of `Backend`, and one line in the table of `registry`.
+Nothing outside its own folder and that line knows its name. It keeps the contract of CONTRIBUTING.md, and refuses what it
+cannot do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from regard.components.tile import Sizes
+from regard.plan.problem import Plan
+
+
+class Backend(Protocol):
+    """An implementation of problems."""
+
+    @property
+    def about(self) -> str:
+        """What it is, in a few words."""
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether it may be chosen without being named."""
+
+    @property
+    def masks_nonfinite(self) -> bool:
+        """Whether it masks NaN and inf in q, k and v itself. For the others, problems carry flags: see `plan.nonfinite`."""
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether `forward` is made of differentiable operations of PyTorch: then there is no `backward`."""
+
+    @property
+    def saved(self) -> int:
+        """How many tensors `forward` returns after the outputs, for `backward` to take."""
+
+    def is_for(self, device_type: str) -> bool:
+        """Whether it is tried for tensors on such a device, "cpu" or "cuda", without being named."""
+
+    def refuse(self, plan: Plan, tensors: Sequence[Tensor]) -> str | None:
+        """Return why it cannot serve a problem, None if it can."""
+
+    def forward(self, plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tuple[Tensor, ...]:
+        """Return the outputs, in the order of `Plan.outputs`, then the saved tensors.
+
+        Saved tensors may be empty if `is_last`: no backward pass follows.
+        """
+
+
+class FusedBackend(Backend, Protocol):
+    """A backend with a backward pass of its own."""
+
+    def backward(
+        self,
+        plan: Plan,
+        tensors: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        needs_grad: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the tensors that need one, None for the others.
+
+        Args:
+            plan, tensors: the problem.
+            saved: the output and the saved tensors of `forward`; nothing where it saves none.
+            gradients: of the outputs. None stands for zeros.
+            needs_grad: one bool per tensor.
+        """
+
+    def empty_saved(self, size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:
+        """Return uninitialized tensors with the shapes and dtypes of the saved ones; `like` is in accumulation precision."""

@@ -1,0 +1,156 @@
+"""Which backend runs: the first of the table that is for the device of q and does not refuse.
+
+`attention(backend=...)` forces one, `explain` returns what each of them says, `record_backends` which ones ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from regard import check
+from regard.backends import autograd, compiled_ops, reference
+from regard.backends.backend import FusedBackend
+from regard.backends.cpu import extension
+from regard.backends.registry import BACKENDS
+from regard.plan.nonfinite import flag_nonfinite
+from regard.plan.problem import Problem
+
+_ran: ContextVar[list[str] | None] = ContextVar("ran", default=None)
+
+
+def run(problem: Problem, name: str | None) -> tuple[Tensor, ...]:
+    """Run a problem by the backend of this name, or by the first that serves it."""
+    forced = name is not None
+    name = _choose(problem) if name is None else _force(problem, name)
+    if name == _LAST_RESORT and not forced:
+        reference.warn(str(_refuse(_SERVES_MOST, problem)), *problem.tensors[:2])
+    backend, plan = BACKENDS[name], problem.plan
+    tensors: Sequence[Tensor] = problem.tensors
+    if not torch.compiler.is_compiling():
+        ran = _ran.get()
+        if ran is not None:
+            ran.append(name)
+    if not backend.masks_nonfinite and masks_nonfinite(None, tensors[0]):
+        # Flags were left out for the sake of a backend that then refused.
+        plan, tensors = flag_nonfinite(plan, tensors)
+    if backend.is_differentiable:
+        return backend.forward(plan, tensors)
+    if torch.compiler.is_compiling():
+        return compiled_ops.run(name, plan, tensors)
+    return autograd.run(cast(FusedBackend, backend), plan, tensors)
+
+
+def masks_nonfinite(name: str | None, q: Any) -> bool:
+    """Whether the backend of this name, or one that is tried on the device of q, masks nonfinite values itself."""
+    if isinstance(name, str) and name in BACKENDS and BACKENDS[name].masks_nonfinite:
+        return True
+    return isinstance(q, Tensor) and q.device.type in _DEVICES_WITHOUT_FLAGS
+
+
+# The backend that serves every problem, and the most general one before it.
+_LAST_RESORT, _SERVES_MOST = "reference", "tiled"
+_DEVICES_WITHOUT_FLAGS = frozenset(
+    device for device in ("cpu", "cuda") if any(b.masks_nonfinite and b.is_for(device) for b in BACKENDS.values())
+)
+
+# In half precision, torch's own attention computes on the matrix units (AMX) of the machines that have them: 2 to 4 times
+# as fast as the native kernels, which widen to float32.
+_MATRIX_UNITS = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def _order(problem: Problem) -> list[str]:
+    q = problem.tensors[0]
+    names = [name for name, backend in BACKENDS.items() if backend.is_for(q.device.type) and backend.is_automatic]
+    if _MATRIX_UNITS and q.dtype == torch.bfloat16:
+        names.sort(key=lambda name: name != "sdpa")
+    return names
+
+
+def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """The output of a call that asks for nothing but q, k and v, by the shortest way: for a short sequence, to take a call
+    apart costs more than to compute it. None if anything is out of the ordinary.
+    """
+    if (
+        extension.missing or torch.compiler.is_compiling()
+        or not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu)
+        or (q.dtype != torch.float32 and (_MATRIX_UNITS or not q.is_floating_point()))
+        or autograd.is_differentiated((q, k, v))
+    ):  # fmt: skip
+        return None
+    try:
+        out: Tensor | None = extension.ops.plain(q, k, v)
+    except NotImplementedError:  # a sparse tensor, or one on another device: the check of a call says it in words
+        return None
+    ran = _ran.get()
+    if ran is not None and out is not None:
+        ran.append("cpu")
+    return out
+
+
+def _choose(problem: Problem) -> str:
+    return next((name for name in _order(problem) if _refuse(name, problem) is None), _LAST_RESORT)
+
+
+def _refuse(name: str, problem: Problem) -> str | None:
+    """Return why a backend cannot serve a problem, None if it can."""
+    if torch.compiler.is_compiling() and not BACKENDS[name].is_differentiable:
+        reason = compiled_ops.refuse(problem.plan)
+        if reason is not None:
+            return reason
+    return BACKENDS[name].refuse(problem.plan, problem.tensors)
+
+
+def _force(problem: Problem, name: str) -> str:
+    if not isinstance(name, str) or name not in BACKENDS:
+        expected = f"one of {', '.join(map(repr, BACKENDS))}, or None"
+        raise check.wrong("backend", name, expected, isinstance(name, str))
+    reason = _refuse(name, problem)
+    if reason is not None:
+        raise ValueError(f"backend is {name!r}, which cannot serve this problem: {reason}")
+    return name
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What each candidate says of a problem, in the order of preference: None = it can serve. Prints itself."""
+
+    chosen: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, reason in self.reasons.items():
+            mark = "->" if name == self.chosen else "  "
+            automatic = "can serve" if BACKENDS[name].is_automatic else "can serve, when asked for by name"
+            lines.append(f"{mark} {name:<10} {'no: ' + reason if reason else automatic}")
+        return "\n".join(lines)
+
+
+def explanation(problem: Problem) -> Explanation:
+    """What each candidate says of a problem."""
+    reasons = {name: _refuse(name, problem) for name in BACKENDS}
+    return Explanation(_choose(problem), reasons)
+
+
+@contextmanager
+def record_backends() -> Iterator[list[str]]:
+    """Collect the names of the kernels that run inside, in order, in this thread.
+
+    >>> with regard.record_backends() as ran:
+    ...     regard.attention(q, k, v)
+    >>> ran
+    ['cpu']
+    """
+    ran: list[str] = []
+    token = _ran.set(ran)
+    try:
+        yield ran
+    finally:
+        _ran.reset(token)

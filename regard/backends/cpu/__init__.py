@@ -1,0 +1,1 @@
+"""The native CPU kernels: C++ in csrc/, in memory linear in length."""

@@ -1,0 +1,34 @@
+"""Biases that depend on the distance of query and key alone, as tables: memory linear in length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regard.components.component import fill
+from regard.components.position import Bias
+from regard.components.tile import Sizes, Tile
+from regard.plan.problem import Plan, sizes
+
+
+def relative_table(bias: Bias, size: Sizes, dtype: torch.dtype, tensors: Sequence[Tensor]) -> Tensor:
+    """A bias that depends on the distance alone, as a table (H, L + S - 1 + 64) of query - key + S - 1: memory linear in
+    length. The kernels read whole vectors, past the last query.
+    """
+    # Query 0 has key -n at the distance that query n has key 0.
+    tile = Tile((0, 1), (0, size.H), (0, 1), (1 - size.L, size.S), size, tensors[0].device)
+    table = fill(bias, tensors).bias(tile, dtype)[0, :, 0].flip(-1)
+    return torch.nn.functional.pad(table, (0, 64)).contiguous()
+
+
+def through_table(
+    plan: Plan, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[int]
+) -> list[tuple[int, Tensor]]:
+    """From the gradient of the table by distance to those of what it is made of."""
+    leaves = [x.detach().requires_grad_() if i in needed else x for i, x in enumerate(tensors)]
+    with torch.enable_grad():
+        table = relative_table(plan.bias, sizes(*tensors[:2]), gradient.dtype, leaves)  # type: ignore[arg-type]
+    found = torch.autograd.grad(table, [leaves[i] for i in needed], gradient.sum_to_size(table.shape))
+    return list(zip(needed, found, strict=True))

@@ -1,0 +1,75 @@
+"""PyTorch's own fused attention, for the plain problems that it serves at full speed, under our contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.components.component import fill
+from regard.components.mask import Band
+from regard.components.normalizer import Softmax
+from regard.components.score import Product
+from regard.plan.nonfinite import nan_causal_rows, zero_nonfinite
+from regard.plan.problem import Plan, sizes
+
+# See `Backend`.
+about = "torch's fused attention, for plain problems"
+is_automatic = True
+masks_nonfinite = False
+is_differentiable = True
+saved = 0
+
+
+def is_for(device_type: str) -> bool:
+    """It runs on every device."""
+    return True
+
+
+def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
+    """Why it cannot serve a problem without materialising the weights or breaking the contract; None if it can."""
+    q, k, v = tensors[:3]
+    size = sizes(q, k)
+    if not isinstance(plan.score, Product):
+        return f"it has no score but the dot product, and {type(plan.score).__name__} is none"
+    if plan.score.key_bias is not None or plan.score.query_bias is not None:
+        return (
+            "the score is a dot product and a bias per query and key, which it has only as a matrix of queries by keys"
+        )
+    if not (isinstance(plan.normalizer, Softmax) and plan.normalizer.sink is None):
+        return "it has no normalizer but softmax without a sink"
+    if plan.summary.outputs:
+        return f"it gives no summaries ({', '.join(plan.summary.outputs)})"
+    if plan.softcap is not None:
+        return "it has no softcap"
+    if plan.bias is not None:
+        return "it has a bias only as a matrix of queries by keys"
+    if plan.dropout:
+        return "its dropout is not a function of the seed, and materialises the weights on the CPU"
+    if not _is_causal(plan) and plan.mask is not None:
+        return "it has masks only as a matrix of queries by keys, but for causal ones"
+    if isinstance(plan.mask, Band) and size.offset(plan.mask.align) != 0:
+        return 'its causal mask has align="start" alone'
+    if q.shape[-1] != v.shape[-1]:
+        return f"it materialises the weights where the widths of q ({q.shape[-1]}) and v ({v.shape[-1]}) differ"
+    if not q.numel() or not k.numel():
+        return "an axis has size zero"
+    if not q.dtype == k.dtype == v.dtype:
+        return "the score was widened to float32"
+    return None
+
+
+def _is_causal(plan: Plan) -> bool:
+    return isinstance(plan.mask, Band) and plan.mask.left is None and plan.mask.right == 0
+
+
+def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tuple[Tensor, ...]:
+    """Return the output of a problem that it does not refuse."""
+    q, k, v = zero_nonfinite(plan, tensors)[:3]
+    assert isinstance(plan.score, Product)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=_is_causal(plan), scale=plan.score.scale, enable_gqa=grouped
+    )
+    return (nan_causal_rows(fill(plan, tensors), out, k.shape[2]),)

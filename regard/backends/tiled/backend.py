@@ -1,0 +1,306 @@
+"""The equation in strips of plain PyTorch: any device, any score, memory linear in length, forward and backward.
+
+Rows are whole, so any normalizer and any summary is taken in one pass, and the backward pass is the forward pass of a
+strip, done again with a graph. Two levels keep that graph small: one from the scores of the strip to its weights and
+summaries, and one per segment of keys from q, k and the words to the scores. The four products around them are written
+out: autograd would compute those of the keys and values in the layout that is twice as slow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.backends.equation import can_be_empty, finish, over, scores
+from regard.backends.tiled.strip import Strip, place, strips, taken
+from regard.components.component import Slot, fill, slots
+from regard.components.function import FunctionScore
+from regard.components.position import TensorBias
+from regard.components.score import Product
+from regard.components.tensor_ops import fold_heads, widen
+from regard.components.tile import Range, Sizes
+from regard.plan.nonfinite import nan_scores, zero_nonfinite
+from regard.plan.problem import Plan, sizes
+
+# See `Backend`.
+about = "plain PyTorch, some rows at a time: everything, in linear memory"
+is_automatic = True
+masks_nonfinite = False
+is_differentiable = False
+saved = 0
+
+
+def is_for(device_type: str) -> bool:
+    """It runs on every device."""
+    return True
+
+
+def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
+    """It serves everything but what the graph of autograd does not show it."""
+    if isinstance(plan.score, FunctionScore) and plan.score.captured is None:
+        return "the score closes over a tensor that torch.func differentiates, and hides it from us"
+    return None
+
+
+def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tuple[Tensor, ...]:
+    """All outputs of a problem, in the order of `Plan.outputs`."""
+    names = plan.outputs
+    tensors = zero_nonfinite(plan, tensors)
+    plan = fill(plan, tensors)
+    q, k, v = (widen(x.detach()) for x in tensors[:3])
+    size = sizes(q, k)
+    outputs = dict(zip(names, empty_outputs(plan, names, size, q, v, tensors[2].dtype), strict=True))
+    with torch.no_grad(), _in_full_precision(q):
+        for strip in strips(plan, size, q.device):
+            s = _scores(plan, q, k, strip)
+            found = strip.has(names)
+            values = finish(plan, s, strip.all_keys(v), strip.tile, strip.columns, found, _empty_rows(plan, s, strip))
+            for name, value in zip(found, values, strict=True):
+                place(plan, name, outputs[name], strip, value)
+    return tuple(outputs.values())
+
+
+def empty_saved(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:
+    """Return nothing: the backward pass computes the scores again."""
+    return []
+
+
+def backward(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the tensors that need one, from those of the outputs (None = zero)."""
+    given = plan.named(gradients)
+    # The output is the product of the weights that are kept and the values: the graph ends at the weights.
+    dout = given.pop("out", None)
+    names = (*given, "kept") if dout is not None else tuple(given)
+    tensors = zero_nonfinite(plan, tensors)
+    q, k, v = (widen(x.detach()) for x in tensors[:3])
+    totals = _Totals(tensors, needs_grad)
+    leaves = _leaves(plan, tensors, needs_grad)
+    with_leaves = fill(plan, leaves)
+    from_weights = [i for i in slots(plan.normalizer) if needs_grad[i]]
+    size = sizes(q, k)
+    with torch.no_grad(), _in_full_precision(q):
+        for strip in strips(with_leaves, size, q.device):
+            s = _scores(with_leaves, q, k, strip).detach().requires_grad_()
+            values, found = strip.all_keys(v), strip.has(names)
+            with torch.enable_grad():
+                empty = _empty_rows(with_leaves, s.detach(), strip)
+                outputs = finish(with_leaves, s, values, strip.tile, strip.columns, found, empty)
+            pairs = []
+            for name, output in zip(found, outputs, strict=True):
+                if name == "kept":
+                    some = fold_heads(strip.queries(dout).to(values.dtype), values)  # type: ignore[arg-type]
+                    totals.add_keys(2, strip, some.mT @ fold_heads(output.detach(), values))
+                    gradient = (some @ values.mT).view(output.shape)
+                else:
+                    gradient = taken(plan, name, given[name], strip).to(output.dtype)
+                if output.requires_grad:
+                    pairs.append((output, gradient))
+            if not pairs:
+                continue
+            ds, *dparameters = _gradients(pairs, [s, *(leaves[i] for i in from_weights)])
+            for i, parameter in zip(from_weights, dparameters, strict=True):
+                totals.add(i, parameter)
+            if ds is not None and strip.columns:
+                # Pairs that may not attend have no gradient, whatever NaN stands in the row.
+                for keys in strip.partial:
+                    ds[..., strip.places(keys)].masked_fill_(~strip.allowed(with_leaves, keys), 0.0)
+                _from_scores(plan, with_leaves, q, k, strip, ds, leaves, totals)
+    return tuple(zero_nonfinite(plan, tensors, totals.results(tensors)))
+
+
+class _Totals:
+    """The gradients, while they are summed up; of k and v with the keys innermost, as their products give them."""
+
+    def __init__(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> None:
+        self.sums = [
+            torch.zeros(
+                (*x.shape[:-2], *(x.shape[:-3:-1] if i in (1, 2) else x.shape[-2:])),
+                dtype=widen(x.new_empty(0)).dtype, device=x.device,
+            )
+            if want else None
+            for i, (x, want) in enumerate(zip(tensors, needs_grad, strict=True))
+        ]  # fmt: skip
+        self.needs_grad = [i for i, want in enumerate(needs_grad) if want]
+
+    def add(self, index: int, gradient: Tensor | None) -> None:
+        total = self.sums[index]
+        if total is not None and gradient is not None:
+            total.add_(gradient)
+
+    def add_queries(self, strip: Strip, gradient: Tensor) -> None:
+        if self.sums[0] is not None:
+            strip.queries(self.sums[0]).add_(gradient)
+
+    def add_keys(self, index: int, strip: Strip, gradient: Tensor, segment: Range | None = None) -> None:
+        """Add the gradient (b, g, n, w) of k or v, for one segment or the whole strip."""
+        total = self.sums[index]
+        if total is None:
+            return
+        if segment is not None:
+            strip.keys(total.mT, segment).mT.add_(gradient)
+            return
+        for keys in strip.columns:
+            strip.keys(total.mT, keys).mT.add_(gradient[..., strip.places(keys)])
+
+    def results(self, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients in the shapes and dtypes of the tensors."""
+        results = [None if x is None else x.mT.contiguous() if i in (1, 2) else x for i, x in enumerate(self.sums)]
+        return tuple([None if x is None else x.to(y.dtype) for x, y in zip(results, tensors, strict=True)])
+
+
+def _from_scores(
+    plan: Plan,
+    with_leaves: Plan,
+    q: Tensor,
+    k: Tensor,
+    strip: Strip,
+    ds: Tensor,
+    leaves: Sequence[Tensor],
+    totals: _Totals,
+) -> None:
+    """From the gradient of a strip's scores to those of q, k and what the score and the bias hold."""
+    score, bias = with_leaves.score, with_leaves.bias
+    closed = isinstance(score, Product) and plan.softcap is None
+    # What remains for autograd: everything that shapes the scores, or the bias alone.
+    parameters = [i for i in slots(plan.bias if closed else (plan.score, plan.bias)) if i in totals.needs_grad]
+    parameters = [i for i in parameters if not _is_added(plan, i)]
+    some_q = strip.queries(q).detach()
+    for keys in strip.segments(with_leaves, q.shape[-1]):
+        part = dataclasses.replace(strip.tile, k=keys)
+        some_k, gradient = strip.keys(k, keys).detach(), ds[..., strip.places(keys)]
+        if isinstance(plan.bias, TensorBias):
+            total = totals.sums[_index(plan.bias.tensor)]
+            if total is not None:
+                part.cut(total).add_(gradient.sum_to_size(part.cut(total).shape))
+        if closed:
+            _product(plan.score, score, strip, keys, some_q, some_k, gradient, totals)  # type: ignore[arg-type]
+        inputs = [
+            *([] if closed else [some_q.requires_grad_(), some_k.requires_grad_()]),
+            *(leaves[i] for i in parameters),
+        ]
+        if not inputs:
+            continue
+        with torch.enable_grad():
+            s = bias.bias(part, q.dtype) if closed and bias is not None else scores(with_leaves, some_q, some_k, part)
+        if not s.requires_grad:
+            continue
+        found = list(_gradients([(s, gradient.sum_to_size(s.shape).to(s.dtype))], inputs))
+        if not closed:
+            dq, dk = found[:2]
+            if dq is not None:
+                totals.add_queries(strip, dq)
+            if dk is not None:
+                totals.add_keys(1, strip, dk.mT, keys)
+        for i, parameter in zip(parameters, found[0 if closed else 2 :], strict=True):
+            totals.add(i, parameter)
+
+
+def _product(
+    plan: Product, score: Product, strip: Strip, keys: Range, q: Tensor, k: Tensor, ds: Tensor, totals: _Totals
+) -> None:
+    """The gradients of a score that is a product, from ds (b, h, l, s)."""
+    folded = fold_heads(ds, k)
+    totals.add_queries(strip, score.scaled((folded @ k).view(q.shape)))
+    totals.add_keys(1, strip, fold_heads(score.scaled(q), k).mT @ folded, keys)
+    _add_bias(totals, plan.key_bias, (strip.tile.b, strip.tile.g, keys), folded, -2)
+    _add_bias(totals, plan.query_bias, (strip.tile.b, strip.tile.h, strip.tile.q), ds, -1)
+
+
+def _add_bias(totals: _Totals, slot: Any, parts: tuple[Range, Range, Range], ds: Tensor, axis: int) -> None:
+    total = None if slot is None else totals.sums[_index(slot)]
+    if total is not None:
+        total[tuple([slice(*part) for part in parts])].add_(ds.sum(axis))
+
+
+def _index(slot: Any) -> int:
+    assert isinstance(slot, Slot)
+    return slot.index
+
+
+def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    # What a user's score computes once, outside, from its parameters belongs to every segment's graph: it must stay.
+    return torch.autograd.grad(
+        [p[0] for p in pairs], inputs, [p[1] for p in pairs], allow_unused=True, retain_graph=True
+    )
+
+
+def _leaves(plan: Plan, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+    """The tensors of the words, each the leaf of a graph of its own if its gradient is needs_grad."""
+    # A Python function holds its own tensors: those themselves are the leaves. All others are widened, as a gradient has
+    # the dtype of its leaf: of strips that pull against one another, little would be left but what each was rounded by.
+    own = slots(plan.score.captured) if isinstance(plan.score, FunctionScore) else []
+    fresh = [i for i, want in enumerate(needs_grad) if want and i > 2 and not _is_added(plan, i)]
+    return [
+        x if i in own else widen(x.detach()).requires_grad_() if i in fresh else x.detach()
+        for i, x in enumerate(tensors)
+    ]
+
+
+def _is_added(plan: Plan, slot: int) -> bool:
+    """Is it a tensor added to the scores? It may be as large as they are, so its gradient is summed up in place."""
+    return isinstance(plan.bias, TensorBias) and _index(plan.bias.tensor) == slot
+
+
+def empty_outputs(
+    plan: Plan, names: Sequence[str], size: Sizes, q: Tensor, v: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """The outputs of a problem in which nobody may attend to anything: what strips do not reach."""
+    B, H, L, S = size.B, size.H, size.L, size.S
+    summary = plan.summary
+    shapes = {
+        "out": (B, H, L, v.shape[-1]),
+        "received": (B, H, S),
+        "full": (B, H, L, S),
+        "rows": (B, H, len(summary.row_numbers), S),
+        "top_weights": (B, H, L, summary.top),
+        "mass": (B, H, L, 0 if summary.mass is None else summary.mass.shape[-2]),
+    }
+    outputs = []
+    for name in names:
+        if name == "top_keys":
+            outputs.append(q.new_full((B, H, L, summary.top), -1, dtype=torch.int64))
+        elif name == "lse":
+            outputs.append(q.new_full((B, H, L), -math.inf))
+        else:
+            outputs.append(q.new_zeros(shapes.get(name, (B, H, L)), dtype=dtype if name == "out" else q.dtype))
+    return outputs
+
+
+def _scores(plan: Plan, q: Tensor, k: Tensor, strip: Strip) -> Tensor:
+    tile = strip.tile
+    some_q = strip.queries(q)
+
+    def segment(keys: Range) -> Tensor:
+        part = dataclasses.replace(tile, k=keys)
+        return nan_scores(plan, scores(plan, some_q, strip.keys(k, keys), part), part)
+
+    if not strip.columns:
+        return some_q.new_full((*some_q.shape[:3], 1), -math.inf)
+    with torch.no_grad():
+        s = over(strip.segments(plan, q.shape[-1]), segment)
+        for keys in strip.partial:
+            s[..., strip.places(keys)].masked_fill_(~strip.allowed(plan, keys), -math.inf)
+    return s
+
+
+def _empty_rows(plan: Plan, s: Tensor, strip: Strip) -> Tensor | None:
+    if strip.columns and not strip.partial and not can_be_empty(dataclasses.replace(plan, mask=None)):
+        return None
+    empty = s.amax(-1, keepdim=True) == -math.inf
+    return empty if bool(empty.any()) else None
+
+
+def _in_full_precision(x: Tensor) -> Any:
+    """Autocast has chosen the precision of q, k and v; sums are kept in float32."""
+    return torch.autocast(x.device.type, enabled=False)

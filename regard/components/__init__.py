@@ -1,0 +1,1 @@
+"""The configurable parts of a call: scores, normalizers, masks, position biases and summaries."""

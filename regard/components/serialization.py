@@ -1,0 +1,86 @@
+"""Plans as text: how compiled and exported graphs hold them.
+
+A graph holds a plan as the Python expression that makes it, so that an exported program can be saved and loaded without
+pickle. Python code has no such form: neither functions nor classes of users.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from regard.components.component import Slot
+
+
+def unserializable(component: Any, classes: dict[str, type[Any]]) -> str | None:
+    """Return the name of the first part of a split component that has no text form, or whose class is not one of `classes`;
+    None if there is none.
+    """
+    kind = type(component)
+    if isinstance(component, tuple):
+        parts = list(component)
+    elif dataclasses.is_dataclass(component) and not isinstance(component, type):
+        if classes.get(kind.__name__) is not kind:
+            return f"the class {kind.__name__}"
+        parts = [getattr(component, name) for name in kind.__dataclass_fields__]
+    elif component is None or isinstance(component, bool | str | int | float | torch.SymInt | torch.SymFloat):
+        return None
+    else:
+        return f"the Python function {getattr(component, '__name__', kind.__name__)}"
+    return next((name for name in [unserializable(part, classes) for part in parts] if name is not None), None)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The integers and floats of a serialized plan. They are kept apart from the text since a compiled graph may hold them as
+    symbols.
+    """
+
+    ints: list[Any] = field(default_factory=list)
+    floats: list[Any] = field(default_factory=list)
+
+
+def serialize(component: Any, numbers: Numbers) -> str:
+    """Return a split component as the Python expression that makes it, with I0, I1, ... and F0, F1, ... in place of its
+    integers and floats, which are appended to `numbers`.
+    """
+    if dataclasses.is_dataclass(component) and not isinstance(component, type):
+        if isinstance(component, Slot):
+            return f"Slot(index={component.index})"
+        parts = [
+            f"{part.name}={serialize(getattr(component, part.name), numbers)}" for part in dataclasses.fields(component)
+        ]
+        return f"{type(component).__name__}({', '.join(parts)})"
+    if isinstance(component, tuple):
+        return "(" + "".join([f"{serialize(part, numbers)}, " for part in component]) + ")"
+    if component is None or isinstance(component, bool | str):
+        return repr(component)
+    if isinstance(component, int | torch.SymInt):
+        numbers.ints.append(component)
+        return f"I{len(numbers.ints) - 1}"
+    assert isinstance(component, float | torch.SymFloat), f"{component!r} is unserializable"
+    numbers.floats.append(component)
+    return f"F{len(numbers.floats) - 1}"
+
+
+def deserialize(text: str, numbers: Numbers, classes: dict[str, type[Any]]) -> Any:
+    """The inverse of `serialize`. It makes objects of the given classes only: text from a file runs no code."""
+
+    def build(node: ast.expr) -> Any:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            if node.func.id not in classes:
+                raise ValueError(f"plan: {node.func.id!r} is not a component of this version of regard")
+            return classes[node.func.id](**{str(component.arg): build(component.value) for component in node.keywords})
+        if isinstance(node, ast.Tuple):
+            return tuple(build(part) for part in node.elts)
+        if isinstance(node, ast.Name):
+            if node.id[0] not in "IF" or not node.id[1:].isdigit():
+                raise ValueError(f"plan: {node.id!r} is not a number of a plan; expected I0, I1, ... or F0, F1, ...")
+            return (numbers.ints if node.id[0] == "I" else numbers.floats)[int(node.id[1:])]
+        return ast.literal_eval(node)
+
+    return build(ast.parse(text, mode="eval").body)

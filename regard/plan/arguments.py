@@ -1,0 +1,216 @@
+"""The arguments of a call, checked one by one. Every error is raised here, or by the word that it is about."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from regard import check
+from regard.components import mask, normalizer, position, score, summary
+from regard.components.mask import Mask
+from regard.components.normalizer import Normalizer
+from regard.components.position import Bias
+from regard.components.score import Score
+from regard.components.summary import Summary
+from regard.components.tile import Align, Sizes
+
+_AXES = {"q": "(..., H, L, D)", "k": "(..., G, S, D)", "v": "(..., G, S, E)"}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# The words that are told by their fields alone. A user's own may ask anything when they are checked.
+CACHEABLE = frozenset(
+    kind
+    for module in (mask, normalizer, position, score, summary)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+)
+
+C = TypeVar("C", Score, Normalizer, Summary, Mask, Bias)
+
+_EXPECTED: dict[type[Any], str] = {
+    Score: "one of regard.score, such as score.Dot(), or a function (q, k) -> scores",
+    Normalizer: "one of regard.normalizer, such as normalizer.Softmax()",
+    Mask: "one of regard.mask, such as mask.causal()",
+    Bias: "a float tensor that broadcasts to (B, H, L, S), position.ALiBi or position.T5",
+    Summary: "a regard.Summary, such as Summary(lse=True)",
+}
+_ABSTRACT = (Score, Normalizer, Mask, Bias)
+
+
+def check_component(name: str, component: Any, kind: type[C], device: torch.device) -> C:
+    """Raise unless it is a word of its kind, with its tensors beside q."""
+    if not isinstance(component, kind) or type(component) in _ABSTRACT:
+        raise check.wrong(name, component, _EXPECTED[kind] + _hint(component, kind), False)
+    _check_devices(name, component, device)
+    return component
+
+
+def _hint(value: object, kind: type[Any]) -> str:
+    """What may have been meant."""
+    if isinstance(value, type) and issubclass(value, kind) and value not in _ABSTRACT:
+        return f" (an object of this class: {value.__name__}(...))"
+    if kind is Mask and check.is_floats(value):
+        return " (what is added to the scores goes into bias=)"
+    if kind is Mask and isinstance(value, Tensor):
+        return ", or mask.dense(tensor) for a tensor of bools, True = may attend"
+    if kind is Bias and check.is_bools(value):
+        return " (bools go into mask=mask.dense(tensor), True = may attend)"
+    if kind is Bias and isinstance(value, torch.nn.Module):
+        return " (the modules of regard.position are called before, on the input or on q and k)"
+    return ""
+
+
+def _check_devices(name: str, component: Any, device: torch.device) -> None:
+    """Raise where a tensor of a word is on another device than q: to move it would cost a copy in every call. As
+    everywhere in torch, a number in a tensor of shape () on the CPU goes with any device.
+    """
+    for field, value in vars(component).items():
+        if isinstance(value, Tensor):
+            if value.device != device and (value.dim() or value.device.type != "cpu"):
+                raise ValueError(f"{name}: {field} is on {value.device} but q is on {device}; expected the same")
+        elif dataclasses.is_dataclass(value):
+            _check_devices(name, value, device)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
+            nested = isinstance(x, Tensor) and x.is_nested
+            hint = " (pad it and give mask.lengths, or pack it and give mask.documents)" if nested else ""
+            raise check.wrong(name, x, f"an ordinary dense tensor {_AXES[name]}{hint}", False)
+        if x.dim() < 2:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected at least two axes, {_AXES[name]}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype} but q has {q.dtype}; expected the same")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} but q is on {q.device}; expected the same")
+        if x.dim() != q.dim():
+            raise ValueError(f"{name} has shape {tuple(x.shape)} but q has {tuple(q.shape)}; expected as many axes")
+        batch = slice(None, -3) if q.dim() > 3 else slice(None, -2)
+        for got, expected in zip(x.shape[batch], q.shape[batch], strict=True):
+            if got not in (1, expected):
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}; expected the batch axes of q, {tuple(q.shape[batch])}, or 1"
+                )
+    if q.dim() > 3:
+        H, G = q.shape[-3], k.shape[-3]
+        if H != G and (G == 0 or H % G):
+            raise ValueError(
+                f"k has {G} heads (shape {tuple(k.shape)}) but q has {H} (shape {tuple(q.shape)}); expected k "
+                f"{_AXES['k']} with as many heads, or a divisor of them (grouped queries)"
+            )
+        if v.shape[-3] != G:
+            raise ValueError(
+                f"v has {v.shape[-3]} heads (shape {tuple(v.shape)}) but k has {G} (shape {tuple(k.shape)}); "
+                "expected as many"
+            )
+    if v.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"v has {v.shape[-2]} keys (shape {tuple(v.shape)}) but k has {k.shape[-2]} (shape {tuple(k.shape)}); "
+            f"expected as many, v {_AXES['v']} for k {_AXES['k']}"
+        )
+
+
+def four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, D) -> (1, 1, L, D); (B, L, D) -> (B, 1, L, D); (X, Y, H, L, D) -> (X*Y, H, L, D). Batch axes of 1 expand."""
+    if q.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
+        return q, k, v
+    if q.dim() == 2:
+        return q[None, None], k[None, None], v[None, None]
+    if q.dim() == 3:
+        q, k, v = q[:, None], k[:, None], v[:, None]
+    batch = q.shape[:-3]
+    if k.shape[:-3] != batch:
+        k = k.expand(*batch, *k.shape[-3:])
+    if v.shape[:-3] != batch:
+        v = v.expand(*batch, *v.shape[-3:])
+    return (q, k, v) if q.dim() == 4 else (q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4))
+
+
+def check_seed(dropout: float, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if not check.is_number(dropout) or not 0.0 <= dropout <= 1.0:
+        expected = "the chance that a weight is dropped, a number from 0 to 1"
+        raise check.wrong("dropout", dropout, expected, check.is_number(dropout))
+    if seed is None:
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (), device=device)
+    expected = "an int of 64 bits, an int64 tensor of shape (), or None to draw one"
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim():
+            raise check.wrong("seed", seed, expected, seed.dtype == torch.int64)
+        if seed.device != device and seed.device.type != "cpu":
+            raise ValueError(f"seed is on {seed.device} but q is on {device}; expected the same")
+        return seed
+    if not check.is_int(seed) or not -(1 << 63) <= seed < 1 << 63:
+        raise check.wrong("seed", seed, expected, check.is_int(seed))
+    return torch.tensor(seed, device=device)
+
+
+def four_axis_bias(bias: Any, lead: Sequence[int], size: Sizes) -> Tensor:
+    """A tensor that is added to the scores, in four axes."""
+    if not check.is_floats(bias):
+        raise check.wrong("bias", bias, _EXPECTED[Bias] + _hint(bias, Bias), False)
+    axes = (*lead, size.L, size.S)
+    if bias.dim() > max(4, len(axes)) or (bias.dim() > len(axes) and bias.shape[0] not in (1, size.B)):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
+    if len(axes) == 3 and bias.dim() == 3:
+        bias = bias[:, None]
+    elif len(axes) > 4 and bias.dim() > 4:
+        if any(got not in (1, expected) for got, expected in zip(bias.shape, axes, strict=True)):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
+        batch = [1] * len(lead[:-1]) if all(n == 1 for n in bias.shape[:-3]) else list(lead[:-1])
+        bias = bias.expand(*batch, *bias.shape[-3:]).flatten(0, -4)
+    out: Tensor = bias[(None,) * (4 - bias.dim())]
+    return out
+
+
+def resolve_alignment(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[Mask | None, Bias | None]:
+    """Give words without an alignment the one that the others name; refuse to guess where it matters."""
+    found: list[Align] = []
+    for component in (mask, bias):
+        _aligns(component, found)
+    if None not in found:
+        return mask, bias
+    named = [align for align in found if align is not None]
+    if size.L == size.S and not named:
+        return mask, bias
+    name = "mask" if mask is not None and None in _aligns(mask, []) else "bias"
+    if any(align != named[0] for align in named):
+        raise ValueError(
+            f"{name}: a part of it has no align, and the others name {', '.join(sorted(map(repr, set(named))))}; "
+            "expected an align in each part, or the same in all that name one"
+        )
+    if not named:
+        raise ValueError(
+            f'{name}: with L = {size.L} queries and S = {size.S} keys, say where the queries stand: align="start" puts '
+            'query 0 beside key 0 (as is_causal of torch), align="end" the last query beside the last key (decoding '
+            "with a cache), and an int n puts query 0 beside key n"
+        )
+    return _with_align(mask, named[0]), _with_align(bias, named[0])
+
+
+def _aligns(component: Any, found: list[Align]) -> list[Align]:
+    if dataclasses.is_dataclass(component) and not isinstance(component, type):
+        for field in dataclasses.fields(component):
+            value = getattr(component, field.name)
+            if field.name == "align":
+                found.append(value)
+            else:
+                _aligns(value, found)
+    return found
+
+
+def _with_align(component: Any, align: Align) -> Any:
+    if not dataclasses.is_dataclass(component) or isinstance(component, type):
+        return component
+    parts = {}
+    for field in dataclasses.fields(component):
+        value = getattr(component, field.name)
+        missing = field.name == "align" and value is None
+        parts[field.name] = align if missing else _with_align(value, align)
+    return type(component)(**parts)

@@ -1,0 +1,181 @@
+"""From the arguments of a call to a `Problem`: check, reduce the score, split into plan and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard import check
+from regard.components.component import slots, split
+from regard.components.function import FunctionScore
+from regard.components.mask import Mask
+from regard.components.normalizer import Normalizer, Softmax
+from regard.components.position import Bias, TensorBias
+from regard.components.score import ScaledDot, Score
+from regard.components.summary import Summary
+from regard.components.tensor_ops import expand_heads
+from regard.components.tile import Sizes
+from regard.plan import cache, nonfinite
+from regard.plan.arguments import (
+    check_component,
+    check_seed,
+    check_tensors,
+    four_axes,
+    four_axis_bias,
+    resolve_alignment,
+)
+from regard.plan.nonfinite import AllFinite
+from regard.plan.problem import Plan, Problem, sizes
+
+# The components that serve where none is given: made once.
+_SCALED_DOT, _SOFTMAX, _NO_SUMMARY = ScaledDot(), Softmax(), Summary()
+
+
+def make_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Score | Callable[[Tensor, Tensor], Tensor] | None,
+    normalizer: Normalizer | None,
+    mask: Mask | None,
+    bias: Tensor | Bias | None,
+    softcap: float | None,
+    dropout: float,
+    seed: int | Tensor | None,
+    summary: Summary | None,
+    masks_nonfinite: bool = False,
+    quick: AllFinite | None = None,
+) -> Problem:
+    """Check a call of `attention` and split it into plan and tensors. Raises ValueError or TypeError, by argument.
+
+    Args:
+        masks_nonfinite: the backend that will serve masks nonfinite values itself.
+        quick: a faster way than torch's to find out that q, k and v are finite.
+    """
+    # The bias comes just before the summary: below, a tensor as a bias is the last of those before `Entry.stop`.
+    key, found = cache.make_key((q, k, v, softcap, dropout, score, normalizer, mask, bias, summary))
+    entry = cache.get(key)
+    if entry is None:
+        check_tensors(q, k, v)
+    lead = q.shape[:-2]
+    x: Sequence[Tensor] = (q, k, v) if entry is not None and entry.is_unchanged else four_axes(q, k, v)
+    if dropout != 0.0 or seed is not None:
+        seed = check_seed(dropout, seed, q.device)
+    is_finite = mask is None or (masks_nonfinite and nonfinite.can_be_left(score)) or nonfinite.are_finite(x, quick)
+    if not is_finite:
+        entry = None  # plans with flags are not cached
+
+    if entry is None:
+        size = sizes(*x[:2])
+        score, normalizer, summary = _check_components(x, score, normalizer, summary, softcap)
+        mask, bias = _check_mask_and_bias(mask, bias, lead, size, q.device)
+        others, last = _tensors_of((normalizer, mask, bias)), _tensors_of(summary)
+    else:
+        score = score if isinstance(score, Score) else _SCALED_DOT
+        others, last = found[entry.start : entry.stop], found[entry.stop :]
+        if isinstance(bias, Tensor):
+            others[-1] = four_axis_bias(bias, lead, sizes(*x[:2]))
+    flags: tuple[Tensor, ...] = ()
+    if not is_finite:
+        flag_q, flag_k, flag_v = nonfinite.find(*x)
+        x, flags = nonfinite.clear(score, x, (flag_q, flag_k, flag_v)), (flag_q, flag_k | flag_v)
+    given, reduced = score, score
+    if entry is None or not entry.is_unchanged:
+        new_q, new_k, reduced = score.reduce(x[0], x[1])
+        x, flags = (
+            (new_q, new_k, _with_heads_of(new_k, x[2])),
+            (*flags[:1], *[_with_heads_of(new_k, y) for y in flags[1:]]),
+        )
+    dropped = [seed] if isinstance(seed, Tensor) and dropout else []
+    tensors = [
+        *x,
+        *([] if entry is not None and entry.is_unchanged else _tensors_of(reduced)),
+        *others,
+        *dropped,
+        *last,
+        *flags,
+    ]
+
+    if entry is not None:
+        return Problem(entry.plan, _move_scalars(entry.plan, tensors), lead, entry.score_name)
+    assert normalizer is not None and summary is not None and not isinstance(bias, Tensor)
+    plan = Plan(
+        reduced,
+        normalizer,
+        mask,
+        bias,
+        softcap,
+        float(dropout),
+        seed if dropout else None,
+        summary,
+        *(flags or (None, None)),
+    )
+    plan = split(plan, list(x))
+    name = type(given).__name__
+    if key is not None and not flags:
+        is_unchanged = all(a is b for a, b in zip(x, (q, k, v), strict=True)) and not slots(plan.score)
+        start, stop = 3 + len(_tensors_of(given)), len(found) - len(last)
+        cache.put(key, cache.Entry(plan, name, is_unchanged, start, stop))
+    return Problem(plan, _move_scalars(plan, tensors), lead, name)
+
+
+def _check_components(
+    x: Sequence[Tensor], score: Any, normalizer: Any, summary: Any, softcap: Any
+) -> tuple[Score, Normalizer, Summary]:
+    q, k = x[:2]
+    size = sizes(q, k)
+    if softcap is not None:
+        check.positive("softcap", softcap, ", or None")
+    if score is None:
+        score = _SCALED_DOT
+    elif callable(score) and not isinstance(score, type | Score):
+        score = FunctionScore.of(score, q, k)
+    else:
+        score = check_component("score", score, Score, q.device)
+    score.check(size, q.shape[-1], k.shape[-1])
+    if normalizer is None:
+        normalizer = _SOFTMAX
+    else:
+        check_component("normalizer", normalizer, Normalizer, q.device).check(size)
+    if summary is None:
+        summary = _NO_SUMMARY
+    else:
+        check_component("summary", summary, Summary, q.device).check(size)
+    return score, normalizer, summary
+
+
+def _check_mask_and_bias(
+    mask: Any, bias: Any, lead: Sequence[int], size: Sizes, device: torch.device
+) -> tuple[Mask | None, Bias | None]:
+    if mask is not None:
+        check_component("mask", mask, Mask, device).check(size, device)
+    if bias is not None:
+        bias = bias if isinstance(bias, Bias) else TensorBias(four_axis_bias(bias, lead, size))
+        check_component("bias", bias, Bias, device).check(size)
+    return (mask, bias) if mask is None and bias is None else resolve_alignment(mask, bias, size)
+
+
+def _tensors_of(component: Any) -> list[Tensor]:
+    """Return the tensors of a component, or of a tuple of components, in the order of `split`."""
+    tensors: list[Tensor] = []
+    split(component, tensors)
+    return tensors
+
+
+def _with_heads_of(k: Tensor, x: Tensor) -> Tensor:
+    """Return x (B, G, ...) with as many heads as k: a parameter per query head makes a key per query head."""
+    return x if x.shape[1] == k.shape[1] else expand_heads(x, k.shape[1] // x.shape[1])
+
+
+def _move_scalars(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Move tensors of shape () to the device of q; what a user's function closes over stays where the function expects it."""
+    if len(tensors) == 3:
+        return tuple(tensors)
+    device = tensors[0].device
+    if any(tensor.device != device for tensor in tensors[3:]):
+        own = slots(plan.score) if isinstance(plan.score, FunctionScore) else []
+        tensors = [tensor if i in own else tensor.to(device) for i, tensor in enumerate(tensors)]
+    return tuple(tensors)

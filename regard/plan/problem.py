@@ -1,0 +1,82 @@
+"""A checked call: the plan, a frozen record, and its tensors.
+
+The axis legend, used everywhere:
+
+    B  batch rows            L  queries           D  width of a score (q and k)
+    H  query heads           S  keys              E  width of a value
+    G  key/value heads       H is a multiple of G: H/G query heads share each of them (grouped queries)
+
+    q (B, H, L, D)    k (B, G, S, D)    v (B, G, S, E)    ->    output (B, H, L, E)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from regard.components.mask import Mask
+from regard.components.normalizer import Normalizer
+from regard.components.position import Bias
+from regard.components.score import Score
+from regard.components.summary import Summary
+from regard.components.tile import Sizes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call computes, without its tensors: frozen, hashable and serializable."""
+
+    score: Score
+    normalizer: Normalizer
+    mask: Mask | None
+    bias: Bias | None
+    softcap: float | None
+    dropout: float
+    seed: Any  # Slot, or int64 of shape () once filled; None without dropout
+    summary: Summary
+    nonfinite_q: (
+        Any  # Slot, or bool (B, H, L): queries with NaN or inf, see `plan.nonfinite`; None where there are none
+    )
+    nonfinite_k: Any  # the same for keys and their values, (B, G, S)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the tensors that a backend returns, in order."""
+        return ("out", *self.summary.outputs)
+
+    def named(self, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+        """Return the gradients of the outputs by name, without those that are zero; indices of keys have none."""
+        pairs = zip(self.outputs, gradients, strict=True)
+        return {name: g for name, g in pairs if g is not None and name != "top_keys"}
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Backends look up plans in every call: the components are hashed once.
+        return hash(tuple([getattr(self, name) for name in self.__dataclass_fields__]))
+
+
+class Problem(NamedTuple):
+    """A plan and its tensors: q (B, H, L, D), k (B, G, S, D), v (B, G, S, E), then those of the components."""
+
+    plan: Plan
+    tensors: tuple[Tensor, ...]
+    lead: Sequence[int]  # the axes of the user's q before (L, D)
+    score_name: str  # the class of the score that was asked for, before it was reduced
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Give an output (B, H, ...) the leading axes that q came with."""
+        if len(self.lead) == 2:
+            return x
+        return x.reshape(*self.lead, *x.shape[2:])
+
+
+def sizes(q: Tensor, k: Tensor) -> Sizes:
+    """Return the sizes of a problem in four axes."""
+    return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])

@@ -1,0 +1,1 @@
+"""What can be computed from a recording: head types, rollout and flow, comparisons."""

@@ -1,0 +1,1 @@
+"""How calls of attention are found inside of any model while it runs."""

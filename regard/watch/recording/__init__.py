@@ -1,0 +1,1 @@
+"""What a watch collects: records, in memory and in files."""

@@ -1,0 +1,243 @@
+"""Python code of users in compiled graphs: scores, masks, normalizers and biases that close over values of every kind."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regard
+from regard import mask, normalizer, position, score
+from regard.backends import reference
+
+_B, _H, _G, _L, _D, _E = 2, 4, 2, 13, 8, 5
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+class Scale(nn.Module):
+    """A score with a plain attribute and a parameter."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.weight = factor, nn.Parameter(torch.tensor(factor))
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q @ k.mT) * self.factor * self.weight
+
+    def method(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q @ k.mT) * self.factor
+
+
+class Multiplied:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q @ k.mT) * self.factor
+
+
+def _scaled(q: Tensor, k: Tensor, factor: Any = 1.0, *, times: Any = 1.0) -> Tensor:
+    return (q @ k.mT) * factor * times
+
+
+def _near(b: Tensor, h: Tensor, i: Tensor, j: Tensor, reach: int = 1) -> Tensor:
+    return (i - j).abs() <= reach
+
+
+def _tempered(factor: float) -> normalizer.Normalizer:
+    """A class of its own for each value: it bears a name of ours, and closes over the value."""
+
+    @dataclass(frozen=True)
+    class Softmax(normalizer.Normalizer):
+        def weights(self, s: Tensor, tile: Any) -> Tensor:
+            return torch.softmax(s * factor, -1)
+
+    return Softmax()
+
+
+@dataclass(frozen=True)
+class Applied(normalizer.Normalizer):
+    """Softmax of what a function makes of the scores."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def weights(self, s: Tensor, tile: Any) -> Tensor:
+        return torch.softmax(self.function(s), -1)
+
+
+@dataclass(frozen=True)
+class Manhattan(score.Score):
+    scale: float
+
+    def pair(self, q: Tensor, k: Tensor) -> Tensor:
+        return -(q - k).abs().sum(-1) * self.scale
+
+
+@dataclass(frozen=True)
+class Dilated(mask.Mask):
+    step: int
+
+    def allowed(self, tile: Any) -> Tensor:
+        return (tile.query - tile.key) % self.step == 0
+
+
+@dataclass(frozen=True)
+class Decay(position.Bias):
+    rate: Tensor
+
+    def bias(self, tile: Any, dtype: torch.dtype) -> Tensor:
+        return (-(tile.query - tile.key).abs() * self.rate).to(dtype)
+
+
+def _learned(value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+# By name: from a value to the arguments of a call, and the values, one compiled function after the other.
+_CLOSURES: dict[str, tuple[Callable[[Any], dict[str, Any]], Sequence[Any]]] = {
+    "mask over an int": (lambda n: {"mask": mask.where(lambda b, h, i, j: (i - j).abs() <= n)}, (1, 2, 3, 5)),
+    "mask over documents": (
+        lambda ids: {"mask": mask.where(lambda b, h, i, j: ids[b, i] == ids[b, j])},
+        [(torch.arange(_L) // n).expand(_B, -1) for n in (2, 3, 7)],
+    ),
+    "mask with a default": (lambda n: {"mask": mask.where(lambda b, h, i, j, m=n: (i - j).abs() <= m)}, (1, 2, 3)),
+    "mask of partial": (lambda n: {"mask": mask.where(functools.partial(_near, reach=n))}, (1, 2, 3, 5)),
+    "mask inside a mask": (
+        lambda n: {"mask": mask.causal() & ~mask.where(lambda b, h, i, j: i - j == n)},
+        (1, 2, 3),
+    ),
+    "mask class": (lambda n: {"mask": Dilated(n)}, (1, 2, 3)),
+    "score over an int": (lambda n: {"score": lambda q, k: q @ k.mT * n}, (1, 2, 3)),
+    "score over a float": (lambda x: {"score": lambda q, k: q @ k.mT * x}, (0.1, 0.5, 0.7)),
+    "score over a tensor": (lambda x: {"score": lambda q, k: q @ k.mT * x}, [torch.tensor(x) for x in (0.1, 0.5, 0.7)]),
+    "score over a leaf": (lambda x: {"score": lambda q, k: q @ k.mT * x}, [_learned(x) for x in (0.1, 0.5, 0.7)]),
+    "score over an attribute": (
+        lambda module: {"score": lambda q, k: q @ k.mT * module.factor},
+        [Scale(x) for x in (0.1, 0.5, 0.7)],
+    ),
+    "score over a parameter": (
+        lambda module: {"score": lambda q, k: q @ k.mT * module.weight},
+        [Scale(x) for x in (0.1, 0.5, 0.7)],
+    ),
+    "score of partial": (lambda x: {"score": functools.partial(_scaled, factor=x)}, (0.1, 0.5, 0.7)),
+    "score of partial over a tensor": (
+        lambda x: {"score": functools.partial(_scaled, times=x)},
+        [_learned(x) for x in (0.1, 0.5, 0.7)],
+    ),
+    "score that is a module": (lambda module: {"score": module}, [Scale(x) for x in (0.1, 0.5, 0.7)]),
+    "score that is a method": (lambda module: {"score": module.method}, [Scale(x) for x in (0.1, 0.5, 0.7)]),
+    "score that is an object": (lambda thing: {"score": thing}, [Multiplied(x) for x in (0.1, 0.5, 0.7)]),
+    "score class": (lambda x: {"score": Manhattan(x)}, (0.1, 0.5, 0.7)),
+    "normalizer class of a closure": (lambda x: {"normalizer": _tempered(x)}, (0.1, 0.5, 2.0)),
+    "normalizer over a function": (lambda x: {"normalizer": Applied(lambda s: s * x)}, (0.1, 0.5, 2.0)),
+    "bias class": (lambda x: {"bias": Decay(x)}, [_learned(x) for x in (0.1, 0.5, 2.0)]),
+}
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    return [value] if isinstance(value, Tensor) and value.requires_grad else []
+
+
+def _check(name: str, backend: str, dynamic: bool | None, most: int = 9) -> None:
+    """One compiled function, called with each of `most` values in turn, gives what the eager one gives, and the same gradients."""
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor:
+        return regard.attention(q, k, v, **arguments)
+
+    make, values = _CLOSURES[name]
+    compiled = torch.compile(eager, fullgraph=True, backend=backend, dynamic=dynamic)
+    for value in values[:most]:
+        shapes = ((_B, _H, _L, _D), (_B, _G, _L, _D), (_B, _G, _L, _E))
+        q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+        arguments = make(value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            got = compiled(q, k, v, arguments)
+        want = eager(q, k, v, arguments)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        leaves, dout = [q, k, v, *_leaves(value)], torch.randn_like(want)
+        grads = (torch.autograd.grad((out * dout).sum(), leaves, allow_unused=True) for out in (got, want))
+        for got_grad, want_grad in zip(*grads, strict=True):
+            assert (got_grad is None) == (want_grad is None)
+            if want_grad is not None:
+                torch.testing.assert_close(got_grad, want_grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", _CLOSURES)
+def test_closures_are_not_those_of_an_earlier_call(name: str) -> None:
+    _check(name, "eager", None)
+
+
+@pytest.mark.parametrize("name", ["mask of partial", "score over a leaf", "score over an attribute"])
+def test_closures_with_dynamic_shapes(name: str) -> None:
+    _check(name, "aot_eager", True, most=2)
+
+
+def test_closures_in_inductor() -> None:
+    _check("score of partial over a tensor", "inductor", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("name", _CLOSURES)
+def test_closures_in_every_backend(name: str, backend: str, dynamic: bool | None) -> None:
+    _check(name, backend, dynamic)
+
+
+def test_inline_lambda_is_compiled() -> None:
+    """The README's own example: the function is made anew in each call."""
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return regard.attention(q, k, v, score=lambda q, k: -torch.cdist(q, k, p=1))
+
+    q, k, v = (torch.randn(2, 3, 7, 4) for _ in range(3))
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), eager(q, k, v))
+    torch.testing.assert_close(compiled(k, q, v), eager(k, q, v))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_reference_is_chosen_with_one_warning_that_names_the_bytes(dynamic: bool) -> None:
+    def eager(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+        return regard.attention(q, k, v, mask=mask.where(lambda b, h, i, j: i - j <= n))
+
+    reference._warned.clear()
+    q, k, v = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 11, 4), torch.randn(2, 3, 11, 4)
+    compiled = torch.compile(eager, fullgraph=True, backend="eager", dynamic=dynamic)
+    # Four bytes for each element of (2, 3, 7, 11).
+    expected = r"Python function .* 1,848 bytes each \(B x H x L x S = 2 x 3 x 7 x 11\)"
+    with pytest.warns(UserWarning, match=expected):
+        compiled(q, k, v, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled(q, k, v, 2)
+        eager(q, k, v, 1)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "tiled"])
+@pytest.mark.parametrize("name", ["mask over an int", "score over a float", "normalizer class of a closure"])
+def test_forced_kernel_that_would_hold_a_function_raises(name: str, kernel: str) -> None:
+    make, values = _CLOSURES[name]
+    q, arguments = torch.randn(1, 2, 7, 4), make(values[0])
+
+    def eager(q: Tensor) -> Tensor:
+        return regard.attention(q, q, q, backend=kernel, **arguments)
+
+    with pytest.raises(Exception, match=r"cannot serve this problem: .* cannot be an operand of an operator"):
+        torch.compile(eager, fullgraph=True, backend="eager")(q)

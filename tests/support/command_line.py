@@ -1,0 +1,21 @@
+"""The command line, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from support.paths import ROOT
+
+
+def run(*arguments: str, expect: int = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "regard.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+        input=stdin,
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done

@@ -1,0 +1,124 @@
+"""Training, measuring, predicting and looking from the command line, as its users do."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from support.examples import pairs, reviews, sentences
+
+from regard.cli import app
+
+SMALL = ["--width", "32", "--layers", "1", "--batch", "64", "--rate", "0.01", "--dropout", "0"]
+
+
+def run(*arguments: str, expect: int = 0, stdin: str = "") -> str:
+    """What a command prints, or says where it goes wrong; in this process, for each new one takes seconds."""
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        redirect_stdout(out), redirect_stderr(errors), patch.object(sys, "stdin", io.StringIO(stdin)),
+        pytest.raises(SystemExit) as done,
+    ):  # fmt: skip
+        app.main(list(arguments))
+    assert done.value.code == expect, out.getvalue() + errors.getvalue()
+    assert "Traceback" not in errors.getvalue()
+    return errors.getvalue() if expect else out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def translator(folder: Path) -> str:
+    """Trained on two files, with two files to choose by."""
+    examples = [(p.source[:2], p.source) for p in pairs(80)]
+    for part, some in (("train", examples[:60]), ("dev", examples[60:])):
+        for side, ending in ((0, "en"), (1, "de")):
+            (folder / f"{part}.{ending}").write_text("".join(f"{pair[side]}\n" for pair in some))
+    names = [str(folder / name) for name in ("train.en", "train.de", "dev.en", "dev.de")]
+    options = ["--dev", names[2], "--dev", names[3], "--vocabulary", "40", "--heads", "2", "--epochs", "2"]
+    out = str(folder / "translator")
+    done = run("train", "translate", *names[:2], *options, *SMALL, "--out", out)
+    assert "60 examples to learn from, 20 to choose by; transformer model" in done
+    assert "epoch   2/2" in done
+    assert "BLEU" in done
+    return out
+
+
+def test_translate(translator: str, folder: Path) -> None:
+    measured = json.loads(
+        run("evaluate", translator, str(folder / "dev.en"), str(folder / "dev.de"), "--json", "--beams", "2")
+    )
+    assert measured.keys() == {"examples", "BLEU", "chrF"}
+    assert measured["examples"] == 20
+    texts = folder / "texts"
+    texts.write_text("ab\n\ncd\n")
+    lines = run("predict", translator, str(texts)).splitlines()
+    assert len(lines) == 3
+    assert run("predict", translator, stdin="ab\n\ncd\n").splitlines() == lines
+    one = json.loads(run("predict", translator, "ab", "--json"))
+    assert one["text"] == lines[0]
+    assert len(one["weights"]) == len(one["target"]) + 1
+    assert run("predict", translator, "ab") == f"{lines[0]}\n"
+
+
+def test_look_at_a_translation(translator: str, folder: Path) -> None:
+    page = folder / "page.html"
+    out = run("look", translator, "abc", "--out", str(page))
+    for word in ("encoder", "cross"):
+        assert word in out
+    assert "translator" in page.read_text(encoding="utf-8")
+    assert "expected one text, in quotes" in run("look", translator, "a", "b", "--out", str(page), expect=2)
+
+
+@pytest.mark.parametrize("model", ["recurrent", "transformer"])
+def test_tag(model: str, folder: Path) -> None:
+    path, out = folder / "tags.conllu", str(folder / f"tagger-{model}")
+    rows = ["".join(f"{i}\t{w}\t_\t{t}\t_\t_\t_\t_\t_\t_\n" for i, (w, t) in enumerate(zip(s.words, s.tags, strict=True), 1))
+            for s in sentences(60)]  # fmt: skip
+    path.write_text("\n".join(rows))
+    done = run("train", "tag", str(path), *SMALL, "--epochs", "1", "--model", model, "--out", out)
+    assert "57 examples to learn from, 3 to choose by" in done
+    assert "accuracy" in run("evaluate", out, str(path))
+    tagged = run("predict", out, "zu bdfes klgung").split()
+    assert [token.split("/")[0] for token in tagged] == ["zu", "bdfes", "klgung"]
+    if model == "recurrent":
+        assert "shows no attention between words" in run("look", out, "zu", "--out", str(folder / "p"), expect=2)
+    else:
+        assert "layer 1" in run("look", out, "zu bdfes klgung", "--out", str(folder / "p"))
+
+
+def test_classify(folder: Path) -> None:
+    path, out = folder / "reviews.tsv", str(folder / "classifier")
+    path.write_text("text\tlabel\n" + "".join(f"{one.text}\t{one.label}\n" for one in reviews(60)))
+    run("train", "classify", str(path), *SMALL, "--epochs", "1", "--model", "conv", "--out", out)
+    label, chance = run("predict", out, "good but bad").split("\t")
+    assert label in ("+", "-")
+    assert 0.5 <= float(chance) <= 1
+    (folder / "new.tsv").write_text("fine\t?\n")
+    wrong = run("evaluate", out, str(folder / "new.tsv"), expect=2)
+    assert "new.tsv, line 1: the label '?' was not seen in training" in wrong
+
+
+def test_bad_calls(folder: Path) -> None:
+    def told(*arguments: str) -> str:
+        return run(*arguments, "--out", str(folder / "never"), expect=2)
+
+    assert "DATA: no file is given; expected some to learn tag from" in told("train", "tag")
+    assert "--model: 'conv'; expected one of transformer, recurrent, for translate" in told(
+        "train", "translate", "x", "--model", "conv"
+    )
+    assert "--hidden: the conv model of tag has no such setting" in told(
+        "train", "tag", "x", "--model", "conv", "--hidden", "3"
+    )
+    assert "absent.tsv: cannot be read" in told("train", "classify", str(folder / "absent.tsv"))
+    assert not (folder / "never").exists()
+    gone = run("predict", str(folder / "never"), "x", expect=2)
+    assert "is no directory of a trained model" in gone

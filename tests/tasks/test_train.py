@@ -1,0 +1,235 @@
+"""Training learns, repeats itself, survives interruptions, and leaves a directory that can be opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.examples import pairs, reviews, sentences
+
+from regard.tasks import classify, tag, translate
+from regard.tasks.data import DataError, Labelled, Place, Tagged, split
+from regard.tasks.open import is_task, open_task
+from regard.tasks.task import Task
+from regard.tasks.train import Epoch, Step, Training, train
+
+_SMALL = {"width": 32, "layers": 1, "dropout": 0.0}
+_QUICK = Training(epochs=2, batch=64, rate=0.01, warmup=5)
+SEQUENCES = translate.Settings(units="symbols", heads=2, hidden=32, **_SMALL)
+# A task, its settings, examples, and how well it does after some epochs.
+TASKS: dict[str, tuple[type[Task], Any, Callable[..., Any], int, float]] = {
+    "transformer": (translate.Translate, SEQUENCES, pairs, 30, 25.0),
+    "recurrent": (translate.Translate, replace(SEQUENCES, model="recurrent"), pairs, 15, 25.0),
+    **{f"tag, {kind}": (tag.Tag, tag.Settings(kind, heads=2, **_SMALL), sentences, 6, 97.0)
+       for kind in ("recurrent", "transformer", "conv")},
+    **{f"classify, {kind}": (classify.Classify, classify.Settings(kind, heads=2, **_SMALL), reviews, 8, 97.0)
+       for kind in ("recurrent", "transformer", "conv")},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+LONG = {"transformer"}  # half a minute
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in TASKS])
+def test_it_learns_and_is_kept(name: str, tmp_path: Path) -> None:
+    kind, settings, make, epochs, goal = TASKS[name]
+    told: list[Step | Epoch] = []
+    training = replace(_QUICK, epochs=epochs, patience=epochs)
+    task, history = train(kind, settings, training, make(600), make(100, 1), tmp_path, tell=told.append)
+    best = history.best
+    assert best is not None
+    measured = best.dev[task.metric]
+    assert measured <= goal if task.fewer_is_better else measured >= goal
+    assert [one for one in told if isinstance(one, Epoch)] == history.epochs
+    steps = [one for one in told if isinstance(one, Step) and one.epoch == 1]
+    assert [one.done for one in steps] == list(range(1, steps[0].steps + 1))
+    # What was kept is the best, and does the same once it is opened.
+    assert is_task(tmp_path)
+    again = open_task(tmp_path)
+    dev = make(100, 1)
+    assert again.evaluate(dev) == task.evaluate(dev) == best.dev
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "metrics.json", "curves.png"}
+    assert not any(name.endswith((".part", ".pt")) for name in names)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["best"] == best.dev
+    assert len(metrics["epochs"]) == len(history.epochs)
+
+
+def test_what_predictions_tell(tmp_path: Path) -> None:
+    task = translate.Translate.begin(SEQUENCES, pairs(50))
+    one, two = task.predict(["abc", "dd"], beams=3)
+    assert one.source == ["a", "b", "c", "</s>"]
+    assert one.weights.shape == (len(one.target) + 1, 4)
+    assert torch.allclose(one.weights.sum(-1), torch.ones(len(one.target) + 1))
+    assert two == task.predict(["dd"], beams=3, align=False)[0]._replace(weights=two.weights)
+    assert one.text == " ".join(one.target)
+
+    labels = tag.Tag.begin(tag.Settings(heads=2, **_SMALL), sentences(50))
+    (found,) = labels.predict(["Do not, bdfung!"])
+    assert found.words == ["Do", "not", ",", "bdfung", "!"]
+    assert len(found.tags) == len(found.chances) == 5
+    assert labels.predict([" "])[0].words == []
+
+    review = classify.Classify.begin(classify.Settings(heads=2, **_SMALL), reviews(50))
+    (told,) = review.predict(["good but the plot"])
+    assert set(told.chances) == {"+", "-"}
+    assert abs(sum(told.chances.values()) - 1) < 1e-5
+    assert told.chances[told.label] == max(told.chances.values())
+    assert told.weights.shape == (4,)
+    assert abs(float(told.weights.sum()) - 1) < 1e-5
+
+
+def _weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def _plain(history: Any) -> list[Epoch]:
+    return [replace(epoch, seconds=0.0) for epoch in history.epochs]
+
+
+@pytest.mark.parametrize("name", ["transformer", "recurrent", "tag, recurrent", "classify, transformer"])
+def test_the_same_seed_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    kind, settings, make, _, _ = TASKS[name]
+    settings = replace(settings, dropout=0.2)
+    runs = {}
+    for label, seed in (("one", 0), ("two", 0), ("other", 1)):
+        _, history = train(kind, settings, replace(_QUICK, seed=seed), make(200), make(50, 1), tmp_path / label)
+        runs[label] = (_weights(tmp_path / label), _plain(history))
+    assert runs["one"] == runs["two"]
+    assert runs["one"][0] != runs["other"][0]
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", [(1, 3), (2, 1), (3, 4)])
+def test_it_goes_on_after_an_interruption(where: tuple[int, int], tmp_path: Path) -> None:
+    kind, settings, make, _, _ = TASKS["transformer"]
+    settings, training = replace(settings, dropout=0.2), replace(_QUICK, epochs=4)
+
+    def stop(news: Step | Epoch) -> None:
+        if isinstance(news, Step) and (news.epoch, news.done) == where:
+            raise Interrupted
+
+    def run(folder: str, tell: Callable[[Step | Epoch], None] = lambda _: None) -> Any:
+        return train(kind, settings, training, make(200), make(50, 1), tmp_path / folder, tell=tell)[1]
+
+    whole = run("whole")
+    with pytest.raises(Interrupted):
+        run("cut", stop)
+    torch.manual_seed(99)  # what happened in between does not matter
+    assert _plain(run("cut")) == _plain(whole)
+    assert _weights(tmp_path / "cut") == _weights(tmp_path / "whole")
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    kind, settings, make, _, _ = TASKS["transformer"]
+
+    def stop(news: Step | Epoch) -> None:
+        if isinstance(news, Step) and news.epoch == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path, tell=stop)
+    with pytest.raises(
+        DataError, match=r"interrupted run with other settings \(rate was 0.01, and is 0.02\); give the same"
+    ):
+        train(kind, settings, replace(_QUICK, rate=0.02), make(100), make(20, 1), tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(DataError, match=r"checkpoint\.pt: is no checkpoint"):
+        train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    with pytest.raises(DataError, match="is not empty; expected a new directory, or one with an interrupted run"):
+        train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path)
+    with pytest.raises(DataError, match="is a file; expected a directory"):
+        train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path / "config.json")
+
+
+def test_it_stops_where_nothing_gets_better(tmp_path: Path) -> None:
+    kind, settings, make, _, _ = TASKS["classify, recurrent"]
+    training = replace(_QUICK, epochs=50, patience=2)
+    _, history = train(kind, settings, training, make(300), make(50, 1), tmp_path)
+    assert history.best is not None
+    assert len(history.epochs) == history.best.number + 2 < 50
+    kept = open_task(tmp_path).evaluate(make(50, 1))
+    assert kept == history.best.dev
+
+
+def test_which_of_two_is_better() -> None:
+    def make(units: str) -> Any:
+        return translate.Translate.begin(replace(SEQUENCES, units=units, vocabulary=30), pairs(20))
+
+    task = make("pieces")
+    assert task.better({"BLEU": 0.0, "chrF": 1.0}, None)
+    assert task.better({"BLEU": 0.0, "chrF": 2.0}, {"BLEU": 0.0, "chrF": 1.0})
+    assert task.better({"BLEU": 1.0, "chrF": 1.0}, {"BLEU": 0.9, "chrF": 2.0})
+    assert not task.better({"BLEU": 1.0, "chrF": 1.0}, {"BLEU": 1.0, "chrF": 1.0})
+    assert make("symbols").better({"word error": 3.0, "symbol error": 1.0}, {"word error": 4.0, "symbol error": 0.5})
+
+
+def test_what_was_not_seen_in_training_is_said(tmp_path: Path) -> None:
+    place = Place(Path("new.tsv"), 7)
+    review = classify.Classify.begin(classify.Settings(heads=2, **_SMALL), reviews(20))
+    with pytest.raises(DataError, match=r"new\.tsv, line 7: the label '\?' was not seen in training; it saw '\+', '-'"):
+        review.evaluate([Labelled("good", "?", place)])
+    labels = tag.Tag.begin(tag.Settings(heads=2, **_SMALL), sentences(50))
+    with pytest.raises(
+        DataError, match=r"new\.tsv, line 7: 'it' has the tag 'X', which training did not see; it saw ADJ, "
+    ):
+        labels.evaluate([Tagged(["it"], ["X"], place)])
+    with pytest.raises(DataError, match="1 examples are too few to put some aside"):
+        split([1], [0.05])
+
+
+def test_a_bad_directory_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is no directory of a trained model \(config\.json: No such file"):
+        open_task(tmp_path)
+    review = classify.Classify.begin(classify.Settings(heads=2, **_SMALL), reviews(20))
+    review.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def told(change: dict[str, Any]) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(DataError) as error:
+            open_task(tmp_path)
+        return str(error.value)
+
+    assert "task is 'sing'; expected one of translate, tag, classify" in told({"task": "sing"})
+    assert "is not what this version of regard writes" in told({"settings": {"wide": 3}})
+    assert "is not what this version of regard writes" in told({"settings": {**config["settings"], "width": -1}})
+    assert "expected plain names" in told({"vocabularies": ["../../etc/passwd"]})
+    assert "does not hold the weights" in told({"settings": {**config["settings"], "width": 1_000_000}})
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(DataError, match=r"config\.json: is no JSON"):
+        open_task(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(DataError, match=r"model\.safetensors: cannot be read"):
+        open_task(tmp_path)
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ValueError, match="settings: model is 'x'; expected 'transformer' or 'recurrent'"):
+        translate.Settings(model="x")
+    unknown: Any = "x"
+    with pytest.raises(ValueError, match="settings: cell is 'x'; expected 'gru' or 'lstm'"):
+        translate.Settings(cell=unknown)
+    with pytest.raises(ValueError, match="training: rate is 0; expected a finite number > 0"):
+        Training(rate=0)
+    with pytest.raises(ValueError, match="training: average is 1; expected a number from 0 to 1, without 1"):
+        Training(average=1)
