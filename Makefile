@@ -58,7 +58,7 @@ $(VENV)/torch: constraints.txt
 NATIVE := setup.py $(wildcard csrc/*)
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml $(NATIVE)
-	$(INSTALL) -e '.[look,bench,tasks]'
+	$(INSTALL) -e '.[look,bench,tasks,pronounce]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/torch pyproject.toml $(NATIVE)

@@ -1,4 +1,5 @@
-// Dropout as in regard/backends/dropout.py: a weight is kept or dropped by a hash of (seed, batch, head, query, key).
+// Dropout as in regard/backends/dropout.py: a hash of (seed, batch, head, query, key) decides whether a weight is
+// dropped.
 #pragma once
 
 #include "mask.h"
@@ -14,7 +15,7 @@ REGARD_INLINE T mix(T x) {
   return x ^ (x >> 16);
 }
 
-// The rows of a tile: an offset and an odd factor each.
+// Per row of a tile: an offset and an odd factor.
 class Dropout {
  public:
   void set(const Problem& p, int64_t b, int64_t h, int64_t first, int count) {
@@ -26,18 +27,20 @@ class Dropout {
       offset_[i] = i < count ? mix(head * kGolden ^ static_cast<uint32_t>(first + i)) : 0;
       factor_[i] = mix(offset_[i] ^ kGolden) | 1u;
     }
-    threshold_ = p.threshold;
+    drop_threshold_ = p.drop_threshold;
   }
 
-  // Which lanes of vector n keep their weight of a key.
-  Bits kept(int64_t key, int n) const {
-    const Word offset = reinterpret_cast<const AnyWord*>(offset_)[n], factor = reinterpret_cast<const AnyWord*>(factor_)[n];
-    return bits_of(reinterpret_cast<Int>(mix((offset + static_cast<uint32_t>(key)) * factor) >= fill_word(threshold_)));
+  // The lanes of vector n that keep their weight for a key.
+  LaneMask kept_lanes(int64_t key, int n) const {
+    const UInt offset = reinterpret_cast<const UnalignedUInt*>(offset_)[n],
+               factor = reinterpret_cast<const UnalignedUInt*>(factor_)[n];
+    return lane_mask(
+        reinterpret_cast<Int>(mix((offset + static_cast<uint32_t>(key)) * factor) >= broadcast_uint(drop_threshold_)));
   }
 
  private:
   alignas(64) uint32_t offset_[kTile], factor_[kTile];
-  uint32_t threshold_ = 0;
+  uint32_t drop_threshold_ = 0;
 };
 
 }  // namespace regard::REGARD_SET

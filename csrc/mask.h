@@ -1,5 +1,5 @@
-// Masks: of a tile of queries by keys, whether all, some or none of its pairs may attend; and of one key, which queries of
-// a tile may attend to it, as 64 bits. Both are arithmetic on a few numbers: no mask is ever laid out.
+// Masks: the coverage of a tile of queries by keys (full, partial or empty), and per key, 64 bits with the queries of a
+// tile that may attend to it. Both are computed from a few parameters: no mask is materialized.
 #pragma once
 
 #include "problem.h"
@@ -7,19 +7,19 @@
 
 namespace regard::REGARD_SET {
 
-constexpr int kTile = 64;  // queries a tile: as many as bits
+constexpr int kTile = 64;  // queries per tile, one bit each
 
-enum class Cover { None, Some, All };
+enum class Coverage { Empty, Partial, Full };
 
-REGARD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-REGARD_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+REGARD_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+REGARD_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Bits [first, last), both cut to [0, 64].
+// Bits [first, last), clamped to [0, 64].
 REGARD_INLINE uint64_t bit_range(int64_t first, int64_t last) {
-  first = most(first, 0), last = least(last, kTile);
+  first = max64(first, 0), last = min64(last, kTile);
   if (first >= last) return 0;
-  const uint64_t upto = last == kTile ? ~0ull : (1ull << last) - 1;
-  return upto & ~((1ull << first) - 1);
+  const uint64_t until = last == kTile ? ~0ull : (1ull << last) - 1;
+  return until & ~((1ull << first) - 1);
 }
 
 // Queries [i, i + ni) and keys [j, j + nj) of batch row b and head h.
@@ -32,39 +32,42 @@ class Mask {
   Mask(const MaskNode* nodes, int64_t count) : nodes_(nodes), root_(count - 1) {}
   explicit operator bool() const { return root_ >= 0; }
 
-  Cover cover(const Box& box) const { return root_ < 0 ? Cover::All : cover(root_, box); }
+  Coverage coverage(const Box& box) const { return root_ < 0 ? Coverage::Full : coverage(root_, box); }
 
   // bits[n]: which queries may attend to key box.j + n.
   void bits(const Box& box, uint64_t* bits) const { fill_bits(root_, box, bits); }
 
  private:
-  static Cover both(bool some, bool all) { return all ? Cover::All : some ? Cover::Some : Cover::None; }
+  static Coverage to_coverage(bool some, bool all) {
+    return all ? Coverage::Full : some ? Coverage::Partial : Coverage::Empty;
+  }
 
-  Cover cover(int64_t index, const Box& box) const {
+  Coverage coverage(int64_t index, const Box& box) const {
     const MaskNode& node = nodes_[index];
     switch (node.kind) {
       case MaskNode::Band: {
         const int64_t nearest = box.i + node.offset - (box.j + box.nj - 1);
         const int64_t farthest = box.i + box.ni - 1 + node.offset - box.j;
-        return both(nearest <= node.behind && farthest >= -node.ahead, farthest <= node.behind && nearest >= -node.ahead);
+        return to_coverage(nearest <= node.behind && farthest >= -node.ahead,
+                           farthest <= node.behind && nearest >= -node.ahead);
       }
       case MaskNode::Before: {
         const int64_t n = node.keys[box.b * node.key_batch];
-        return both(box.j < n, box.j + box.nj <= n);
+        return to_coverage(box.j < n, box.j + box.nj <= n);
       }
       case MaskNode::Documents: {
         int64_t low_q, high_q, low_k, high_k;
         extremes(node.queries + box.b * node.query_batch + box.i, box.ni, low_q, high_q);
         extremes(node.keys + box.b * node.key_batch + box.j, box.nj, low_k, high_k);
         const bool some = low_q <= high_k && low_k <= high_q;
-        return both(some, some && low_q == high_q && low_k == high_k);
+        return to_coverage(some, some && low_q == high_q && low_k == high_k);
       }
       case MaskNode::Blocks: {
         bool some = false, all = true;
         for (int64_t r = box.i / node.behind; r <= (box.i + box.ni - 1) / node.behind; r++)
           for (int64_t c = box.j / node.ahead; c <= (box.j + box.nj - 1) / node.ahead; c++)
             (at(node.table, box.b, box.h, r, c) ? some : all) = at(node.table, box.b, box.h, r, c);
-        return both(some, all);
+        return to_coverage(some, all);
       }
       case MaskNode::Dense: {
         bool some = false, all = true;
@@ -73,36 +76,38 @@ class Mask {
             const bool allowed = at(node.table, box.b, box.h, i, j);
             some |= allowed, all &= allowed;
           }
-        return both(some, all);
+        return to_coverage(some, all);
       }
       case MaskNode::And: {
-        const Cover left = cover(node.left, box);
-        if (left == Cover::None) return left;
-        const Cover right = cover(node.right, box);
-        return right == Cover::None || left == Cover::All ? right : Cover::Some;
+        const Coverage left = coverage(node.left, box);
+        if (left == Coverage::Empty) return left;
+        const Coverage right = coverage(node.right, box);
+        return right == Coverage::Empty || left == Coverage::Full ? right : Coverage::Partial;
       }
       case MaskNode::Or: {
-        const Cover left = cover(node.left, box);
-        if (left == Cover::All) return left;
-        const Cover right = cover(node.right, box);
-        return right == Cover::All || left == Cover::None ? right : Cover::Some;
+        const Coverage left = coverage(node.left, box);
+        if (left == Coverage::Full) return left;
+        const Coverage right = coverage(node.right, box);
+        return right == Coverage::Full || left == Coverage::Empty ? right : Coverage::Partial;
       }
       case MaskNode::Not: {
-        const Cover inner = cover(node.left, box);
-        return inner == Cover::All ? Cover::None : inner == Cover::None ? Cover::All : Cover::Some;
+        const Coverage inner = coverage(node.left, box);
+        return inner == Coverage::Full    ? Coverage::Empty
+               : inner == Coverage::Empty ? Coverage::Full
+                                          : Coverage::Partial;
       }
     }
-    return Cover::Some;
+    return Coverage::Partial;
   }
 
   void fill_bits(int64_t index, const Box& box, uint64_t* bits) const {
     const MaskNode& node = nodes_[index];
     switch (node.kind) {
       case MaskNode::Band:
-        // The query at bit n stands at place i + offset + n: from j - ahead to j + behind.
+        // The query at bit n has position i + offset + n: bits from position j - ahead to j + behind.
         for (int64_t n = 0; n < box.nj; n++) {
-          const int64_t place = box.j + n - box.i - node.offset;
-          bits[n] = bit_range(place - node.ahead, place + node.behind + 1);
+          const int64_t position = box.j + n - box.i - node.offset;
+          bits[n] = bit_range(position - node.ahead, position + node.behind + 1);
         }
         return;
       case MaskNode::Before:
@@ -112,7 +117,7 @@ class Mask {
         const int64_t* queries = node.queries + box.b * node.query_batch + box.i;
         const int64_t* keys = node.keys + box.b * node.key_batch + box.j;
         for (int64_t n = 0; n < box.nj; n++) {
-          // Neighbours are mostly of one document: their answer is the same.
+          // Neighboring keys mostly share a document, and therefore their bits.
           if (n && keys[n] == keys[n - 1]) {
             bits[n] = bits[n - 1];
             continue;
@@ -126,7 +131,9 @@ class Mask {
         for (int64_t n = 0; n < box.nj; n++) {
           bits[n] = 0;
           for (int64_t i = 0; i < box.ni; i++)
-            bits[n] |= static_cast<uint64_t>(at(node.table, box.b, box.h, (box.i + i) / node.behind, (box.j + n) / node.ahead)) << i;
+            bits[n] |=
+                static_cast<uint64_t>(at(node.table, box.b, box.h, (box.i + i) / node.behind, (box.j + n) / node.ahead))
+                << i;
         }
         return;
       case MaskNode::Dense:
@@ -138,12 +145,13 @@ class Mask {
       case MaskNode::And:
       case MaskNode::Or: {
         fill_bits(node.left, box, bits);
-        // In parts, so that a deep mask needs little of the stack.
+        // In blocks, so that deeply nested masks need little stack.
         uint64_t other[kTile];
         for (int64_t from = 0; from < box.nj; from += kTile) {
-          const int64_t count = least(kTile, box.nj - from);
+          const int64_t count = min64(kTile, box.nj - from);
           fill_bits(node.right, {box.b, box.h, box.i, box.ni, box.j + from, count}, other);
-          for (int64_t n = 0; n < count; n++) bits[from + n] = node.kind == MaskNode::And ? bits[from + n] & other[n] : bits[from + n] | other[n];
+          for (int64_t n = 0; n < count; n++)
+            bits[from + n] = node.kind == MaskNode::And ? bits[from + n] & other[n] : bits[from + n] | other[n];
         }
         return;
       }
@@ -160,7 +168,7 @@ class Mask {
 
   static void extremes(const int64_t* ids, int64_t count, int64_t& low, int64_t& high) {
     low = high = ids[0];
-    for (int64_t n = 1; n < count; n++) low = least(low, ids[n]), high = most(high, ids[n]);
+    for (int64_t n = 1; n < count; n++) low = min64(low, ids[n]), high = max64(high, ids[n]);
   }
 
   const MaskNode* nodes_;

@@ -1,4 +1,4 @@
-"""Draws the figures in docs/gallery, of all-MiniLM-L6-v2: .venv/bin/python docs/draw_gallery.py"""
+"""Draw the figures in docs/gallery, of all-MiniLM-L6-v2: `python docs/draw_gallery.py`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SOURCE = "The committee rejected the proposal because it was too expensive."
 TARGET = "Because of its high price, the panel turned the plan down."
 
 
-def words(text: str, tokenizer: object, model: torch.nn.Module) -> tuple[list[str], Tensor]:
-    """The tokens of a text without [CLS] and [SEP], and the model's last states for them (tokens, width)."""
+def hidden_states(text: str, tokenizer: object, model: torch.nn.Module) -> tuple[list[str], Tensor]:
+    """Return the tokens of a text without [CLS] and [SEP], and their last hidden states (tokens, width)."""
     inputs = tokenizer(text, return_tensors="pt")  # type: ignore[operator]
     with torch.no_grad():
         states = model(**inputs).last_hidden_state[0]
@@ -26,9 +26,9 @@ def words(text: str, tokenizer: object, model: torch.nn.Module) -> tuple[list[st
     return tokens[1:-1], states[1:-1]
 
 
-def aligned() -> tuple[list[str], list[str], Tensor]:
-    """Two sentences that say the same, and from each token of one to those of the other a softmax of the cosines of their
-    states: alignment without a model of translation, as in "SimAlign", Jalili Sabet et al. (2020).
+def align_paraphrases() -> tuple[list[str], list[str], Tensor]:
+    """Return the target tokens and source tokens of two paraphrases, and weights (L, S): the softmax over the cosine
+    similarities of their hidden states, as in "SimAlign", Jalili Sabet et al. (2020).
     """
     import transformers
 
@@ -36,19 +36,19 @@ def aligned() -> tuple[list[str], list[str], Tensor]:
     assert package is not None and package.submodule_search_locations
     path = Path(package.submodule_search_locations[0]) / "model"
     tokenizer, model = (kind.from_pretrained(path) for kind in (transformers.AutoTokenizer, transformers.AutoModel))
-    source, keys = words(SOURCE, tokenizer, model.eval())
-    target, queries = words(TARGET, tokenizer, model)
+    source, keys = hidden_states(SOURCE, tokenizer, model.eval())
+    target, queries = hidden_states(TARGET, tokenizer, model)
     cosine = torch.nn.functional.normalize(queries, dim=-1) @ torch.nn.functional.normalize(keys, dim=-1).T
     return target, source, (12 * cosine).softmax(-1)
 
 
 def draw() -> None:
-    """Write all of them."""
-    looked = look(SENTENCE)
-    target, source, weights = aligned()
+    """Write all figures."""
+    result = look(SENTENCE)
+    target, source, weights = align_paraphrases()
     figures = {
-        "heatmap": heatmap(looked.watched[3], looked.tokens, head=1),
-        "heads": heads(looked.watched),
+        "heatmap": heatmap(result.recording[3], result.tokens, head=1),
+        "heads": heads(result.recording),
         "alignment": alignment(weights, target, source),
     }
     for name, figure in figures.items():

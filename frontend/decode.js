@@ -1,10 +1,11 @@
-// The data of the page, unpacked when it is first asked for. The packing is described in pack.py.
+// The data of the page. Heads are decoded on first use; pack.py describes the encoding.
 
 import { bisectLeft } from "d3-array";
 
 export const data = JSON.parse(document.getElementById("data").textContent);
 
-function numbers(text) {
+// Decode base64 varints.
+function decodeVarints(text) {
   const bytes = atob(text);
   const out = new Uint32Array(bytes.length);
   let count = 0;
@@ -24,8 +25,8 @@ function numbers(text) {
 
 const decoded = new Map();
 
-// One head: row i holds the entries start[i] .. start[i + 1] of `key` (rising) and `weight`. Where complete[i] is 0, rest[i] is
-// the weight that falls on keys which are not in the row, and no key left out weighs more than least[i].
+// One head: row i holds the entries start[i] .. start[i + 1] of `key` (ascending) and `weight`. Where complete[i] is 0, rest[i] is
+// the total weight of the keys that are not in the row, and bound[i] is an upper bound on the weight of each of them.
 export function headOf(layerIndex, headIndex) {
   const id = layerIndex * 4096 + headIndex;
   if (decoded.has(id)) return decoded.get(id);
@@ -36,47 +37,47 @@ export function headOf(layerIndex, headIndex) {
   return head;
 }
 
-// A served page asks for the heads that it does not hold; the answer takes the place of the overview.
+// Fetch a head that a served page holds in overview only, and replace its overview.
 export async function fetchHead(layerIndex, headIndex) {
-  const answer = await fetch(`head/${layerIndex}/${headIndex}`);
-  if (!answer.ok) return false;
-  Object.assign(data.layers[layerIndex].heads[headIndex], await answer.json());
+  const response = await fetch(`head/${layerIndex}/${headIndex}`);
+  if (!response.ok) return false;
+  Object.assign(data.layers[layerIndex].heads[headIndex], await response.json());
   decoded.delete(layerIndex * 4096 + headIndex);
   return true;
 }
 
-const thousandths = (text) => (text === null ? null : Float32Array.from(numbers(text), (n) => n / data.thousand));
+const thousandths = (text) => (text === null ? null : Float32Array.from(decodeVarints(text), (n) => n / data.thousand));
 
-// A head of which the page holds the overview alone: `cells` as in data.py, sums in parts.
+// A head that the page holds in overview only: `cells` as in data.py, entropy and received pooled.
 function overviewOf(packed) {
   const cells = Uint8Array.from(atob(packed.cells), (c) => c.charCodeAt(0));
   return { cells, entropy: thousandths(packed.entropy), received: thousandths(packed.received) };
 }
 
 function detailOf(layer, packed) {
-  const stream = numbers(packed.rows);
+  const stream = decodeVarints(packed.rows);
   const start = new Uint32Array(layer.queries + 1);
   const complete = new Uint8Array(layer.queries);
   const key = new Uint32Array(stream.length);
   const weight = new Float32Array(stream.length);
-  const least = new Float32Array(layer.queries);
-  const rest = Float32Array.from(numbers(packed.rest), (n) => n / data.one);
+  const bound = new Float32Array(layer.queries);
+  const rest = Float32Array.from(decodeVarints(packed.rest), (n) => n / data.one);
   let at = 0;
   let count = 0;
   for (let i = 0; i < layer.queries; i++) {
     const head = stream[at++];
     const dense = head & 2;
     complete[i] = head & 1;
-    least[i] = 1;
+    bound[i] = 1;
     let last = -1;
     for (let n = head >>> 2; n > 0; n--) {
       last += dense ? 1 : stream[at++] + 1;
       key[count] = last;
       weight[count] = stream[at++] / data.one;
-      if (weight[count] < least[i]) least[i] = weight[count];
+      if (weight[count] < bound[i]) bound[i] = weight[count];
       count++;
     }
-    least[i] = Math.min(least[i], rest[i]);
+    bound[i] = Math.min(bound[i], rest[i]);
     start[i + 1] = count;
   }
   return {
@@ -84,7 +85,7 @@ function detailOf(layer, packed) {
     start,
     complete,
     rest,
-    least,
+    bound,
     key: key.slice(0, count),
     weight: weight.slice(0, count),
     entropy: thousandths(packed.entropy),
@@ -92,27 +93,27 @@ function detailOf(layer, packed) {
   };
 }
 
-// How many keys query i may attend, by the causal rule alone.
+// The number of keys that query i may attend according to the causal mask.
 export function allowed(layer, i) {
   return layer.causal ? Math.max(0, Math.min(layer.keys, i + layer.offset + 1)) : layer.keys;
 }
 
-// How many keys query i may attend, as far as the page knows.
+// The number of keys that query i may attend, as far as the page knows: padding is not recorded, so a complete row is counted.
 export function reach(layer, head, i) {
   if (head.cells) return allowed(layer, i);
   return head.complete[i] ? head.start[i + 1] - head.start[i] : allowed(layer, i);
 }
 
 export const KNOWN = 0;
-export const UNKNOWN = 1; // may be attended, but its weight was not recorded
-export const BARRED = 2; // may not be attended
+export const UNKNOWN = 1; // attended, but the weight was not recorded
+export const MASKED = 2;
 
-// The weight between query i and key j: {kind, weight}; for an unknown one, `weight` is the most it can be.
+// The weight between query i and key j: {kind, weight}. For an unknown weight, `weight` is its upper bound.
 export function cell(layer, head, i, j) {
-  if (head.cells) return { kind: j < allowed(layer, i) ? UNKNOWN : BARRED, weight: 1 };
+  if (head.cells) return { kind: j < allowed(layer, i) ? UNKNOWN : MASKED, weight: 1 };
   const end = head.start[i + 1];
   const at = bisectLeft(head.key, j, head.start[i], end);
   if (at < end && head.key[at] === j) return { kind: KNOWN, weight: head.weight[at] };
-  if (head.complete[i] || j >= allowed(layer, i)) return { kind: BARRED, weight: 0 };
-  return { kind: UNKNOWN, weight: head.least[i] };
+  if (head.complete[i] || j >= allowed(layer, i)) return { kind: MASKED, weight: 0 };
+  return { kind: UNKNOWN, weight: head.bound[i] };
 }

@@ -1,21 +1,23 @@
-// The chosen head as lines: queries on the left, keys on the right, a curve for every weight, numbers beside the tokens.
+// The chosen head as lines: queries on the left, keys on the right, one curve per weight, and numbers beside the tokens.
 
 import { create } from "d3-selection";
 import { linkHorizontal } from "d3-shape";
-import { BARRED, KNOWN, UNKNOWN, cell, reach } from "./decode.js";
-import { height } from "./colour.js";
-import { atMost, byId, chosenHead, chosenLayer, keyTokens, make, on, pin, point, queryTokens, rawOf, reveal, state, three } from "./state.js";
+import { MASKED, KNOWN, UNKNOWN, cell, reach } from "./decode.js";
+import { rampPosition } from "./color.js";
+import { byId, make, reveal } from "./dom.js";
+import { fixed3, upperBound } from "./format.js";
+import { chosenHead, chosenLayer, currentFocus, keyTokens, on, pin, point, queryTokens, rawOf, state } from "./state.js";
 import { receivedScale } from "./reading.js";
 
-export const ROW = 26; // the height of a token's row in pixels, the same in page.css
-const LEVELS = 16; // curves of like weight share one path, so that a page draws sixteen shapes and not ten thousand
-const CURVES = 2400; // as many as are drawn at rest; the rest appear when a token is chosen
-const AHEAD = 24; // rows that are held ready beyond those in sight
-const SHORT = 400; // a text of fewer tokens has all its rows at once
+export const ROW = 26; // the height of a row in pixels, as in page.css
+const LEVELS = 16; // curves of similar weight share one SVG path: 16 paths instead of 10,000
+const CURVES = 2400; // at most this many curves without a focus; the others are drawn when their token is focused
+const MARGIN = 24; // rows beyond the visible ones that exist too
+const SHORT = 400; // a text of at most this many tokens has all its rows at once
 
-export const linesView = { shape: "", asks: null, answers: null, from: 0, to: 0, cutoff: 0 };
+export const linesView = { shape: "", queryColumn: null, keyColumn: null, from: 0, to: 0, cutoff: 0 };
 
-function drawing(name, strength) {
+function makeCurves(name, strength) {
   const svg = create("svg").attr("class", name).attr("preserveAspectRatio", "none").attr("aria-hidden", "true");
   const paths = Array.from({ length: LEVELS }, (_, level) => {
     const t = (level + 0.5) / LEVELS;
@@ -24,27 +26,27 @@ function drawing(name, strength) {
   return { svg: svg.node(), paths };
 }
 
-export const rest = drawing("curves resting", 1.3);
-export const hot = drawing("curves hot", 0.7);
+export const restingCurves = makeCurves("curves resting", 1.3);
+export const focusedCurves = makeCurves("curves focus", 0.7);
 
-// A curve that leaves sight leads a little beyond it: one that is a million pixels long takes as long to draw.
-const inSight = (n) => Math.max(linesView.from - 2 * AHEAD, Math.min(linesView.to + 2 * AHEAD, n));
+// Clamp a row to just beyond the visible ones, since drawing a curve takes time in proportion to its length.
+const clampToView = (n) => Math.max(linesView.from - 2 * MARGIN, Math.min(linesView.to + 2 * MARGIN, n));
 
-const curve = linkHorizontal().source(([query]) => [0, query]).target(([, key]) => [100, key]).y(([, n]) => (inSight(n) + 0.5) * ROW);
+const curve = linkHorizontal().source(([query]) => [0, query]).target(([, key]) => [100, key]).y(([, n]) => (clampToView(n) + 0.5) * ROW);
 
-// curves: an iterable of [query, key, weight]
-function draw({ paths }, curves) {
+// Draw curves, an iterable of [query, key, weight].
+function drawPaths({ paths }, curves) {
   const shapes = Array.from({ length: LEVELS }, () => []);
-  for (const drawn of curves) shapes[Math.min(LEVELS - 1, Math.floor(height(drawn[2]) * LEVELS))].push(curve(drawn));
+  for (const link of curves) shapes[Math.min(LEVELS - 1, Math.floor(rampPosition(link[2]) * LEVELS))].push(curve(link));
   paths.forEach((path, level) => path.setAttribute("d", shapes[level].join("")));
 }
 
-// A column of tokens, of which the rows in sight exist: `rows` holds them by the number of their token.
-function column(kind, tokens, offset) {
-  const list = make("ol", { class: `column ${kind}`, role: "listbox", tabindex: "-1", "aria-label": kind === "ask" ? "Queries: where a token looks" : "Keys: who looks at a token" });
+// A column of tokens. Only the visible rows exist; `rows` maps the index of a token to its row.
+function makeColumn(kind, tokens, offset) {
+  const list = make("ol", { class: `column ${kind}`, role: "listbox", tabindex: "-1", "aria-label": kind === "query" ? "Queries: what a token attends to" : "Keys: what attends to a token" });
   list.style.height = `${tokens.length * ROW}px`;
-  const made = { kind, tokens, offset, list, rows: new Map(), stop: 0 };
-  const target = (n) => (kind === "ask" ? [n, null] : [null, n]);
+  const made = { kind, tokens, offset, list, rows: new Map(), tabStop: 0 };
+  const target = (n) => (kind === "query" ? [n, null] : [null, n]);
   const at = (event) => {
     const item = event.target.closest("li");
     return item ? Number(item.dataset.token) : null;
@@ -59,10 +61,10 @@ function column(kind, tokens, offset) {
   list.addEventListener("keydown", (event) => {
     const n = at(event);
     if (n === null) return;
-    const other = kind === "ask" ? linesView.answers : linesView.asks;
+    const other = kind === "query" ? linesView.keyColumn : linesView.queryColumn;
     const step = { ArrowDown: n + 1, ArrowUp: n - 1, Home: 0, End: tokens.length - 1, PageDown: n + 10, PageUp: n - 10 }[event.key];
-    if (step !== undefined) walk(made, step);
-    else if (event.key === (kind === "ask" ? "ArrowRight" : "ArrowLeft")) walk(other, n);
+    if (step !== undefined) focusRow(made, step);
+    else if (event.key === (kind === "query" ? "ArrowRight" : "ArrowLeft")) focusRow(other, n);
     else if (event.key === "Enter" || event.key === " ") pin(...target(n));
     else return;
     event.preventDefault();
@@ -70,64 +72,64 @@ function column(kind, tokens, offset) {
   return made;
 }
 
-function row(of, n) {
-  const token = of.tokens[n];
+function makeRow(column, n) {
+  const token = column.tokens[n];
   const text = make("span", { class: `token${token[1] ? " continues" : ""}${token[2] ? " marker" : ""}` }, token[0]);
   const figure = make("span", { class: "figure" });
-  const item = make("li", { role: "option", tabindex: n === of.stop ? "0" : "-1", "aria-setsize": of.tokens.length, "aria-posinset": n + 1, title: `${rawOf(token)}  (token ${n + of.offset})` }, ...(of.kind === "ask" ? [figure, text] : [text, figure]));
+  const item = make("li", { role: "option", tabindex: n === column.tabStop ? "0" : "-1", "aria-setsize": column.tokens.length, "aria-posinset": n + 1, title: `${rawOf(token)}  (token ${n + column.offset})` }, ...(column.kind === "query" ? [figure, text] : [text, figure]));
   item.dataset.token = n;
   return { item, text, figure };
 }
 
-// Have the rows from .. to of a column, and no others.
-function fill(of, from, to) {
-  const end = Math.min(to, of.tokens.length);
-  const kept = document.activeElement;
-  for (const [n, { item }] of of.rows) {
-    if ((n < from || n >= end) && item !== kept) {
+// Create the rows from..to of a column, and remove all others but the focused one.
+function fillRows(column, from, to) {
+  const end = Math.min(to, column.tokens.length);
+  const focused = document.activeElement;
+  for (const [n, { item }] of column.rows) {
+    if ((n < from || n >= end) && item !== focused) {
       item.remove();
-      of.rows.delete(n);
+      column.rows.delete(n);
     }
   }
   for (let n = from; n < end; n++) {
-    if (of.rows.has(n)) continue;
-    const made = row(of, n);
+    if (column.rows.has(n)) continue;
+    const made = makeRow(column, n);
     made.item.style.top = `${n * ROW}px`;
-    of.rows.set(n, made);
-    of.list.append(made.item);
+    column.rows.set(n, made);
+    column.list.append(made.item);
   }
-  const first = Math.min(Math.max(of.stop, from), end - 1); // a row in sight is reached by Tab
-  of.rows.forEach(({ item }, n) => (item.tabIndex = n === first ? 0 : -1));
+  const first = Math.min(Math.max(column.tabStop, from), end - 1); // Tab reaches a visible row
+  column.rows.forEach(({ item }, n) => (item.tabIndex = n === first ? 0 : -1));
 }
 
-function walk(of, n) {
-  const to = Math.max(0, Math.min(of.tokens.length - 1, n));
-  of.stop = to;
-  if (!of.rows.has(to)) {
+function focusRow(column, n) {
+  const to = Math.max(0, Math.min(column.tokens.length - 1, n));
+  column.tabStop = to;
+  if (!column.rows.has(to)) {
     linesView.scroll.scrollTop = Math.max(0, to * ROW - linesView.scroll.clientHeight / 2);
-    lookAround();
+    updateRows();
   }
-  of.rows.forEach(({ item }, m) => (item.tabIndex = m === to ? 0 : -1));
-  of.rows.get(to).item.focus();
+  column.rows.forEach(({ item }, m) => (item.tabIndex = m === to ? 0 : -1));
+  column.rows.get(to).item.focus();
 }
 
-// The rows in sight have changed: make those that are missing, and draw what belongs to them.
-function lookAround(always = false) {
-  const { scroll, asks, answers } = linesView;
-  const most = Math.max(asks.tokens.length, answers.tokens.length);
+// Create the rows that have become visible, and draw their curves.
+function updateRows(always = false) {
+  const { scroll, queryColumn, keyColumn } = linesView;
+  const most = Math.max(queryColumn.tokens.length, keyColumn.tokens.length);
   let from = 0;
   let to = most;
   if (most > SHORT) {
     const first = Math.floor(scroll.scrollTop / ROW);
     const last = first + Math.ceil(scroll.clientHeight / ROW);
     if (!always && first >= linesView.from && last <= linesView.to) return;
-    from = Math.max(0, first - AHEAD);
-    to = Math.min(most, last + AHEAD);
+    from = Math.max(0, first - MARGIN);
+    to = Math.min(most, last + MARGIN);
   }
   Object.assign(linesView, { from, to });
-  fill(asks, from, to);
-  fill(answers, from, to);
-  for (const { svg } of [rest, hot]) {
+  fillRows(queryColumn, from, to);
+  fillRows(keyColumn, from, to);
+  for (const { svg } of [restingCurves, focusedCurves]) {
     svg.setAttribute("viewBox", `0 ${from * ROW} 100 ${(to - from) * ROW}`);
     svg.style.top = `${from * ROW}px`;
     svg.style.height = `${(to - from) * ROW}px`;
@@ -141,22 +143,22 @@ function buildLines() {
   const shape = [layer.queryText, layer.keyText, layer.queries, layer.keys, layer.offset].join();
   if (linesView.shape === shape) return;
   linesView.shape = shape;
-  const asks = column("ask", queryTokens(layer), layer.offset);
-  const answers = column("answer", keyTokens(layer), 0);
+  const queryColumn = makeColumn("query", queryTokens(layer), layer.offset);
+  const keyColumn = makeColumn("key", keyTokens(layer), 0);
   const names = make("div", { class: "names", "aria-hidden": "true" });
   names.append(
-    make("div", {}, make("span", { class: "what", id: "ask-what" }), make("b", { class: "ask" }, "Query")),
+    make("div", {}, make("span", { class: "what", id: "query-what" }), make("b", { class: "query" }, "Query")),
     make("span"),
-    make("div", {}, make("b", { class: "answer" }, "Key"), make("span", { class: "what", id: "answer-what" })),
+    make("div", {}, make("b", { class: "key" }, "Key"), make("span", { class: "what", id: "key-what" })),
   );
-  const field = make("div", { class: "field" }, rest.svg, hot.svg);
-  const scroll = make("div", { class: "scroll" }, names, make("div", { class: "body" }, asks.list, field, answers.list));
+  const field = make("div", { class: "field" }, restingCurves.svg, focusedCurves.svg);
+  const scroll = make("div", { class: "scroll" }, names, make("div", { class: "body" }, queryColumn.list, field, keyColumn.list));
   let pending = 0;
   scroll.addEventListener("scroll", () => {
     cancelAnimationFrame(pending);
-    pending = requestAnimationFrame(() => lookAround());
+    pending = requestAnimationFrame(() => updateRows());
   });
-  Object.assign(linesView, { asks, answers, scroll });
+  Object.assign(linesView, { queryColumn, keyColumn, scroll });
   byId("lines").replaceChildren(scroll, make("p", { class: "note soft", id: "lines-note" }));
 }
 
@@ -164,105 +166,105 @@ function drawLines() {
   byId("panels").classList.toggle("coarse", Boolean(chosenHead().cells));
   if (chosenHead().cells) return;
   buildLines();
-  lookAround(true);
+  updateRows(true);
 }
 
-// The strongest curves of the queries in sight.
+// Draw the curves of the largest weights of the visible queries.
 function drawCurves() {
   const layer = chosenLayer();
   const head = chosenHead();
   const tokens = keyTokens(layer);
   const first = Math.min(linesView.from, layer.queries);
   const last = Math.min(linesView.to, layer.queries);
-  const found = [];
+  const links = [];
   for (let i = first; i < last; i++) {
     for (let n = head.start[i]; n < head.start[i + 1]; n++) {
-      if (state.markers || !tokens[head.key[n]][2]) found.push([i, head.key[n], head.weight[n]]);
+      if (state.markers || !tokens[head.key[n]][2]) links.push([i, head.key[n], head.weight[n]]);
     }
   }
-  const sorted = Float32Array.from(found, (curve_) => curve_[2]).sort();
+  const sorted = Float32Array.from(links, (link) => link[2]).sort();
   linesView.cutoff = Math.max(0.003, sorted.length > CURVES ? sorted[sorted.length - CURVES] : 0);
-  const strong = found.filter((curve_) => curve_[2] >= linesView.cutoff).slice(0, CURVES);
-  draw(rest, strong);
-  byId("lines-note").textContent = strong.length < found.length && linesView.cutoff > 0.003 ? `Weights under ${three(linesView.cutoff)} get their line when a token is chosen.` : "";
+  const strong = links.filter((link) => link[2] >= linesView.cutoff).slice(0, CURVES);
+  drawPaths(restingCurves, strong);
+  byId("lines-note").textContent = strong.length < links.length && linesView.cutoff > 0.003 ? `Weights below ${fixed3(linesView.cutoff)} are drawn when a token is selected.` : "";
 }
 
-// What already stands there is left alone: a long text then costs no more than what changes in it.
-function setFigure(place, text, part, kind) {
-  const { item, figure } = place;
+// Set the number beside a token, if it differs: the cost of an update is then that of its changes.
+function setFigure(row, text, part, kind) {
+  const { item, figure } = row;
   const now = `${text} ${part.toFixed(3)} ${kind}`;
-  if (place.now === now) return;
-  place.now = now;
+  if (row.now === now) return;
+  row.now = now;
   figure.textContent = text;
   item.style.setProperty("--part", part.toFixed(3));
   item.classList.toggle("unknown", kind === UNKNOWN);
-  item.classList.toggle("barred", kind === BARRED);
+  item.classList.toggle("masked", kind === MASKED);
 }
 
-// The number of one weight: to three decimals, or the most it can be, or a dash.
-function weightFigure(part, found) {
-  const text = { [KNOWN]: three(found.weight), [UNKNOWN]: atMost(found.weight), [BARRED]: "–" }[found.kind];
-  setFigure(part, text, found.kind === KNOWN ? height(found.weight) : 0, found.kind);
+// Show one weight: three decimals, an upper bound, or a dash.
+function drawWeight(row, entry) {
+  const text = { [KNOWN]: fixed3(entry.weight), [UNKNOWN]: upperBound(entry.weight), [MASKED]: "–" }[entry.kind];
+  setFigure(row, text, entry.kind === KNOWN ? rampPosition(entry.weight) : 0, entry.kind);
 }
 
-function spreadFigures(layer, head) {
-  linesView.asks.rows.forEach((part, i) => {
-    if (!head.entropy) return setFigure(part, "", 0, KNOWN);
+function drawEntropy(layer, head) {
+  linesView.queryColumn.rows.forEach((row, i) => {
+    if (!head.entropy) return setFigure(row, "", 0, KNOWN);
     const most = Math.log(Math.max(1, reach(layer, head, i)));
-    return setFigure(part, head.entropy[i].toFixed(2), most ? Math.min(1, head.entropy[i] / most) : 0, KNOWN);
+    return setFigure(row, head.entropy[i].toFixed(2), most ? Math.min(1, head.entropy[i] / most) : 0, KNOWN);
   });
-  byId("ask-what").textContent = head.entropy ? "entropy" : "";
+  byId("query-what").textContent = head.entropy ? "entropy" : "";
 }
 
-function receivedFigures(layer, head) {
+function drawReceived(layer, head) {
   const scale = receivedScale(layer, head);
-  linesView.answers.rows.forEach((part, j) => setFigure(part, `${layer.receivedExact ? "" : "≥"}${head.received[j].toFixed(2)}`, scale(j), KNOWN));
-  byId("answer-what").textContent = "received";
+  linesView.keyColumn.rows.forEach((row, j) => setFigure(row, `${layer.receivedExact ? "" : "≥"}${head.received[j].toFixed(2)}`, scale(j), KNOWN));
+  byId("key-what").textContent = "received";
 }
 
 function drawFocus() {
   const layer = chosenLayer();
   const head = chosenHead();
   if (head.cells || !linesView.scroll) return;
-  const { query, key } = state.focus || { query: null, key: null };
+  const { query, key } = currentFocus();
   const curves = [];
   if (query !== null) {
     for (let n = head.start[query]; n < head.start[query + 1]; n++) {
       if (key === null || head.key[n] === key) curves.push([query, head.key[n], head.weight[n]]);
     }
-    linesView.answers.rows.forEach((part, j) => weightFigure(part, cell(layer, head, query, j)));
-    byId("answer-what").textContent = "weight";
-    spreadFigures(layer, head);
+    linesView.keyColumn.rows.forEach((row, j) => drawWeight(row, cell(layer, head, query, j)));
+    byId("key-what").textContent = "weight";
+    drawEntropy(layer, head);
   } else if (key !== null) {
-    linesView.asks.rows.forEach((part, i) => weightFigure(part, cell(layer, head, i, key)));
+    linesView.queryColumn.rows.forEach((row, i) => drawWeight(row, cell(layer, head, i, key)));
     for (let i = 0; i < layer.queries; i++) {
-      const found = cell(layer, head, i, key);
-      if (found.kind === KNOWN) curves.push([i, key, found.weight]);
+      const entry = cell(layer, head, i, key);
+      if (entry.kind === KNOWN) curves.push([i, key, entry.weight]);
     }
-    byId("ask-what").textContent = "weight";
-    receivedFigures(layer, head);
+    byId("query-what").textContent = "weight";
+    drawReceived(layer, head);
   } else {
-    spreadFigures(layer, head);
-    receivedFigures(layer, head);
+    drawEntropy(layer, head);
+    drawReceived(layer, head);
   }
-  draw(hot, curves);
+  drawPaths(focusedCurves, curves);
   byId("lines").classList.toggle("focused", query !== null || key !== null);
-  linesView.asks.rows.forEach(({ item }, i) => {
+  linesView.queryColumn.rows.forEach(({ item }, i) => {
     item.classList.toggle("chosen", i === query);
     item.setAttribute("aria-selected", i === query);
   });
-  linesView.answers.rows.forEach(({ item }, j) => {
+  linesView.keyColumn.rows.forEach(({ item }, j) => {
     item.classList.toggle("chosen", j === key);
     item.setAttribute("aria-selected", j === key);
   });
 }
 
-// What was pinned elsewhere comes into sight here.
+// Scroll to a token that was pinned elsewhere.
 function showPinned() {
   if (!state.pin || !linesView.scroll || chosenHead().cells) return;
   const n = state.pin.query ?? state.pin.key;
   reveal(linesView.scroll, n * ROW, (n + 3) * ROW);
-  lookAround();
+  updateRows();
 }
 
 on("head markers view beside", drawLines);

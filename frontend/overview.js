@@ -1,57 +1,58 @@
-// Every head at a glance: a row a layer, a column a head, and in each thumbnail its pattern, what its keys receive or how wide its
-// queries look.
+// The overview: one row per layer, one column per head. A thumbnail shows the pattern of a head, the attention its keys receive, the
+// entropy of its queries, or its mean distance.
 
 import { max } from "d3-array";
 import { allowed, data, headOf, reach } from "./decode.js";
-import { cssColour, height, pixel, ramp, shade, theme } from "./colour.js";
-import { byId, chooseHead, chosenLayer, make, on, reveal, segments, state, tell } from "./state.js";
+import { cssColor, rampPosition, pixel, ramp, shade, theme } from "./color.js";
+import { byId, make, reveal, segments } from "./dom.js";
+import { chooseHead, chosenLayer, emit, on, state } from "./state.js";
 
 const dense = data.layers.some((layer) => layer.heads.length > 16);
-const THUMB = dense ? 32 : 96; // pixels a side, about
-export const CELLS = 32; // of a head that the page holds in overview alone, as in data.py
-const POOL = dense ? 32 : 40; // cells a side; a longer text is pooled by its greatest weight, so a thin line stays a line
-const UNRECORDED = { light: [[214, 217, 224], [240, 241, 244]], dark: [[44, 50, 62], [30, 35, 44]] }; // its hatching, and what is between
+const THUMB = dense ? 32 : 96; // pixels per side, approximately
+export const CELLS = 32; // cells per side of a head that the page holds in overview only, as in data.py
+const POOL = dense ? 32 : 40; // cells per side; longer texts are max-pooled, so that a thin line stays visible
+const UNRECORDED = { light: [[214, 217, 224], [240, 241, 244]], dark: [[44, 50, 62], [30, 35, 44]] }; // stroke and ground of the hatching
 
 function drawPattern(canvas, layer, head) {
   const side = head.cells ? CELLS : POOL;
-  const wide = Math.min(side, layer.keys);
-  const high = Math.min(side, layer.queries);
-  const across = Math.ceil(THUMB / wide); // whole pixels a cell, else some cells come out wider than others
-  const down = Math.ceil(THUMB / high);
-  const image = new ImageData(wide * across, high * down);
+  const columns = Math.min(side, layer.keys);
+  const rows = Math.min(side, layer.queries);
+  const across = Math.ceil(THUMB / columns); // integer, or some cells would come out wider than others
+  const down = Math.ceil(THUMB / rows);
+  const image = new ImageData(columns * across, rows * down);
   const pixels = new Uint32Array(image.data.buffer);
-  const most = new Float32Array(wide * high).fill(-1); // -1: nothing known here
-  const open = new Uint8Array(wide * high); // some key here may be attended
+  const most = new Float32Array(columns * rows).fill(-1); // -1: nothing recorded here
+  const open = new Uint8Array(columns * rows); // 1: some key here may be attended, but was not recorded
   if (head.cells) {
     head.cells.forEach((byte, place) => {
       if (byte) most[place] = ((byte - 1) / 254) ** 2;
     });
-    for (let y = 0; y < high; y++) open.fill(1, y * wide, y * wide + Math.ceil((allowed(layer, Math.ceil(((y + 1) * layer.queries) / high) - 1) * wide) / layer.keys));
+    for (let y = 0; y < rows; y++) open.fill(1, y * columns, y * columns + Math.ceil((allowed(layer, Math.ceil(((y + 1) * layer.queries) / rows) - 1) * columns) / layer.keys));
   }
   for (let i = 0; i < layer.queries && !head.cells; i++) {
-    const y = Math.floor((i * high) / layer.queries);
+    const y = Math.floor((i * rows) / layer.queries);
     for (let n = head.start[i]; n < head.start[i + 1]; n++) {
-      const place = y * wide + Math.floor((head.key[n] * wide) / layer.keys);
+      const place = y * columns + Math.floor((head.key[n] * columns) / layer.keys);
       if (head.weight[n] > most[place]) most[place] = head.weight[n];
     }
-    if (!head.complete[i]) open.fill(1, y * wide, y * wide + Math.ceil((allowed(layer, i) * wide) / layer.keys));
+    if (!head.complete[i]) open.fill(1, y * columns, y * columns + Math.ceil((allowed(layer, i) * columns) / layer.keys));
   }
   const shades = ramp();
   const [hatch, plain] = UNRECORDED[theme()].map(pixel);
   for (let place = 0; place < most.length; place++) {
-    let colour = null;
-    if (most[place] >= 0) colour = shades[Math.round(255 * height(most[place]))];
-    else if (open[place]) colour = ((place % wide) + Math.floor(place / wide)) % 3 ? plain : hatch;
-    if (!colour) continue; // what may not be attended stays clear
-    const corner = Math.floor(place / wide) * down * image.width + (place % wide) * across;
-    for (let row = 0; row < down; row++) pixels.fill(colour, corner + row * image.width, corner + row * image.width + across);
+    let color = null;
+    if (most[place] >= 0) color = shades[Math.round(255 * rampPosition(most[place]))];
+    else if (open[place]) color = ((place % columns) + Math.floor(place / columns)) % 3 ? plain : hatch;
+    if (!color) continue; // masked cells stay clear
+    const corner = Math.floor(place / columns) * down * image.width + (place % columns) * across;
+    for (let row = 0; row < down; row++) pixels.fill(color, corner + row * image.width, corner + row * image.width + across);
   }
   canvas.width = image.width;
   canvas.height = image.height;
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-// Bars in one direction: down the keys for attention received, across the queries for entropy.
+// Draw bars: one column per key for the attention received, one row per query for the entropy.
 function drawBars(canvas, amounts, upward) {
   const count = Math.min(THUMB, amounts.length);
   canvas.width = canvas.height = THUMB;
@@ -82,17 +83,17 @@ function drawThumb(thumb) {
     drawBars(thumb.canvas, Array.from(head.received, (amount) => Math.sqrt(amount / most)), true);
   } else if (state.show === "distance") drawShade(thumb.canvas, layer, layer.heads[thumb.head].distance);
   else {
-    const place = (i) => Math.min(layer.queries - 1, Math.floor(((i + 0.5) * layer.queries) / (head.entropy || [0]).length));
-    const part = (nats, i) => nats / Math.max(1e-9, Math.log(Math.max(1, head.cells ? allowed(layer, place(i)) : reach(layer, head, i))));
-    drawBars(thumb.canvas, Array.from(head.entropy || [], (nats, i) => Math.min(1, part(nats, i))), false);
+    const queryAt = (i) => Math.min(layer.queries - 1, Math.floor(((i + 0.5) * layer.queries) / (head.entropy || [0]).length));
+    const fraction = (nats, i) => nats / Math.max(1e-9, Math.log(Math.max(1, head.cells ? allowed(layer, queryAt(i)) : reach(layer, head, i))));
+    drawBars(thumb.canvas, Array.from(head.entropy || [], (nats, i) => Math.min(1, fraction(nats, i))), false);
   }
 }
 
-// One colour for one number: how far a head looks, on a scale of doublings up to the whole text.
+// Fill a thumbnail with one color: the mean distance, on a log scale up to the length of the text.
 function drawShade(canvas, layer, distance) {
   canvas.width = canvas.height = THUMB;
   const context = canvas.getContext("2d");
-  context.fillStyle = distance === null ? cssColour("--unknown") : shade(Math.log1p(distance) / Math.log1p(layer.keys));
+  context.fillStyle = distance === null ? cssColor("--unknown") : shade(Math.log1p(distance) / Math.log1p(layer.keys));
   context.fillRect(0, 0, THUMB, THUMB);
 }
 
@@ -100,7 +101,7 @@ const thumbs = [];
 
 function buildOverview() {
   document.querySelector("main").classList.toggle("wide", dense);
-  const groups = new Map(); // layers of one kind stand together
+  const groups = new Map(); // layers of one kind are grouped
   data.layers.forEach((layer, n) => {
     const name = layer.label.split("layer")[0].trim().replace(/:$/, "") || "self";
     if (!groups.has(name)) groups.set(name, []);
@@ -109,7 +110,7 @@ function buildOverview() {
   for (const [name, layers] of groups) {
     if (groups.size > 1) byId("grid").append(make("h3", {}, { self: "Self attention", cross: "Cross attention", encoder: "Encoder" }[name] || name));
     const heads = Math.max(...layers.map((n) => data.layers[n].heads.length));
-    const box = make("div", { class: dense ? "grid dense" : "grid", role: "grid", "aria-label": `Heads, a row a layer: ${name}` });
+    const box = make("div", { class: dense ? "grid dense" : "grid", role: "grid", "aria-label": `Heads, one row per layer: ${name}` });
     box.style.setProperty("--heads", heads);
     const labels = make("div", { class: "grid-row heads", role: "presentation", "aria-hidden": "true" }, make("span"));
     for (let head = 0; head < heads; head++) labels.append(make("span", {}, dense && head % 4 ? "" : String(head)));
@@ -134,7 +135,7 @@ function buildOverview() {
   }
 }
 
-// Arrows move through the grid, and the choice follows.
+// Arrow keys move through the grid, and the selection follows.
 function moveInGrid(event) {
   const layer = chosenLayer();
   let row = state.layer;
@@ -153,17 +154,17 @@ function moveInGrid(event) {
   thumbs.find((thumb) => thumb.layer === row && thumb.head === head).button.focus();
 }
 
-// Thumbnails are drawn a few at a time, so that a page of a thousand heads still answers at once.
+// Thumbnails are drawn for 30 ms per frame, so that a page of a thousand heads stays responsive.
 let pending = 0;
 function redrawThumbs() {
   for (const thumb of thumbs) thumb.stale = true;
   cancelAnimationFrame(pending);
-  const some = () => {
+  const drawSome = () => {
     const until = performance.now() + 30;
     for (const thumb of thumbs) {
       if (!thumb.stale) continue;
       if (performance.now() > until) {
-        pending = requestAnimationFrame(some);
+        pending = requestAnimationFrame(drawSome);
         return;
       }
       drawThumb(thumb);
@@ -171,12 +172,12 @@ function redrawThumbs() {
     }
     byId("grid").dataset.drawn = state.show;
   };
-  some();
+  drawSome();
   byId("grid-note").textContent = {
-    pattern: "Down: queries. Across: keys. Darker is more attention.",
-    received: "Across: keys. A bar is the attention a key receives from all queries.",
-    entropy: "Down: queries. A bar is how wide a query looks, of as wide as it may.",
-    distance: "How many tokens lie between a query and what it looks at: darker is farther.",
+    pattern: "Rows: queries. Columns: keys. Darker means more attention.",
+    received: "Columns: keys. A bar is the attention that a key receives from all queries.",
+    entropy: "Rows: queries. A bar is the entropy of a query, relative to its maximum.",
+    distance: "The mean distance in tokens between a query and the keys it attends to: darker means farther.",
   }[state.show].replace(/([Dd])arker/, (word, d) => (theme() === "light" ? word : d === "D" ? "Brighter" : "brighter"));
 }
 
@@ -190,7 +191,7 @@ function markThumbs() {
   }
 }
 
-function buildHabits() {
+function buildChips() {
   const counts = new Map();
   for (const thumb of thumbs) counts.set(thumb.pattern, (counts.get(thumb.pattern) || 0) + 1);
   for (const [pattern, [sign, name]] of Object.entries(data.habits)) {
@@ -198,7 +199,7 @@ function buildHabits() {
     const chip = make("button", { type: "button", class: "chip", "aria-pressed": "false" }, make("span", { class: "sign", "aria-hidden": "true" }, sign), name, make("span", { class: "count" }, String(counts.get(pattern))));
     chip.addEventListener("click", () => {
       state.habit = state.habit === pattern ? null : pattern;
-      tell("habit");
+      emit("habit");
     });
     on("habit", () => chip.setAttribute("aria-pressed", state.habit === pattern));
     byId("habits").append(chip);
@@ -206,14 +207,14 @@ function buildHabits() {
 }
 
 buildOverview();
-buildHabits();
+buildChips();
 segments(
   byId("show"),
   [
-    ["pattern", "Pattern", "Which key each query looks at"],
+    ["pattern", "Pattern", "Which keys each query attends to"],
     ["received", "Received", "How much attention each key receives"],
-    ["entropy", "Spread", "How wide each query looks (entropy)"],
-    ["distance", "Distance", "How far each head looks"],
+    ["entropy", "Spread", "How widely each query spreads its attention (entropy)"],
+    ["distance", "Distance", "How far each head looks, in tokens"],
   ],
   () => state.show,
   (value) => (state.show = value),

@@ -1,8 +1,9 @@
-// Starts the page: its title, its theme, the head named in its address, and the first drawing.
+// The entry point: sets the title and the theme, chooses the head named in the address, and draws for the first time.
 
 import { data } from "./decode.js";
-import { theme, wantsDark } from "./colour.js";
-import { byId, chooseHead, on, release, state, tell } from "./state.js";
+import { theme, wantsDark } from "./color.js";
+import { byId } from "./dom.js";
+import { chooseHead, emit, on, release, state } from "./state.js";
 import "./reading.js";
 import "./picture.js";
 import "./overview.js";
@@ -12,11 +13,11 @@ import "./detail.js";
 import "./save.js";
 import "./search.js";
 
-byId("title").textContent = data.title || "What the heads look at";
+byId("title").textContent = data.title || "Attention heads";
 byId("subtitle").textContent = data.subtitle;
 byId("subtitle").hidden = !data.subtitle;
 
-// Storage and addresses are refused in some frames; the page does without them then.
+// Storage and history are blocked in some frames; the page works without them.
 function attempt(act) {
   try {
     return act();
@@ -25,38 +26,38 @@ function attempt(act) {
   }
 }
 
-function nameTheme() {
+function labelThemeButton() {
   const dark = theme() === "dark";
   byId("theme").textContent = dark ? "Light" : "Dark";
-  byId("theme").setAttribute("aria-label", dark ? "Change to the light theme" : "Change to the dark theme");
+  byId("theme").setAttribute("aria-label", dark ? "Switch to the light theme" : "Switch to the dark theme");
 }
 
-const kept = attempt(() => localStorage.getItem("regard-theme"));
-if (kept === "dark" || kept === "light") document.documentElement.dataset.theme = kept;
+const savedTheme = attempt(() => localStorage.getItem("regard-theme"));
+if (savedTheme === "dark" || savedTheme === "light") document.documentElement.dataset.theme = savedTheme;
 byId("theme").addEventListener("click", () => {
   const next = theme() === "dark" ? "light" : "dark";
   document.documentElement.dataset.theme = next;
   attempt(() => localStorage.setItem("regard-theme", next));
-  tell("theme");
+  emit("theme");
 });
-wantsDark.addEventListener("change", () => tell("theme"));
-on("theme", nameTheme);
+wantsDark.addEventListener("change", () => emit("theme"));
+on("theme", labelThemeButton);
 
-// #5.11 opens layer 5 (as it stands in the overview, from 0), head 11.
-function fromAddress() {
-  const found = /^#(\d+)\.(\d+)$/.exec(location.hash);
-  if (!found) return;
-  const [layer, head] = [Number(found[1]), Number(found[2])];
+// #5.11 opens layer 5 (its index in the overview), head 11.
+function chooseFromHash() {
+  const match = /^#(\d+)\.(\d+)$/.exec(location.hash);
+  if (!match) return;
+  const [layer, head] = [Number(match[1]), Number(match[2])];
   if (data.layers[layer] && data.layers[layer].heads[head]) chooseHead(layer, head);
 }
-addEventListener("hashchange", fromAddress);
+addEventListener("hashchange", chooseFromHash);
 on("head", () => attempt(() => history.replaceState(null, "", `#${state.layer}.${state.head}`)));
 
 addEventListener("keydown", (event) => {
   if (event.key === "Escape") release();
 });
 
-// In a notebook's frame, the page says which head is chosen, and is told.
+// In the frame of a notebook widget, the chosen head is synchronized by messages.
 if (parent !== window) {
   on("head", () => parent.postMessage({ regardHead: [state.layer, state.head] }, "*"));
   addEventListener("message", (event) => {
@@ -65,6 +66,6 @@ if (parent !== window) {
   });
 }
 
-fromAddress();
-for (const topic of ["theme", "view", "beside", "head", "focus", "show", "habit"]) tell(topic);
+chooseFromHash();
+for (const topic of ["theme", "view", "beside", "head", "focus", "show", "habit"]) emit(topic);
 document.documentElement.dataset.ready = "";

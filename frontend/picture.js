@@ -1,44 +1,45 @@
-// The picture that the tokens were cut from: its patches are pointed at, kept and shaded as words are.
+// The picture whose patches are the tokens. Patches can be hovered, pinned and shaded like words.
 
 import { data } from "./decode.js";
-import { byId, chosenHead, chosenLayer, make, on, pin, point } from "./state.js";
-import { placeOf, restingScale, standing } from "./reading.js";
+import { byId, make } from "./dom.js";
+import { chosenHead, chosenLayer, on, pin, point } from "./state.js";
+import { toQueryOrKey, idleScale, tokenStyle } from "./reading.js";
 
-const pictureText = data.texts.length - 1; // what is looked at
+const pictureText = data.texts.length - 1; // the text of the keys
 let patches = null;
 
 function buildPicture() {
   const { source, rows, columns, first } = data.picture;
-  const image = make("img", { src: source, alt: `The picture, in ${rows} by ${columns} patches` });
-  const over = make("div", { class: "patches", role: "group", "aria-label": "Patches of the picture" });
-  over.style.gridTemplate = `repeat(${rows}, 1fr) / repeat(${columns}, 1fr)`;
+  const image = make("img", { src: source, alt: `The input picture, ${rows} by ${columns} patches` });
+  const overlay = make("div", { class: "patches", role: "group", "aria-label": "Patches of the picture" });
+  overlay.style.gridTemplate = `repeat(${rows}, 1fr) / repeat(${columns}, 1fr)`;
   patches = Array.from({ length: rows * columns }, (_, n) => {
     const patch = make("div", { class: "patch", title: `row ${Math.floor(n / columns)}, column ${n % columns}  (token ${first + n})` });
     patch.dataset.token = first + n;
-    over.append(patch);
+    overlay.append(patch);
     return patch;
   });
-  const of = (event) => {
+  const targetOf = (event) => {
     const patch = event.target.closest(".patch");
-    return patch && placeOf(pictureText, Number(patch.dataset.token));
+    return patch && toQueryOrKey(pictureText, Number(patch.dataset.token));
   };
-  over.addEventListener("pointerover", (event) => {
-    const found = event.pointerType === "mouse" && of(event);
-    if (found) point(...found);
+  overlay.addEventListener("pointerover", (event) => {
+    const target = event.pointerType === "mouse" && targetOf(event);
+    if (target) point(...target);
   });
-  over.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && point(null, null));
-  over.addEventListener("click", (event) => of(event) && pin(...of(event)));
-  byId("texts").prepend(make("div", { class: "picture" }, image, over));
+  overlay.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && point(null, null));
+  overlay.addEventListener("click", (event) => targetOf(event) && pin(...targetOf(event)));
+  byId("texts").prepend(make("div", { class: "picture" }, image, overlay));
 }
 
 function drawPicture() {
   const layer = chosenLayer();
   const head = chosenHead();
-  const scale = restingScale(layer, head, pictureText);
+  const scale = idleScale(layer, head, pictureText);
   for (const patch of patches) {
-    const { t, classes } = standing(layer, head, pictureText, Number(patch.dataset.token), scale);
+    const { t, classes } = tokenStyle(layer, head, pictureText, Number(patch.dataset.token), scale);
     patch.className = ["patch", ...classes].join(" ");
-    // What is looked at is seen through; the rest is veiled.
+    // The veil is transparent overlay patches with a large weight.
     patch.style.setProperty("--veil", (0.86 * (1 - Math.min(1, (t || 0) * 1.15))).toFixed(3));
   }
 }

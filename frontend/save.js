@@ -1,75 +1,76 @@
-// The drawing of the chosen head as a picture: an SVG that stands alone, with the matrix inside it where it is shown.
+// Export of the chosen head: a self-contained SVG, which embeds the matrix as an image if it is shown; or a PNG of it.
 
 import { create } from "d3-selection";
 import { data } from "./decode.js";
-import { cssColour } from "./colour.js";
-import { byId, chosenHead, chosenLayer, keyTokens, make, queryTokens, state } from "./state.js";
-import { ROW, hot, linesView, rest } from "./lines.js";
+import { cssColor } from "./color.js";
+import { byId, make } from "./dom.js";
+import { chosenHead, chosenLayer, keyTokens, queryTokens, state } from "./state.js";
+import { ROW, focusedCurves, linesView, restingCurves } from "./lines.js";
 import { matrices } from "./matrix.js";
 
-const clean = (text) => text.replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f]/g, "\ufffd"); // XML has no such letters
-const write = (svg, text, x, y) => svg.append("text").attr("x", x).attr("y", y).text(clean(text));
+const cleanXml = (text) => text.replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f]/g, "\ufffd"); // not allowed in XML
+const writeText = (svg, text, x, y) => svg.append("text").attr("x", x).attr("y", y).text(cleanXml(text));
 
-function picture() {
+function renderSvg() {
   const layer = chosenLayer();
   const side = 130;
   const gap = 260;
   const top = 64;
-  let wide = 24;
-  let high = top;
-  const svg = create("svg").attr("font-family", "system-ui, sans-serif").attr("font-size", 14).attr("fill", cssColour("--ink"));
-  svg.append("rect").attr("width", "100%").attr("height", "100%").attr("fill", cssColour("--panel"));
-  write(svg, `${data.title ? `${data.title} · ` : ""}${layer.label}, head ${state.head}`, 24, 28).attr("font-weight", 600);
-  write(svg, layer.heads[state.head].sentence, 24, 48).attr("font-size", 12);
+  let width = 24;
+  let height = top;
+  const svg = create("svg").attr("font-family", "system-ui, sans-serif").attr("font-size", 14).attr("fill", cssColor("--ink"));
+  svg.append("rect").attr("width", "100%").attr("height", "100%").attr("fill", cssColor("--panel"));
+  writeText(svg, `${data.title ? `${data.title} · ` : ""}${layer.label}, head ${state.head}`, 24, 28).attr("font-weight", 600);
+  writeText(svg, layer.heads[state.head].sentence, 24, 48).attr("font-size", 12);
   const lines = state.view !== "matrix" && !state.beside && !chosenHead().cells;
   if (lines) {
-    const { from, to } = linesView; // of a long text, what is in sight
-    const curves = svg.append("g").attr("fill", "none").attr("stroke", cssColour("--curve")).attr("transform", `translate(${wide + side} ${top - from * ROW}) scale(${gap / 100} 1)`);
-    for (const [{ paths }, opacity] of [[rest, state.focus ? 0.12 : 1], [hot, 1]]) {
-      const drawn = paths.filter((path) => path.getAttribute("d")).map((path) => path.cloneNode());
-      curves.append("g").attr("opacity", opacity).node().append(...drawn);
+    const { from, to } = linesView; // the visible rows of a long text
+    const curves = svg.append("g").attr("fill", "none").attr("stroke", cssColor("--curve")).attr("transform", `translate(${width + side} ${top - from * ROW}) scale(${gap / 100} 1)`);
+    for (const [{ paths }, opacity] of [[restingCurves, state.focus ? 0.12 : 1], [focusedCurves, 1]]) {
+      const image = paths.filter((path) => path.getAttribute("d")).map((path) => path.cloneNode());
+      curves.append("g").attr("opacity", opacity).node().append(...image);
     }
     curves.selectAll("path").attr("vector-effect", "non-scaling-stroke");
-    for (const [tokens, x, anchor] of [[queryTokens(layer), wide + side - 8, "end"], [keyTokens(layer), wide + side + gap + 8, "start"]]) {
-      const seen = tokens.slice(from, to);
-      seen.forEach((token, n) => write(svg, token[0], x, top + (n + 0.5) * ROW).attr("dominant-baseline", "central").attr("text-anchor", anchor));
-      high = Math.max(high, top + ROW * seen.length);
+    for (const [tokens, x, anchor] of [[queryTokens(layer), width + side - 8, "end"], [keyTokens(layer), width + side + gap + 8, "start"]]) {
+      const visible = tokens.slice(from, to);
+      visible.forEach((token, n) => writeText(svg, token[0], x, top + (n + 0.5) * ROW).attr("dominant-baseline", "central").attr("text-anchor", anchor));
+      height = Math.max(height, top + ROW * visible.length);
     }
-    wide += 2 * side + gap + 24;
+    width += 2 * side + gap + 24;
   }
   if (!lines || state.view === "both") {
     for (const { canvas } of matrices.filter((view) => view.source())) {
       const box = [parseFloat(canvas.style.width), parseFloat(canvas.style.height)];
-      svg.append("image").attr("x", wide).attr("y", top).attr("width", box[0]).attr("height", box[1]).attr("href", canvas.toDataURL("image/png"));
-      wide += box[0] + 24;
-      high = Math.max(high, top + box[1]);
+      svg.append("image").attr("x", width).attr("y", top).attr("width", box[0]).attr("height", box[1]).attr("href", canvas.toDataURL("image/png"));
+      width += box[0] + 24;
+      height = Math.max(height, top + box[1]);
     }
   }
-  high += 24;
-  wide = Math.max(wide, 420);
-  svg.attr("width", wide).attr("height", high).attr("viewBox", `0 0 ${wide} ${high}`);
+  height += 24;
+  width = Math.max(width, 420);
+  svg.attr("width", width).attr("height", height).attr("viewBox", `0 0 ${width} ${height}`);
   return new XMLSerializer().serializeToString(svg.node());
 }
 
-function download(ending, href) {
-  const link = make("a", { download: `${chosenLayer().label.replace(/\W+/g, "-")}-head-${state.head}.${ending}` });
+function download(extension, href) {
+  const link = make("a", { download: `${chosenLayer().label.replace(/\W+/g, "-")}-head-${state.head}.${extension}` });
   link.href = href;
   link.click();
   setTimeout(() => URL.revokeObjectURL(href), 1000);
 }
 
-byId("save").addEventListener("click", () => download("svg", URL.createObjectURL(new Blob([picture()], { type: "image/svg+xml" }))));
+byId("save").addEventListener("click", () => download("svg", URL.createObjectURL(new Blob([renderSvg()], { type: "image/svg+xml" }))));
 
 byId("save-png").addEventListener("click", () => {
-  const drawn = new Image();
-  drawn.addEventListener("load", () => {
+  const image = new Image();
+  image.addEventListener("load", () => {
     const canvas = document.createElement("canvas");
-    canvas.width = 2 * drawn.width;
-    canvas.height = 2 * drawn.height;
+    canvas.width = 2 * image.width;
+    canvas.height = 2 * image.height;
     const context = canvas.getContext("2d");
     context.scale(2, 2);
-    context.drawImage(drawn, 0, 0);
+    context.drawImage(image, 0, 0);
     canvas.toBlob((blob) => download("png", URL.createObjectURL(blob)));
   });
-  drawn.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(picture())}`;
+  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(renderSvg())}`;
 });

@@ -1,59 +1,60 @@
-// Find a token: what holds the letters that are sought, in any case of theirs; Enter goes from one to the next.
+// Token search, case-insensitive: Enter goes to the next match, Shift+Enter to the previous one.
 
 import { data } from "./decode.js";
-import { byId, chosenLayer, pin, rawOf, sameFocus, state } from "./state.js";
-import { placeOf, revealToken } from "./reading.js";
+import { byId } from "./dom.js";
+import { chosenLayer, pin, rawOf, sameFocus, state } from "./state.js";
+import { toQueryOrKey, revealToken } from "./reading.js";
 
-const search = { sought: "", places: [], at: -1 };
+const search = { term: "", matches: [], current: -1 };
 
 function find() {
-  const sought = byId("sought").value.trim().toLowerCase();
-  if (sought === search.sought) return;
-  Object.assign(search, { sought, places: [], at: -1 });
-  if (sought) {
+  const term = byId("search-input").value.trim().toLowerCase();
+  if (term === search.term) return;
+  Object.assign(search, { term, matches: [], current: -1 });
+  if (term) {
     data.texts.forEach((text, index) =>
       text.forEach((token, n) => {
-        if (token[0].toLowerCase().includes(sought) || rawOf(token).toLowerCase().includes(sought)) search.places.push([index, n]);
+        if (token[0].toLowerCase().includes(term) || rawOf(token).toLowerCase().includes(term)) search.matches.push([index, n]);
       }),
     );
   }
-  tellFound();
+  showCount();
 }
 
-function tellFound() {
-  const { sought, places, at } = search;
-  byId("found").textContent = !sought ? "" : !places.length ? "none" : at < 0 ? `${places.length} found` : `${at + 1} of ${places.length}`;
+function showCount() {
+  const { term, matches, current } = search;
+  byId("search-status").textContent = !term ? "" : !matches.length ? "none" : current < 0 ? `${matches.length} found` : `${current + 1} of ${matches.length}`;
 }
 
-function goOn(by) {
-  if (!search.places.length) return;
-  search.at = (search.at + by + search.places.length) % search.places.length;
-  const [index, n] = search.places[search.at];
-  const place = placeOf(index, n);
+function step(by) {
+  if (!search.matches.length) return;
+  search.current = (search.current + by + search.matches.length) % search.matches.length;
+  const [index, n] = search.matches[search.current];
+  const target = toQueryOrKey(index, n);
   const layer = chosenLayer();
   revealToken(index, n);
-  const known = layer.queryText === index || layer.keyText === index;
-  if (known && !sameFocus(state.pin, { query: place[0], key: place[1] })) pin(...place);
-  tellFound();
+  const isShown = layer.queryText === index || layer.keyText === index;
+  if (isShown && !sameFocus(state.pin, { query: target[0], key: target[1] })) pin(...target);
+  showCount();
 }
 
-byId("sought").addEventListener("input", find);
+byId("search-input").addEventListener("input", find);
 byId("search").addEventListener("submit", (event) => {
   event.preventDefault();
   find();
-  goOn(1);
+  step(1);
 });
-byId("sought").addEventListener("keydown", (event) => {
+byId("search-input").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.shiftKey) {
     event.preventDefault();
     find();
-    goOn(search.at < 0 ? 0 : -1);
+    step(search.current < 0 ? 0 : -1);
   }
 });
 
-// A slash begins a search, as in many readers.
+// A slash focuses the search field.
 addEventListener("keydown", (event) => {
   if (event.key !== "/" || event.target.matches("input")) return;
   event.preventDefault();
-  byId("sought").focus();
+  byId("search-input").focus();
 });

@@ -1,4 +1,4 @@
-"""The one call: check, plan, run."""
+"""`attention` and `explain`: check the arguments, choose a backend, run it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from regard.deprecated import resolve_backend
 from regard.plan.assemble import make_problem
 
 _NO_CONTEXT = nullcontext()
-# Of no type: it takes the signature of one overload for that of all.
+# Untyped: mypy would otherwise check calls against the signature of a single overload.
 _as_torch_function: Any = handle_torch_function
 
 AnyScore = Score | Callable[[Tensor, Tensor], Tensor]
@@ -82,43 +82,56 @@ def attention(
     backend: str | None = None,
     kernel: str | None = None,
 ) -> Tensor | tuple[Tensor, AttentionSummary]:
-    """Attention in three stages: score, normalise, weighted sum.
+    """Compute attention in three stages: score, normalize, weighted sum.
 
-        s_ij = score(q_i, k_j)        then softcap, bias and mask
+        s_ij = score(q_i, k_j)        then softcap, bias and mask, in this order
         p_i  = normalizer(s_i)        then dropout
         o_i  = sum_j p_ij v_j
 
     Args:
-        q: queries (B, H, L, D). Also (L, D), (B, L, D) for one head, and more batch axes before H.
-        k: keys (B, G, S, D), H a multiple of G: each key/value head serves H/G query heads.
+        q: queries (B, H, L, D). Also (L, D), (B, L, D) for a single head, and more batch dimensions before H.
+        k: keys (B, G, S, D), where H is a multiple of G: each key/value head serves H/G query heads.
         v: values (B, G, S, E).
-        score: one of `regard.score`, or a function (q, k) -> scores; `ScaledDot()` by default.
-        normalizer: one of `regard.normalizer`; `Softmax()` by default.
-        mask: one of `regard.mask`, joined by `&`, `|` and `~`. True = may attend. A row that may attend to nothing
-            gives 0, and what is masked out never leaks, not even NaN.
+        score: an object of `regard.score`, or a function (q, k) -> scores. The default, `ScaledDot()`, scales dot
+            products by 1/sqrt(D).
+        normalizer: an object of `regard.normalizer`; `Softmax()` by default.
+        mask: an object of `regard.mask`; masks combine with `&`, `|` and `~`. True means that a query may attend to a
+            key, as in `scaled_dot_product_attention`, and the opposite of `key_padding_mask` in
+            `torch.nn.MultiheadAttention`. A query that may attend to no key has output 0. Masked keys and values never
+            reach an output or a gradient, not even if they are NaN.
         bias: added to the scores after the softcap: a tensor that broadcasts to (B, H, L, S), `position.ALiBi` or
             `position.T5`.
-        softcap: scores become softcap * tanh(score / softcap).
-        dropout: the chance that a weight is dropped; the others are divided by 1 - dropout. It is dropped whenever this
-            is not 0: pass 0 in evaluation.
-        seed: an int, or int64 of shape (), that fixes which weights are dropped; drawn from torch's generator by
-            default. The same seed drops the same weights on every kernel.
-        summary: what else to tell about the weights, without the weights. It never changes the output.
-        backend: force "cpu", "sdpa", "triton", "tiled" or "reference"; raises if that one cannot serve.
-        kernel: the name of `backend` in version 0.1.
+        softcap: replaces scores by softcap * tanh(score / softcap), before bias and mask.
+        dropout: dropout probability of each weight after normalization; remaining weights are divided by 1 - dropout.
+            It applies whenever it is not 0, so pass 0 in evaluation.
+        seed: an int, or an int64 tensor of shape (), that determines which weights are dropped: the same ones on every
+            backend. By default it is drawn from torch's default generator.
+        summary: which statistics of the attention weights to return. It does not change the output. Statistics
+            describe the weights before dropout.
+        backend: "cpu", "sdpa", "triton", "tiled" or "reference"; raises if this backend does not support the call. By
+            default the fastest one that does, see `explain`.
+        kernel: deprecated name of `backend`.
 
     Returns:
-        The output (B, H, L, E), with the leading axes of q and the dtype of v; with `summary`, a pair of it and `AttentionSummary`.
+        The output (B, H, L, E), with the leading dimensions and the dtype of q. With `summary`, a pair of the output
+        and an `AttentionSummary`.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, its shape, and what was expected.
+        ValueError, TypeError: an argument is invalid. The message contains its name, its value or shape, and what was
+            expected.
 
-    Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1; each word names its own.
+    Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
 
-    >>> out, seen = regard.attention(q, k, v, mask=regard.mask.causal(), summary=regard.Summary(entropy=True, top=8))
+    >>> q, k, v = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 4)
+    >>> out, stats = regard.attention(q, k, v, mask=mask.causal(), summary=Summary(lse=True, top=1))
+    >>> out.shape, stats.lse.shape, stats.top.keys.shape
+    (torch.Size([2, 8, 5, 4]), torch.Size([2, 8, 5]), torch.Size([2, 8, 5, 1]))
+    >>> expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    >>> torch.allclose(out, expected, atol=1e-5)
+    True
     """
     if torch._C._is_torch_function_mode_enabled() and not torch.compiler.is_compiling():
-        # As a function of torch: whoever watches these sees this one too.
+        # Report this call to active modes of `__torch_function__`, like a function of torch.
         arguments: dict[str, Any] = {
             "score": score, "normalizer": normalizer, "mask": mask, "bias": bias, "softcap": softcap, "dropout": dropout,
             "seed": seed, "summary": summary, "backend": backend, "kernel": kernel,
@@ -126,7 +139,7 @@ def attention(
         return _as_torch_function(attention, (), q, k, v, **arguments)  # type: ignore[no-any-return]
     precision: AbstractContextManager[Any] = _NO_CONTEXT
     if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
-        # It chooses the precision of q, k and v; all that follows keeps its sums in float32.
+        # Autocast determines the dtype of q, k and v only; sums are accumulated in float32.
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
         precision = torch.autocast(q.device.type, enabled=False)
     elif (
@@ -170,19 +183,20 @@ def explain(
     seed: int | Tensor | None = None,
     summary: Summary | None = None,
 ) -> Explanation:
-    """Which kernel `attention` would take for these arguments, and why every other one refuses. Runs nothing.
+    """Return which backend `attention` chooses for these arguments, and why others do not support them. Runs nothing.
 
-    >>> print(regard.explain(q, k, v, softcap=30.0))
-    -> cpu        can serve
-       torch      no: it has no softcap
-       tiled      can serve
-       reference  can serve, when asked for by name
+    Args: those of `attention`, without `backend`.
+
+    >>> q = k = v = torch.zeros(2, 8, 64, 32)
+    >>> explanation = regard.explain(q, k, v, softcap=30.0)
+    >>> explanation.reasons["tiled"], explanation.reasons["sdpa"]
+    (None, 'it has no softcap')
     """
     return choose.explanation(make_problem(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary))
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """What autocast does to the inputs of torch's own attention."""
+    """Cast a tensor as autocast casts the inputs of `scaled_dot_product_attention`."""
     if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

@@ -1,4 +1,4 @@
-"""Join attention over parts of the keys into attention over all of them."""
+"""Merge attention over parts of the keys into attention over all keys."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from regard import check
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the union of disjoint sets of keys, from the outputs and log-sum-exps over each set.
+    """Compute softmax attention over a union of disjoint sets of keys from the outputs and log-sum-exps over each set.
 
-    For keys that come in pieces: a cache in chunks, a prefix shared by many, rings of devices. Each part is one call of
-    `attention` with `Summary(lse=True)`; a sink belongs in one part alone.
+    Use it for keys that are split, for example a cache in chunks, a prefix shared by many sequences, or a ring of
+    devices. Each part is a call of `attention` with `Summary(lse=True)`. Pass a sink to one of the calls only.
 
     Args:
-        outs: outputs (B, H, L, E) of each part.
-        lses: log-sum-exps (B, H, L) of each part; -inf where a row attends to nothing there.
+        outs: outputs (B, H, L, E) of the parts.
+        lses: log-sum-exps (B, H, L) of the parts; -inf where a query may attend to no key of a part.
 
     Returns:
         The output (B, H, L, E) in the dtype of the parts, and its log-sum-exp (B, H, L).
 
     Source: Dao, Fu, Ermon, Rudra, Ré, "FlashAttention" (2022), section 3.1.
+
+    >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
+    >>> out_a, stats_a = regard.attention(q, k[:, :, :3], v[:, :, :3], summary=Summary(lse=True))
+    >>> out_b, stats_b = regard.attention(q, k[:, :, 3:], v[:, :, 3:], summary=Summary(lse=True))
+    >>> out, lse = regard.merge([out_a, out_b], [stats_a.lse, stats_b.lse])
+    >>> torch.allclose(out, regard.attention(q, k, v), atol=1e-6)
+    True
     """
     outs, lses = _parts("outs", outs), _parts("lses", lses)
     if len(outs) != len(lses) or not outs:
@@ -40,18 +47,18 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
                 f"on {outs[0].device}, as the first out"
             )
     stacked = torch.stack(lses)
-    nothing = (stacked == -torch.inf).all(0)
-    total = torch.logsumexp(stacked.masked_fill(nothing, 0.0), 0)
-    share = torch.exp(stacked - total).masked_fill(nothing, 0.0)
-    joined = torch.zeros_like(outs[0], dtype=share.dtype)
-    for weight, out in zip(share, outs, strict=True):
-        joined = joined + weight[..., None] * out.to(share.dtype)
-    return joined.to(outs[0].dtype), total.masked_fill(nothing, -torch.inf)
+    is_empty = (stacked == -torch.inf).all(0)
+    total = torch.logsumexp(stacked.masked_fill(is_empty, 0.0), 0)
+    weights = torch.exp(stacked - total).masked_fill(is_empty, 0.0)
+    merged = torch.zeros_like(outs[0], dtype=weights.dtype)
+    for weight, out in zip(weights, outs, strict=True):
+        merged = merged + weight[..., None] * out.to(weights.dtype)
+    return merged.to(outs[0].dtype), total.masked_fill(is_empty, -torch.inf)
 
 
 def _parts(name: str, parts: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in a list; a tensor of several is taken apart."""
-    given = list(parts) if isinstance(parts, list | tuple | Tensor) else None
-    if given is None or not all(check.is_floats(part) for part in given):
-        raise check.wrong(f"merge: {name}", parts, "a list of tensors of floats", False)
-    return given
+    """Return the parts as a list; a tensor is split along its first dimension."""
+    tensors = list(parts) if isinstance(parts, list | tuple | Tensor) else None
+    if tensors is None or not all(check.is_float_tensor(part) for part in tensors):
+        raise check.error(f"merge: {name}", parts, "a list of float tensors", False)
+    return tensors

@@ -1,4 +1,4 @@
-"""The page of the layers: its snippets run, its shapes are true, its links lead somewhere, and its pictures are drawn."""
+"""docs/layers.md: snippets run with the documented shapes, links resolve, and pictures can be drawn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import draw_layers  # noqa: E402
 PAGE = (DOCS / "layers.md").read_text()
 INTRODUCTION, *_parts = re.split(r"(?m)^##+ (.+)\n", PAGE)
 SECTIONS = dict(zip(_parts[::2], _parts[1::2], strict=True))
-# What holds something, or is a part of the layers: a mention will do.
+# Helper classes, which are mentioned without a section of their own.
 PARTS = {"Memory", "ComponentModule", "Gates"}
 
 
@@ -30,7 +30,7 @@ def snippets(text: str) -> list[str]:
 
 
 def layers() -> list[str]:
-    """All public names, as the headings have them."""
+    """Return all public names, as in the headings."""
     found = [name for name in nn.__all__ if not isinstance(getattr(nn, name), ModuleType)]
     found += nn.vision.__all__
     found += ["recurrent.RecurrentEncoder", "recurrent.RecurrentDecoder", "recurrent.coverage_loss"]
@@ -38,21 +38,21 @@ def layers() -> list[str]:
 
 
 @pytest.mark.parametrize("title", [title for title, text in SECTIONS.items() if snippets(text)])
-def test_snippets_run_and_say_their_shapes(title: str) -> None:
+def test_snippets_run_with_documented_shapes(title: str) -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(snippets(INTRODUCTION)[0], names)
     for code in snippets(SECTIONS[title]):
         exec(compile(code, f"layers.md, {title}", "exec"), names)
         # "out: (2, 10, 64)" in a comment
-        told = re.findall(r"([\w.]+): (\([\d, ]*\))", " ".join(re.findall(r"(?m)^# .*", code)))
-        assert told, "it tells no shape"
-        for name, shape in told:
+        documented = re.findall(r"([\w.]+): (\([\d, ]*\))", " ".join(re.findall(r"(?m)^# .*", code)))
+        assert documented, "no shape is documented"
+        for name, shape in documented:
             assert str(tuple(eval(name, names).shape)) == shape, name
 
 
 @pytest.mark.parametrize("name", layers())
-def test_each_layer_has_its_section(name: str) -> None:
+def test_each_layer_has_a_section(name: str) -> None:
     [title] = [title for title in SECTIONS if name in title.split(", ")]
     text = SECTIONS[title]
     assert len(snippets(text)) == 1
@@ -63,35 +63,35 @@ def test_each_layer_has_its_section(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in layers() if name != "replace_attention"])
-def test_each_layer_names_the_source_of_its_docstring(name: str) -> None:
-    """Its years, and its sections and equations, are those of the docstring."""
+def test_sections_cite_sources_of_docstrings(name: str) -> None:
+    """Years, sections and equations match those of the docstring."""
     thing: Any = nn.vision if name in nn.vision.__all__ else nn
     for part in name.split("."):
         thing = getattr(thing, part)
     [text] = [text for title, text in SECTIONS.items() if name in title.split(", ")]
     source = thing.__doc__.split("Source: ")[1].split(">>>")[0]
-    told = text.split("Source: ")[1]
+    documented = text.split("Source: ")[1]
     facts = r"\d{4}|(?:section|equation|figure|appendix)s? [\w.]*\w"
     wanted = set(re.findall(facts, re.sub(r"\s+", " ", source)))
-    # A decoder's coverage has a section of its own.
+    # The coverage of a decoder has a section of its own.
     wanted -= {"2017", "section 2.3"} if name == "recurrent.RecurrentDecoder" else set()
     assert wanted
-    assert wanted <= set(re.findall(facts, re.sub(r"\s+", " ", told)))
+    assert wanted <= set(re.findall(facts, re.sub(r"\s+", " ", documented)))
 
 
-def test_parts_are_mentioned() -> None:
+def test_helper_classes_are_mentioned() -> None:
     assert set(nn.__all__) | set(nn.vision.__all__) >= PARTS
     assert all(f"`{name}`" in PAGE for name in PARTS)
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_resolve() -> None:
     targets = re.findall(r"\]\(([^)]+)\)", PAGE)
     anchors = {"#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in SECTIONS}
     assert {target for target in targets if target[0] == "#"} <= anchors
     assert all((DOCS / target.split("#")[0]).exists() for target in targets)
 
 
-def test_each_picture_is_drawn_and_shown_once() -> None:
+def test_each_picture_is_shown_once() -> None:
     shown = re.findall(r"!\[[^\]]+\]\(layers/([\w.]+)\)", PAGE)
     files = list((DOCS / "layers").iterdir())
     assert sorted(shown) == sorted(file.name for file in files)
@@ -100,8 +100,8 @@ def test_each_picture_is_drawn_and_shown_once() -> None:
 
 
 @pytest.mark.parametrize("name", draw_layers.PICTURES)
-def test_pictures_can_be_drawn(name: str) -> None:
-    """From the layers as they are now. The files are not compared: other versions of matplotlib write others."""
+def test_pictures_draw_without_errors(name: str) -> None:
+    """Pictures are drawn from the current layers. Files are not compared, as they depend on the matplotlib version."""
     torch.manual_seed(0)
     with matplotlib.rc_context(draw_layers.STYLE):
         assert draw_layers.PICTURES[name]().axes

@@ -1,4 +1,4 @@
-"""`merge` joins attention over parts of the keys into attention over all of them."""
+"""`merge` of attention over parts of the keys equals attention over all keys."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.budget import Yardstick, check
-from support.compare import KERNELS, fresh, solved, truth
-from support.problems import Problem, decided, make
+from support.budget import ErrorBudget, assert_within_budget
+from support.compare import BACKENDS, compute_reference, evaluate_oracle, new_leaves
+from support.problems import Problem, fixed_choices, make_problem
 from torch import Tensor
 
 import regard
@@ -17,106 +17,108 @@ from regard import Summary, mask, normalizer
 
 _CHOICES: dict[str, Any] = {
     "L": 31, "S": 79, "B": 2, "heads": (2, 2), "D": 7, "E": 5, "score": "scaled_dot", "normalizer": "softmax", "mask": None,
-    "bias": None, "softcap": None, "dropout": 0.0, "with a sink": False, "size": 1.0, "summary": "lse", "wild": None,
+    "bias": None, "softcap": None, "dropout": 0.0, "with a sink": False, "size": 1.0, "summary": "lse", "nonfinite": None,
     "dtype": torch.float32, "scale": None,
 }  # fmt: skip
 
 
-def _parts(problem: Problem, leaves: dict[str, Tensor], cuts: Sequence[int], kernel: str, **words: Any) -> Any:
-    """Attention over each part of the keys, merged."""
+def _parts(problem: Problem, leaves: dict[str, Tensor], cuts: Sequence[int], backend: str, **components: Any) -> Any:
+    """Compute attention over each part of the keys and merge the results."""
     outs, lses = [], []
     for start, stop in zip((0, *cuts), (*cuts, 79), strict=True):
         keys, values = leaves["k"][:, :, start:stop], leaves["v"][:, :, start:stop]
-        given = {name: word(start, stop) for name, word in words.items()}
-        out, seen = regard.attention(leaves["q"], keys, values, summary=Summary(lse=True), backend=kernel, **given)
+        arguments = {name: make(start, stop) for name, make in components.items()}
+        out, stats = regard.attention(
+            leaves["q"], keys, values, summary=Summary(lse=True), backend=backend, **arguments
+        )
         outs.append(out)
-        lses.append(seen.lse)
+        lses.append(stats.lse)
     return regard.merge(outs, lses)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cuts", [(), (1,), (40,), (13, 13, 50, 78)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_parts_make_the_whole(kernel: str, cuts: tuple[int, ...], dtype: torch.dtype) -> None:
-    problem = make(decided({**_CHOICES, "dtype": dtype}))
-    told = truth(problem)
-    leaves = fresh(problem)
-    out, lse = _parts(problem, leaves, cuts, kernel)
+def test_merge_of_parts_matches_full_attention(backend: str, cuts: tuple[int, ...], dtype: torch.dtype) -> None:
+    problem = make_problem(fixed_choices({**_CHOICES, "dtype": dtype}))
+    reference = compute_reference(problem)
+    leaves = new_leaves(problem)
+    out, lse = _parts(problem, leaves, cuts, backend)
     assert out.dtype == dtype
     found = {"out": out, "lse": lse}
     for name, got in found.items():
-        _within(name, got, told.outputs[name], parts=len(cuts) + 1)
-    given = [told.cotangents[name].to(x.dtype) for name, x in found.items()]
+        _within(name, got, reference.outputs[name], parts=len(cuts) + 1)
+    grad_outputs = [reference.cotangents[name].to(x.dtype) for name, x in found.items()]
     for name, gradient in zip(
-        "qkv", torch.autograd.grad(list(found.values()), [leaves[n] for n in "qkv"], given), strict=True
+        "qkv", torch.autograd.grad(list(found.values()), [leaves[n] for n in "qkv"], grad_outputs), strict=True
     ):
-        _within(f"gradient of {name}", gradient, told.gradients[name], parts=len(cuts) + 1)
+        _within(f"gradient of {name}", gradient, reference.gradients[name], parts=len(cuts) + 1)
 
 
-def _within(name: str, got: Tensor, yardstick: Yardstick, parts: int) -> None:
-    # Each part is rounded to the dtype of the output before it is merged: that is one more rounding of each.
-    rounding = torch.finfo(got.dtype).eps * yardstick.scale * parts
-    worst = (got.detach().double() - yardstick.exact).abs().max().item()
-    assert worst <= yardstick.budget(got.dtype) + rounding, f"{name}: off by {worst}"
+def _within(name: str, got: Tensor, budget: ErrorBudget, parts: int) -> None:
+    # Each part is rounded to the dtype of the output before it is merged, which adds one rounding per part.
+    rounding = torch.finfo(got.dtype).eps * budget.scale * parts
+    worst = (got.detach().double() - budget.exact).abs().max().item()
+    assert worst <= budget.allowed_error(got.dtype) + rounding, f"{name}: error {worst}"
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_rows_that_attend_to_nothing_in_some_parts_or_in_all(kernel: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merge_with_fully_masked_rows(backend: str) -> None:
     table = torch.rand(2, 4, 31, 79, generator=torch.Generator().manual_seed(1)) < 0.3
     table[:, :, 3], table[0, 0, 4:9, 40:], table[1, 1, 10:20, :40] = False, False, False
-    problem = make(decided(_CHOICES))
-    leaves = fresh(problem)
-    out, lse = _parts(problem, leaves, (40,), kernel, mask=lambda start, stop: mask.dense(table[..., start:stop]))
-    whole, seen = regard.attention(
+    problem = make_problem(fixed_choices(_CHOICES))
+    leaves = new_leaves(problem)
+    out, lse = _parts(problem, leaves, (40,), backend, mask=lambda start, stop: mask.dense(table[..., start:stop]))
+    expected, stats = regard.attention(
         *(leaves[n] for n in "qkv"), mask=mask.dense(table), summary=Summary(lse=True), backend="reference"
     )
-    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse, seen.lse, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, stats.lse, rtol=1e-5, atol=1e-6)
     assert bool((out[:, :, 3] == 0).all())
     assert bool((lse[:, :, 3] == -torch.inf).all())
     weights = torch.randn_like(out)
-    told = [torch.autograd.grad((x * weights).sum() + y.where(y.isfinite(), 0).sum(), [leaves[n] for n in "qkv"])
-            for x, y in ((out, lse), (whole, seen.lse))]  # fmt: skip
-    for x, y in zip(*told, strict=True):
+    gradients = [torch.autograd.grad((x * weights).sum() + y.where(y.isfinite(), 0).sum(), [leaves[n] for n in "qkv"])
+            for x, y in ((out, lse), (expected, stats.lse))]  # fmt: skip
+    for x, y in zip(*gradients, strict=True):
         assert x.isfinite().all()
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-    assert bool((told[0][0][:, :, 3] == 0).all())
+    assert bool((gradients[0][0][:, :, 3] == 0).all())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_sink_belongs_in_one_part(kernel: str) -> None:
-    problem = make(decided(_CHOICES))
-    leaves = fresh(problem)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merge_with_sink_in_one_part(backend: str) -> None:
+    problem = make_problem(fixed_choices(_CHOICES))
+    leaves = new_leaves(problem)
     sink = torch.randn(4, requires_grad=True)
 
-    def word(start: int, stop: int) -> normalizer.Softmax:
+    def make_normalizer(start: int, stop: int) -> normalizer.Softmax:
         return normalizer.Softmax(sink if start == 0 else None)
 
-    out, lse = _parts(problem, leaves, (13, 50), kernel, normalizer=word)
-    whole, seen = regard.attention(
+    out, lse = _parts(problem, leaves, (13, 50), backend, normalizer=make_normalizer)
+    expected, stats = regard.attention(
         *(leaves[n] for n in "qkv"), normalizer=normalizer.Softmax(sink), summary=Summary(lse=True), backend="reference"
     )
-    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse, seen.lse, rtol=1e-5, atol=1e-6)
-    x, y = (torch.autograd.grad(z.square().sum(), sink)[0] for z in (out, whole))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, stats.lse, rtol=1e-5, atol=1e-6)
+    x, y = (torch.autograd.grad(z.square().sum(), sink)[0] for z in (out, expected))
     torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_merged_parts_merge_again() -> None:
-    problem = make(decided({**_CHOICES, "dtype": torch.float64}))
-    found, leaves = solved(problem, torch.float64)
+def test_merge_is_associative() -> None:
+    problem = make_problem(fixed_choices({**_CHOICES, "dtype": torch.float64}))
+    found, leaves = evaluate_oracle(problem, torch.float64)
     parts = [
         regard.attention(leaves["q"], leaves["k"][:, :, a:b], leaves["v"][:, :, a:b], summary=Summary(lse=True))
         for a, b in ((0, 20), (20, 50), (50, 79))
     ]
-    pairs = [(out, seen.lse) for out, seen in parts]
+    pairs = [(out, stats.lse) for out, stats in parts]
     first = regard.merge(*zip(*pairs[:2], strict=True))
     out, lse = regard.merge(*zip(first, pairs[2], strict=True))
-    check("out", out, Yardstick(found["out"], found["out"] * (1 + 1e-14)))
-    check("lse", lse, Yardstick(found["lse"], found["lse"] * (1 + 1e-14)))
+    assert_within_budget("out", out, ErrorBudget(found["out"], found["out"] * (1 + 1e-14)))
+    assert_within_budget("lse", lse, ErrorBudget(found["lse"], found["lse"] * (1 + 1e-14)))
 
 
-def test_half_precision_keeps_its_dtype() -> None:
+def test_merge_keeps_half_precision() -> None:
     out, lse = regard.merge([torch.ones(1, 1, 2, 3, dtype=torch.bfloat16)] * 2, [torch.zeros(1, 1, 2)] * 2)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, torch.ones_like(out))
@@ -124,7 +126,7 @@ def test_half_precision_keeps_its_dtype() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e4, -1e4])
-def test_large_scores_do_not_overflow(scale: float) -> None:
+def test_merge_large_scores_do_not_overflow(scale: float) -> None:
     outs = [torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)]
     out, _ = regard.merge(outs, [torch.zeros(1, 1, 1), torch.full((1, 1, 1), scale)])
     assert float(out) == pytest.approx({0.0: 0.5, 1e4: 1.0, -1e4: 0.0}[scale])
@@ -139,6 +141,6 @@ def test_large_scores_do_not_overflow(scale: float) -> None:
         ([torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 5, 4)], [torch.zeros(1, 2, 3), torch.zeros(1, 2, 5)]),
     ],
 )
-def test_parts_that_do_not_fit(outs: list[Tensor], lses: list[Tensor]) -> None:
+def test_merge_mismatched_parts_raise(outs: list[Tensor], lses: list[Tensor]) -> None:
     with pytest.raises(ValueError, match="merge"):
         regard.merge(outs, lses)

@@ -15,7 +15,7 @@ import torch
 
 import regard
 from regard import mask, nn, normalizer, position, score, summary
-from regard.components import function, rotary
+from regard.components import function, predicate, rotary
 
 PACKAGE = Path(regard.__file__).parent
 MODULES = {
@@ -28,7 +28,7 @@ MODULES = {
 LAYERS = [
     {"version", "components", "components.component", "components.tile", "components.tensor_ops", "plan", "backends"},
     {"check", "deprecated", "components.serialization"},
-    {"components.rotary"},
+    {"components.rotary", "components.predicate"},
     {"components.score", "components.normalizer", "components.mask", "components.position", "components.summary"},
     {"components.function"},
     {"plan.arguments", "plan.problem"},
@@ -174,7 +174,11 @@ def public(module: ModuleType) -> list[tuple[str, object]]:
     ]
 
 
-WORDS = [pair for module in (score, function, normalizer, mask, position, rotary, summary) for pair in public(module)]
+WORDS = [
+    pair
+    for module in (score, function, normalizer, predicate, mask, position, rotary, summary)
+    for pair in public(module)
+]
 # (B, S), (H,), (), (..., L, width), (B|1, L), (b, h, l, s)
 SHAPE = re.compile(r"\((?:(?:\.\.\.|[A-Za-z]\w*(?:\|1)?)(?:,[^()]*)?)?\)")
 

@@ -1,1 +1,1 @@
-"""Applications behind the command line."""
+"""The applications behind the command line: demo, doctor, look."""

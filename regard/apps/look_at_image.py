@@ -1,4 +1,4 @@
-"""Look at what a vision transformer attends to in a picture."""
+"""Record what a vision transformer attends to in a picture."""
 
 from __future__ import annotations
 
@@ -10,138 +10,138 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.apps.look import LookResult, first_line, fitting, load, named, seen
+from regard.apps.look import LookResult, default_top, first_line, load_pretrained, record_attention, resolve_model
 from regard.tasks.open import is_task
 from regard.view.picture import Picture
 
-# What a picture may be. Not PostScript and its like, which have to be run to be drawn.
+# Accepted formats. PostScript and similar formats are programs, and are not accepted.
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
-# Either of these files tells how a model wants its pictures.
-_PREPARATIONS = ("preprocessor_config.json", "processor_config.json")
+# The files that configure the image processor of a model.
+_PROCESSOR_CONFIGS = ("preprocessor_config.json", "processor_config.json")
 _EXPECTED = "expected a vision transformer, such as ViT, DeiT or DINOv2"
 
 
 def look_at_image(image: str | Path, model: str | None = None, *, top: int | None = None) -> LookResult:
-    """Run a picture through a vision transformer, and record what every head of it attends to.
+    """Run a picture through a vision transformer, and record what every head attends to.
 
-    The patches are the last tokens, named by row and column: "0,0", "0,1". Before them stand [CLS] and what else the model
-    has of its own, such as registers.
+    The patches are the last tokens, named by row and column: "0,0", "0,1". They follow [CLS] and other tokens of the
+    model, such as registers.
 
     Args:
-        image: a file: PNG, JPEG, GIF (its first picture), WebP, BMP or TIFF.
-        model: of transformers, a local path or a name on the hub: ViT, DeiT, DINOv2 and others whose layers all see the
-            picture as one grid of patches; of CLIP and its like, the half that sees.
-        top: how many of the largest weights of each token to keep; by default as many as a page can show.
+        image: the path of a PNG, JPEG, GIF (its first frame), WebP, BMP or TIFF file.
+        model: a transformers model, as a local path or a name on the hub: ViT, DeiT, DINOv2 and others whose layers all
+            attend over one grid of patches; of CLIP and similar models, the vision encoder is used.
+        top: the number of largest weights to record per token; by default as many as fit on a page.
+
+    Raises:
+        ValueError: the picture cannot be read, or the model is not a supported vision transformer.
+        ImportError: a required package is not installed.
     """
     if model is None:
         raise ValueError(f"model: is not given; {_EXPECTED}: a path, or a name on the hub (facebook/dinov2-small)")
     picture = _read(Path(image))
-    name, path = named(model)
-    network: Any = None if is_task(Path(path)) else load(path, "AutoModel")
+    name, path = resolve_model(model)
+    network: Any = None if is_task(Path(path)) else load_pretrained(path, "AutoModel")
     network = getattr(network, "vision_model", network)
     if getattr(network, "main_input_name", None) != "pixel_values":
         raise ValueError(f"model: {name} reads texts; {_EXPECTED}")
-    high, wide = _pair(getattr(network.config, "patch_size", None))
-    if not high or not wide:
-        raise ValueError(f"model: {name} cuts no patches; {_EXPECTED}")
-    values, points, note = _prepared(picture, name, path, network.config)
-    rows, columns = points.shape[1] // high, points.shape[2] // wide
-    own = _own(network.config)
-    most = len(own) + rows * columns
+    height, width = _pair(getattr(network.config, "patch_size", None))
+    if not height or not width:
+        raise ValueError(f"model: {name} has no patches; {_EXPECTED}")
+    values, pixels, note = _preprocess(picture, name, path, network.config)
+    rows, columns = pixels.shape[1] // height, pixels.shape[2] // width
+    extra = _extra_tokens(network.config)
+    size = len(extra) + rows * columns
     try:
         inputs = {"pixel_values": values.to(network.dtype)}
-        watched = seen(network, inputs, top or fitting(network.config, most))
+        recording = record_attention(network, inputs, top or default_top(network.config, size))
     except ValueError as error:
-        size = f"{points.shape[1]} x {points.shape[2]}"
-        raise ValueError(f"model: {name} does not take pictures prepared as {size}: {first_line(error)}") from error
-    # A pooling that looks at the patches with a query of its own has no place among them.
-    watched.records = [record for record in watched if record.kind != "cross"]
-    shapes = sorted({(record.max.shape[0], record.queries, record.keys) for record in watched})
-    counts = {n + rows * columns: n for n in (0, 1, len(own)) if rows and columns}
+        shape = f"{pixels.shape[1]} x {pixels.shape[2]}"
+        raise ValueError(f"model: {name} does not accept pictures of {shape} pixels: {first_line(error)}") from error
+    # Attention pooling has a query of its own, which is not one of the tokens.
+    recording.records = [record for record in recording if record.kind != "cross"]
+    shapes = sorted({(record.max.shape[0], record.queries, record.keys) for record in recording})
+    counts = {n + rows * columns: n for n in (0, 1, len(extra)) if rows and columns}
     if len(shapes) != 1 or shapes[0][0] != 1 or shapes[0][2] not in counts:
-        told = ", ".join(f"{keys} tokens" + f" in {batch} windows" * (batch > 1) for batch, _, keys in shapes)
+        found = ", ".join(f"{keys} tokens" + f" in {batch} windows" * (batch > 1) for batch, _, keys in shapes)
         raise ValueError(
-            f"model: the layers of {name} see {told or 'nothing'}; expected {rows} x {columns} patches in all of them, "
-            f"and at most {len(own)} tokens before them: {_EXPECTED}"
+            f"model: the layers of {name} see {found or 'nothing'}; expected {rows} x {columns} patches in all of them, "
+            f"and at most {len(extra)} tokens before them: {_EXPECTED}"
         )
-    tokens = own[: counts[shapes[0][2]]] + [f"{row},{column}" for row in range(rows) for column in range(columns)]
-    watched.tokens = tokens
-    shown = Picture(_as_png(points[:, : rows * high, : columns * wide]), rows, columns)
-    return LookResult(name, Path(image).name, tokens, watched, picture=shown, note=note)
+    tokens = extra[: counts[shapes[0][2]]] + [f"{row},{column}" for row in range(rows) for column in range(columns)]
+    recording.tokens = tokens
+    processed = Picture(_as_png(pixels[:, : rows * height, : columns * width]), rows, columns)
+    return LookResult(name, Path(image).name, tokens, recording, picture=processed, note=note)
 
 
 def _read(path: Path) -> Any:
-    """The picture in a file that anybody may have made, upright and in colours."""
+    """Read an untrusted picture file, rotated upright and converted to RGB."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("pictures need the package pillow: pip install 'regard[look]'") from error
     try:
         with warnings.catch_warnings():
-            # A small file that says that it is a huge picture: Pillow warns, and would go on to fill the memory.
+            # Decompression bombs: Pillow would only warn, and exhaust the memory.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_FORMATS) as opened:
                 return ImageOps.exif_transpose(opened).convert("RGB")
-    except Exception as error:  # a damaged file fails in as many ways as there are formats
+    except Exception as error:  # the exceptions for damaged files depend on the format
         raise ValueError(
             f"image: {path} cannot be read; expected a picture ({', '.join(_FORMATS)}): {first_line(error)}"
         ) from error
 
 
-def _prepared(picture: Any, name: str, path: str, config: Any) -> tuple[Tensor, Tensor, str]:
-    """A picture as a model takes it (1, 3, H, W), as the points (3, H, W) that these numbers stand for, and what is to be
-    said of it.
-    """
+def _preprocess(picture: Any, name: str, path: str, config: Any) -> tuple[Tensor, Tensor, str]:
+    """Return the input of the model (1, 3, H, W), its pixels (3, H, W) from 0 to 255, and a note for the user."""
     folder = Path(path)
-    if folder.is_dir() and not any((folder / file).is_file() for file in _PREPARATIONS):
-        high, wide = _pair(getattr(config, "image_size", None))
-        if not high or not wide:
-            raise ValueError(
-                f"model: {name} has no image_size and no {_PREPARATIONS[0]}; expected one, to prepare pictures"
-            )
+    if folder.is_dir() and not any((folder / file).is_file() for file in _PROCESSOR_CONFIGS):
+        height, width = _pair(getattr(config, "image_size", None))
+        if not height or not width:
+            raise ValueError(f"model: {name} has no image_size and no {_PROCESSOR_CONFIGS[0]}; expected one of them")
         from PIL import Image
 
-        points = _points(
-            picture.resize((wide, high), Image.Resampling.BILINEAR)
-        )  # as ViT has it where nothing else is said
-        note = f"There is no {_PREPARATIONS[0]} beside the model: the picture is made {wide} x {high}, from -1 to 1."
-        return points[None] / 127.5 - 1, points, note
-    processor = load(path, "AutoImageProcessor", backend="pil")
+        # The defaults of the image processor of ViT.
+        pixels = _to_pixels(picture.resize((width, height), Image.Resampling.BILINEAR))
+        done = f"resized to {width} x {height} and scaled to [-1, 1]"
+        note = f"The model has no {_PROCESSOR_CONFIGS[0]}: the picture was {done}."
+        return pixels[None] / 127.5 - 1, pixels, note
+    processor = load_pretrained(path, "AutoImageProcessor", backend="pil")
     values = processor(images=picture, return_tensors="pt").get("pixel_values")
     if not isinstance(values, Tensor) or values.dim() != 4 or values.shape[:2] != (1, 3):
-        raise ValueError(f"model: {name} cuts a picture into several; {_EXPECTED}")
-    points = values[0].float()
+        raise ValueError(f"model: {name} splits a picture into several; {_EXPECTED}")
+    pixels = values[0].float()
     if getattr(processor, "do_normalize", False):
         mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (processor.image_mean, processor.image_std))
-        points = points * std + mean
+        pixels = pixels * std + mean
     if getattr(processor, "do_rescale", False):
-        points = points / processor.rescale_factor
-    return values, points, ""
+        pixels = pixels / processor.rescale_factor
+    return values, pixels, ""
 
 
-def _own(config: Any) -> list[str]:
-    """What a model of this kind may put before the patches, as views know markers."""
+def _extra_tokens(config: Any) -> list[str]:
+    """Return the tokens that a model may insert before the patches, written as markers."""
     registers = [f"<|reg {n}|>" for n in range(getattr(config, "num_register_tokens", None) or 0)]
     return ["[CLS]", *(["<|distilled|>"] if config.model_type == "deit" else registers)]
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    """A height and a width, of which configs write one where both are the same; zeros where there are none."""
+    """Return a height and a width from a config, which may have one number for both; zeros if it has none."""
     both = size if isinstance(size, list | tuple) else (size, size)
     return (both[0], both[1]) if len(both) == 2 and all(isinstance(one, int) for one in both) else (0, 0)
 
 
-def _points(picture: Any) -> Tensor:
-    """The points (3, H, W) of a picture, from 0 to 255."""
-    wide, high = picture.size
+def _to_pixels(picture: Any) -> Tensor:
+    """Return the pixels (3, H, W) of a picture, from 0 to 255."""
+    width, height = picture.size
     flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return flat.view(high, wide, 3).permute(2, 0, 1).float()
+    return flat.view(height, width, 3).permute(2, 0, 1).float()
 
 
-def _as_png(points: Tensor) -> bytes:
+def _as_png(pixels: Tensor) -> bytes:
     from PIL import Image
 
     out = io.BytesIO()
-    whole = points.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
-    Image.fromarray(whole.numpy()).save(out, "PNG")
+    image = pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+    Image.fromarray(image.numpy()).save(out, "PNG")
     return out.getvalue()

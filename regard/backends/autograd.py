@@ -33,7 +33,7 @@ def run(backend: FusedBackend, plan: Plan, tensors: Sequence[Tensor]) -> tuple[T
 
 
 def is_differentiated(tensors: Sequence[Tensor]) -> bool:
-    """Does autograd or a transform of torch.func have to know? If not, half of the time of a short call is saved."""
+    """Whether autograd or a transform of torch.func has to see the call. If not, a short call takes half of the time."""
     return _is_recorded(tensors) or _is_transformed()
 
 
@@ -42,7 +42,7 @@ def _is_recorded(tensors: Sequence[Tensor]) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Is a transform of torch.func, or forward mode, under way?"""
+    """Whether a transform of torch.func, or forward mode, is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -52,7 +52,7 @@ def to_save(backend: FusedBackend, outputs: Sequence[Tensor]) -> tuple[Tensor, .
 
 
 class Forward(torch.autograd.Function):
-    """A kernel's forward."""
+    """The forward pass of a backend."""
 
     @staticmethod
     def forward(backend: FusedBackend, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -77,8 +77,8 @@ class Forward(torch.autograd.Function):
 
 
 class Eager(torch.autograd.Function):
-    """The same for calls that no transform sees. Those want the context apart from `forward`; in a Function of that form
-    torch looks up its signature in every call, which takes longer than a short sequence takes to compute.
+    """The same for calls outside of transforms. These need `setup_context`; for a Function with one, torch looks up its
+    signature in every call, which takes longer than computing a short sequence.
     """
 
     @staticmethod
@@ -98,10 +98,10 @@ class Eager(torch.autograd.Function):
 
 
 def _backward_of(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of all inputs of a kernel's forward, from those of its outputs."""
+    """Return the gradients of all inputs of a forward pass, from those of its outputs."""
     needs_grad, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
     if not torch.is_grad_enabled() and not _is_transformed():
-        # Nobody asks for a second derivative, nor maps the first: no graph has to know of it.
+        # No second derivative and no vmap of the first: no graph is needed.
         tensors, saved = saved[: len(needs_grad)], saved[len(needs_grad) :]
         return None, None, *ctx.backend.backward(ctx.plan, tensors, saved, gradients, needs_grad)
     given = tuple(g is not None for g in gradients)
@@ -111,7 +111,7 @@ def _backward_of(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor
 
 
 class Backward(torch.autograd.Function):
-    """A kernel's backward. Its own derivative is taken by `reference`."""
+    """The backward pass of a backend. Its derivative is that of `reference`."""
 
     @staticmethod
     def forward(
@@ -125,7 +125,7 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.backend, ctx.plan, ctx.needs_grad, ctx.given, *tensors = inputs
-        # What the forward pass saved follows from the tensors: the second derivative is taken of them alone.
+        # The saved tensors are functions of the inputs: the second derivative is taken of the inputs alone.
         ctx.save_for_backward(*tensors[: sum(ctx.given) + len(ctx.needs_grad)])
         ctx.count = len(tensors)
 
@@ -149,31 +149,31 @@ def _equation(ctx: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _second(ctx: Any, seconds: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The derivative of `Backward`, by the index of its tensors."""
+    """Return the derivative of `Backward`, by the index of its tensors."""
     count, needs_grad = sum(ctx.given), ctx.needs_grad
     moving = [i for i, x in enumerate(ctx.saved_tensors) if x.is_floating_point()]
 
     def first(*floats: Tensor) -> tuple[Tensor, ...]:
-        """The first derivative, as a differentiable function of gradients and tensors."""
+        """The first derivative as a differentiable function of gradients and tensors."""
         everything = list(ctx.saved_tensors)
         for i, x in zip(moving, floats, strict=True):
             everything[i] = x
         gradients, tensors = everything[:count], everything[count:]
 
         def equation(*some: Tensor) -> tuple[Tensor, ...]:
-            outputs = _equation(ctx, _merge(tensors, needs_grad, some))
-            return tuple(x for x, there in zip(outputs, ctx.given, strict=True) if there)
+            outputs = _equation(ctx, _replace(tensors, needs_grad, some))
+            return tuple(x for x, flag in zip(outputs, ctx.given, strict=True) if flag)
 
-        pull = torch.func.vjp(equation, *[x for x, want in zip(tensors, needs_grad, strict=True) if want])[1]
-        return tuple(pull(tuple(gradients)))
+        vjp = torch.func.vjp(equation, *[x for x, needed in zip(tensors, needs_grad, strict=True) if needed])[1]
+        return tuple(vjp(tuple(gradients)))
 
-    pull = torch.func.vjp(first, *[ctx.saved_tensors[i] for i in moving])[1]
-    return dict(zip(moving, pull(tuple(seconds)), strict=True))
+    vjp = torch.func.vjp(first, *[ctx.saved_tensors[i] for i in moving])[1]
+    return dict(zip(moving, vjp(tuple(seconds)), strict=True))
 
 
 def _second_of_function(ctx: Any, seconds: Sequence[Tensor], own: Sequence[int]) -> dict[int, Tensor]:
-    """The same for a Python score whose `own` tensors want a gradient. It computes with them whatever it is given, so that
-    no function of other tensors can be differentiated in its place: only the graph that they are leaves of.
+    """The same for a Python score that closes over tensors, `own`, that need a gradient. The score computes with these
+    whatever its arguments are, so torch.func cannot replace them: the graph that they are leaves of is differentiated.
     """
     count, saved = sum(ctx.given), ctx.saved_tensors
     moving = [i for i, x in enumerate(saved) if x.is_floating_point()]
@@ -181,8 +181,8 @@ def _second_of_function(ctx: Any, seconds: Sequence[Tensor], own: Sequence[int])
     with torch.enable_grad():
         outputs = _equation(ctx, leaves[count:])
         firsts = torch.autograd.grad(
-            [x for x, there in zip(outputs, ctx.given, strict=True) if there],
-            [x for x, want in zip(leaves[count:], ctx.needs_grad, strict=True) if want],
+            [x for x, flag in zip(outputs, ctx.given, strict=True) if flag],
+            [x for x, needed in zip(leaves[count:], ctx.needs_grad, strict=True) if needed],
             leaves[:count], create_graph=True, materialize_grads=True,
         )  # fmt: skip
     pairs = [(x, y) for x, y in zip(firsts, seconds, strict=True) if x.requires_grad]
@@ -195,7 +195,7 @@ def _second_of_function(ctx: Any, seconds: Sequence[Tensor], own: Sequence[int])
 def _loop_over_batch(
     apply: Callable[..., tuple[Tensor, ...]], count: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """What a Function gives for each element of a batch axis of torch.func.vmap, stacked."""
+    """Apply a Function to each element of a batch axis of torch.func.vmap, and stack the results."""
     runs = [
         apply(
             *[
@@ -209,13 +209,13 @@ def _loop_over_batch(
     return outputs, (0,) * len(outputs)
 
 
-def scatter(present: Sequence[Tensor], there: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The tensors that are present, with None in the places where none is."""
+def scatter(present: Sequence[Tensor], flags: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Return the tensors with None inserted where a flag is False."""
     items = iter(present)
-    return tuple(next(items) if flag else None for flag in there)
+    return tuple(next(items) if flag else None for flag in flags)
 
 
-def _merge(tensors: Sequence[Tensor], needs_grad: Sequence[bool], some: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, with those that are needs_grad replaced."""
+def _replace(tensors: Sequence[Tensor], needs_grad: Sequence[bool], some: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors with those that need a gradient replaced."""
     items = iter(some)
-    return [next(items) if want else x for x, want in zip(tensors, needs_grad, strict=True)]
+    return [next(items) if needed else x for x, needed in zip(tensors, needs_grad, strict=True)]

@@ -74,8 +74,9 @@ def _order(problem: Problem) -> list[str]:
 
 
 def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """The output of a call that asks for nothing but q, k and v, by the shortest way: for a short sequence, to take a call
-    apart costs more than to compute it. None if anything is out of the ordinary.
+    """Return the output of a call with q, k and v alone, by one operator; None where it is not served.
+
+    For a short sequence, assembling a problem takes longer than computing it.
     """
     if (
         extension.missing or torch.compiler.is_compiling()
@@ -86,7 +87,7 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         return None
     try:
         out: Tensor | None = extension.ops.plain(q, k, v)
-    except NotImplementedError:  # a sparse tensor, or one on another device: the check of a call says it in words
+    except NotImplementedError:  # a sparse tensor, or one on another device: the checks of a call raise
         return None
     ran = _ran.get()
     if ran is not None and out is not None:
@@ -110,7 +111,7 @@ def _refuse(name: str, problem: Problem) -> str | None:
 def _force(problem: Problem, name: str) -> str:
     if not isinstance(name, str) or name not in BACKENDS:
         expected = f"one of {', '.join(map(repr, BACKENDS))}, or None"
-        raise check.wrong("backend", name, expected, isinstance(name, str))
+        raise check.error("backend", name, expected, isinstance(name, str))
     reason = _refuse(name, problem)
     if reason is not None:
         raise ValueError(f"backend is {name!r}, which cannot serve this problem: {reason}")
@@ -119,7 +120,7 @@ def _force(problem: Problem, name: str) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What each candidate says of a problem, in the order of preference: None = it can serve. Prints itself."""
+    """Why each backend cannot serve a problem, in the order of preference; None if it can. `print` shows a table."""
 
     chosen: str
     reasons: dict[str, str | None]
@@ -134,14 +135,14 @@ class Explanation:
 
 
 def explanation(problem: Problem) -> Explanation:
-    """What each candidate says of a problem."""
+    """Return which backend would serve a problem, and why each of the others would not."""
     reasons = {name: _refuse(name, problem) for name in BACKENDS}
     return Explanation(_choose(problem), reasons)
 
 
 @contextmanager
 def record_backends() -> Iterator[list[str]]:
-    """Collect the names of the kernels that run inside, in order, in this thread.
+    """Record the names of the backends that run in the block, in order, in this thread.
 
     >>> with regard.record_backends() as ran:
     ...     regard.attention(q, k, v)

@@ -43,8 +43,8 @@ def run(backend: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ..
 def refuse(plan: Plan) -> str | None:
     """Return why an operator cannot hold this plan, None if it can.
 
-    The compiler guards what it traces through: the code of a Python function, and everything that it closes over. An operator
-    that named the function would be reused with the function of an earlier call.
+    The compiler guards what it traces through: the code of a Python function, and everything that it closes over. An
+    operator that named the function would be reused with the function of an earlier call.
     """
     name = unserializable(plan, _CLASSES)
     return None if name is None else f"{name} cannot be an operand of an operator in a compiled graph"

@@ -1,8 +1,8 @@
 """Dropout whose mask is a pure function of (seed, batch, head, query, key).
 
-Every kernel can compute it for any tile, in any order, and drops the same weights. The mixing step is the 32-bit
-hash "lowbias32" of Chris Wellons, "Prospecting for Hash Functions" (2018). Each row (batch, head, query) hashes to an
-offset and an odd factor, so that the streams of two rows are no shifts of one another; a key then costs one mixing.
+Every backend can compute it for any tile, in any order, and drops the same weights. The mixing step is the 32-bit hash
+"lowbias32" of Chris Wellons, "Prospecting for Hash Functions" (2018). Each row (batch, head, query) hashes to an offset and
+an odd factor, so that the streams of two rows are not shifts of each other; each key then takes one mixing step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _HALF = 1 << 31
 
 
 def _signed(value: int) -> int:
-    """An unsigned 32-bit constant as the int32 with the same bits."""
+    """Return the int32 with the bits of an unsigned 32-bit constant."""
     return value - (1 << 32) if value >= _HALF else value
 
 
@@ -24,7 +24,7 @@ _A, _B, _GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), _signed(0x9E3779B9)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """The logical right shift of int32 (PyTorch's own is arithmetic)."""
+    """Logical right shift of int32 (that of PyTorch is arithmetic)."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
@@ -35,21 +35,21 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _low32(x: Tensor) -> Tensor:
-    """The low 32 bits of int64, as int32."""
+    """Return the low 32 bits of int64 as int32."""
     x = x & 0xFFFFFFFF
     return torch.where(x >= _HALF, x - (1 << 32), x).to(torch.int32)
 
 
 def keep(tile: Tile, seed: Tensor, rate: float) -> Tensor:
-    """Which weights of a tile survive dropout.
+    """Return which weights of a tile dropout keeps.
 
     Args:
         tile: the tile, of shape (b, h, l, s).
         seed: the seed, int64 of shape ().
-        rate: the chance that a weight is dropped, 0 to 1.
+        rate: the dropout probability, 0 to 1.
 
     Returns:
-        bool tensor of shape (b, h, l, s): True = kept.
+        A bool tensor of shape (b, h, l, s), True where the weight is kept.
     """
     row = _mix(_low32(seed) ^ _GOLDEN)
     for part in (seed >> 32, tile.batch, tile.head, tile.query):

@@ -1,4 +1,4 @@
-"""The equation, materialised: all scores at once. Any device, any score, derivatives of every order and direction.
+"""The equation, materialized: all scores at once. Any device, any score, derivatives of every order and direction.
 
 Memory is L x S. This kernel serves where `backend="reference"` asks for it, second derivatives of the others, and what no
 other serves: Python functions in graphs that are compiled, or whose tensors `torch.func` hides. Then it warns.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.equation import can_be_empty, finish, forbid, scores
+from regard.backends.equation import aggregate, can_be_empty, masked_scores, scores
 from regard.components.component import fill
 from regard.components.tensor_ops import widen
 from regard.components.tile import Tile
@@ -78,16 +78,16 @@ def _warn(reason: str, q: Tensor, k: Tensor) -> None:
 
 def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tuple[Tensor, ...]:
     """Return all outputs of a problem, in the order of `Plan.outputs`."""
-    # Widened once for all its uses: the parts of a gradient are summed up before they are rounded.
+    # Widened once for all uses, so that the parts of a gradient are summed before they are rounded.
     tensors = zero_nonfinite(plan, tensors)
     plan = fill(plan, [widen(x) if x.is_floating_point() else x for x in tensors])
     q, k, v = (widen(x) for x in tensors[:3])
     size = sizes(q, k)
     tile = Tile((0, size.B), (0, size.H), (0, size.L), (0, size.S), size, q.device)
-    s = forbid(plan, scores(plan, q, k, tile), tile)
+    s = masked_scores(plan, scores(plan, q, k, tile), tile)
     empty = None
     if size.S == 0:
-        # One key that nobody may attend to gives every row something to normalise over.
+        # One masked key gives every row something to normalize over.
         s, v = torch.nn.functional.pad(s, (0, 1), value=-math.inf), torch.nn.functional.pad(v, (0, 0, 0, 1))
         if plan.summary.mass is not None:
             mass = torch.nn.functional.pad(plan.summary.mass, (0, 1))
@@ -95,7 +95,7 @@ def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tup
     if size.S == 0 or can_be_empty(plan):
         empty = s.detach().amax(-1, keepdim=True) == -math.inf
     names = plan.outputs
-    results = finish(plan, s, v, tile, [(0, s.shape[-1])], names, empty)
+    results = aggregate(plan, s, v, tile, [(0, s.shape[-1])], names, empty)
     if size.S == 0:
         across = ("received", "rows", "full")
         results = [x[..., :0] if name in across else x for name, x in zip(names, results, strict=True)]

@@ -1,4 +1,4 @@
-"""Biases that depend on the distance of query and key alone, as tables: memory linear in length."""
+"""Biases that depend on the distance between query and key only, as tables in memory linear in length."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from regard.plan.problem import Plan, sizes
 
 
 def relative_table(bias: Bias, size: Sizes, dtype: torch.dtype, tensors: Sequence[Tensor]) -> Tensor:
-    """A bias that depends on the distance alone, as a table (H, L + S - 1 + 64) of query - key + S - 1: memory linear in
-    length. The kernels read whole vectors, past the last query.
+    """Return a bias that depends on the distance only, as a table (H, L + S - 1 + 64), indexed by query - key + S - 1.
+
+    The last 64 columns are padding: kernels read whole vectors, past the last query.
     """
-    # Query 0 has key -n at the distance that query n has key 0.
+    # Query 0 is at the same distance from key -n as query n is from key 0.
     tile = Tile((0, 1), (0, size.H), (0, 1), (1 - size.L, size.S), size, tensors[0].device)
     table = fill(bias, tensors).bias(tile, dtype)[0, :, 0].flip(-1)
     return torch.nn.functional.pad(table, (0, 64)).contiguous()
@@ -26,7 +27,7 @@ def relative_table(bias: Bias, size: Sizes, dtype: torch.dtype, tensors: Sequenc
 def through_table(
     plan: Plan, tensors: Sequence[Tensor], gradient: Tensor, needed: Sequence[int]
 ) -> list[tuple[int, Tensor]]:
-    """From the gradient of the table by distance to those of what it is made of."""
+    """Return the gradients of the tensors of a bias, by index, from the gradient of its table."""
     leaves = [x.detach().requires_grad_() if i in needed else x for i, x in enumerate(tensors)]
     with torch.enable_grad():
         table = relative_table(plan.bias, sizes(*tensors[:2]), gradient.dtype, leaves)  # type: ignore[arg-type]

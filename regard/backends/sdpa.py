@@ -1,4 +1,4 @@
-"""PyTorch's own fused attention, for the plain problems that it serves at full speed, under our contract."""
+"""torch's fused attention, for plain problems that it computes at full speed and within the contract of backends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_for(device_type: str) -> bool:
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
-    """Why it cannot serve a problem without materialising the weights or breaking the contract; None if it can."""
+    """Return why it cannot serve a problem without materializing the weights or breaking the contract; None if it can."""
     q, k, v = tensors[:3]
     size = sizes(q, k)
     if not isinstance(plan.score, Product):

@@ -1,1 +1,1 @@
-"""The peers side by side, in one process."""
+"""Benchmarks of regard against other implementations, in one process."""

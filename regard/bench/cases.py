@@ -1,4 +1,4 @@
-"""What is measured: each case does one thing by `regard`, and by the best that PyTorch or a peer offers here."""
+"""The cases of `regard bench`: each compares regard with the fastest equivalent in PyTorch or another package."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Inputs = list[Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. Both functions take the same inputs and give the same outputs, in this order.
+    """One comparison. `ours` and `peer` take the same inputs and return the same outputs, in the same order.
 
-    A `model` that both run learns while they are timed: it drops numbers. Outputs are compared without.
+    A `model` that both call is in training mode, with dropout, for timing, and in eval mode for comparing outputs.
     """
 
     name: str
@@ -62,10 +62,10 @@ def _masked(name: str, shape: tuple[int, int, int, int], m: mask.Mask, dense: Te
 
 
 def _window() -> Case:
-    L, reach = 4096, 256
-    behind = torch.arange(L)[:, None] - torch.arange(L)
+    L, width = 4096, 256
+    distance = torch.arange(L)[:, None] - torch.arange(L)
     return _masked(
-        f"window of {reach}, causal", (1, 8, L, 64), mask.window(reach - 1, 0), (behind >= 0) & (behind < reach)
+        f"window of {width}, causal", (1, 8, L, 64), mask.window(width - 1, 0), (distance >= 0) & (distance < width)
     )
 
 
@@ -105,7 +105,7 @@ def _softcap() -> Case:
         return [torch.softmax(torch.tanh(s / 30) * 30, -1) @ v]
 
     return Case(
-        "softcap", "1x8x2048x64", "PyTorch, materialised", _qkv(1, 8, 2048, 64),
+        "softcap", "1x8x2048x64", "PyTorch, materialized", _qkv(1, 8, 2048, 64),
         lambda q, k, v: [attention(q, k, v, softcap=30.0)], peer,
     )  # fmt: skip
 
@@ -120,37 +120,37 @@ def _additive() -> Case:
     )  # fmt: skip
 
 
-def _sparse(name: str, kind: normalizer.Normalizer, function: str) -> Case:
+def _sparse(name: str, sparse: normalizer.Normalizer, function: str) -> Case:
     def peer(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         import entmax
 
         return [getattr(entmax, function)(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v]
 
     return Case(
-        name, "1x8x1024x64", "entmax package, materialised", _qkv(1, 8, 1024, 64),
-        lambda q, k, v: [attention(q, k, v, normalizer=kind)], peer,
+        name, "1x8x1024x64", "entmax package, materialized", _qkv(1, 8, 1024, 64),
+        lambda q, k, v: [attention(q, k, v, normalizer=sparse)], peer,
     )  # fmt: skip
 
 
 def _weights() -> Case:
     def ours(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        out, seen = attention(q, k, v, summary=Summary(entropy=True, top=8, received=True))
-        assert seen.entropy is not None and seen.top is not None and seen.received is not None
-        return [out, seen.entropy, seen.top.weights, seen.received]
+        out, summary = attention(q, k, v, summary=Summary(entropy=True, top=8, received=True))
+        assert summary.entropy is not None and summary.top is not None and summary.received is not None
+        return [out, summary.entropy, summary.top.weights, summary.received]
 
     def peer(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         p = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1)
         return [p @ v, torch.special.entr(p).sum(-1), p.topk(8).values, p.sum(-2)]
 
     return Case(
-        "entropy, top 8, received", "1x8x2048x64", "PyTorch, materialised", _qkv(1, 8, 2048, 64), ours, peer, False
+        "entropy, top 8, received", "1x8x2048x64", "PyTorch, materialized", _qkv(1, 8, 2048, 64), ours, peer, False
     )
 
 
 def cases() -> list[Case]:
-    """All comparisons that can be made here."""
-    found = [_plain(False), _plain(True), _window(), _padded(), _documents(), _alibi(), _softcap(), _additive()]
+    """Return all comparisons whose peer is installed."""
+    available = [_plain(False), _plain(True), _window(), _padded(), _documents(), _alibi(), _softcap(), _additive()]
     if importlib.util.find_spec("entmax"):
-        found.append(_sparse("sparsemax", normalizer.Sparsemax(), "sparsemax"))
-        found.append(_sparse("entmax 1.5", normalizer.Entmax(1.5), "entmax15"))
-    return [*found, _weights()]
+        available.append(_sparse("sparsemax", normalizer.Sparsemax(), "sparsemax"))
+        available.append(_sparse("entmax 1.5", normalizer.Entmax(1.5), "entmax15"))
+    return [*available, _weights()]

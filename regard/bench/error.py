@@ -1,4 +1,4 @@
-"""Whether a result is right: its error against float64, and the budget that rounding allows."""
+"""The error of a result against float64, and the error budget that rounding allows."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch import Tensor
 
 from regard.backends.choose import record_backends
 
-# How often a result may be rounded beside the budget, in units of its last place at the size of the largest.
+# Roundings allowed besides the baseline's error, in units in the last place (ulp) of the largest element.
 _ROUNDINGS = 4.0
-# In so many numbers, the largest rounding error is no matter of luck; of fewer, the plain way may err by little by luck.
+# With at least this many elements, the largest error of the baseline is reliable; with fewer, it may be small by chance.
 _MANY = 256
-# Inputs are drawn so often, and the worst counts.
+# Number of random inputs; the largest error counts.
 _DRAWS = 2
-# So often is the plain way measured again where a result is over budget: it may have been right by luck.
-_AGAIN = 16
+# Number of further baseline measurements if a result exceeds the budget, since the first may be accurate by chance.
+_RETRIES = 16
 
 
 @dataclass(frozen=True)
 class Error:
-    """The worst result of all outputs and gradients.
+    """The error of the least accurate output or gradient.
 
     Args:
-        relative: its largest error, relative to its largest number.
-        share: of the budget; above 1, or NaN, the result is wrong.
-        kernel: the one that was looked at.
+        relative: largest absolute error divided by the largest absolute value.
+        share: the error divided by its budget; the result is wrong if this is above 1 or NaN.
+        backend: the backend that was measured.
     """
 
     relative: float
     share: float
-    kernel: str
+    backend: str
 
     @property
     def within(self) -> bool:
@@ -41,28 +41,38 @@ class Error:
 
 
 def error(function: Callable[..., Sequence[Tensor]], inputs: Callable[[], Sequence[Tensor]], backward: bool) -> Error:
-    """Measure a function of some inputs, which takes the name of a `kernel` beside them.
+    """Measure the error of a function of `inputs()` that also takes the argument `backend`.
 
-    The truth is the materialised equation in float64; the budget, twice the error of the same in float32, which all
-    kernels keep their sums in, and a few roundings to the type of the result. The largest error is often that of a single
-    number, which the plain way may have right by luck: where a result is over budget, that way is measured again, on inputs
-    that are off by up to half a unit of the last place.
+    The reference is the materialized equation in float64. The budget is twice the error of the baseline, which is the same
+    equation in float32 (the precision in which all backends accumulate), plus a few roundings to the dtype of the result.
+    The largest error often comes from a single element, which the baseline may compute accurately by chance. If a result
+    exceeds the budget, the baseline is therefore measured again, on inputs that are perturbed by up to half an ulp.
+
+    >>> from regard.bench.error import error
+    >>> def inputs():
+    ...     return [torch.randn(1, 2, 40, 8) for _ in range(3)]
+    >>> def correct(q, k, v, backend):
+    ...     return [regard.attention(q, k, v, backend=backend)]
+    >>> def wrong(q, k, v, backend):  # except for the reference, scores are too large
+    ...     return correct(q if backend else 1.01 * q, k, v, backend)
+    >>> error(correct, inputs, True).within, error(wrong, inputs, True).within
+    (True, False)
     """
     worst = Error(0.0, 0.0, "")
     for seed in range(_DRAWS):
         torch.manual_seed(seed)
         drawn = list(inputs())
         with record_backends() as ran:
-            found, given = _outcome(function, drawn, None, backward)
-        truth = _equation(function, [x.double() for x in drawn], backward, given)
-        plain = _plain(function, drawn, truth, backward, given)
-        if any(not _compare(*each)[1] <= 1.0 for each in zip(found, truth, plain, strict=True)):
-            blur = torch.Generator().manual_seed(seed)
-            for _ in range(_AGAIN):
-                blurred = [_blurred(x.float(), blur) for x in drawn]
-                again = _plain(function, blurred, truth, backward, given)
-                plain = [max(pair) for pair in zip(plain, again, strict=True)]
-        for each in zip(found, truth, plain, strict=True):
+            results, grad_outputs = _evaluate(function, drawn, None, backward)
+        reference = _equation(function, [x.double() for x in drawn], backward, grad_outputs)
+        baseline = _baseline_errors(function, drawn, reference, backward, grad_outputs)
+        if any(not _compare(*each)[1] <= 1.0 for each in zip(results, reference, baseline, strict=True)):
+            generator = torch.Generator().manual_seed(seed)
+            for _ in range(_RETRIES):
+                perturbed = [_perturb(x.float(), generator) for x in drawn]
+                again = _baseline_errors(function, perturbed, reference, backward, grad_outputs)
+                baseline = [max(pair) for pair in zip(baseline, again, strict=True)]
+        for each in zip(results, reference, baseline, strict=True):
             relative, share = _compare(*each)
             if not share <= worst.share:
                 worst = Error(relative, share, "")
@@ -70,50 +80,51 @@ def error(function: Callable[..., Sequence[Tensor]], inputs: Callable[[], Sequen
 
 
 def _equation(
-    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], backward: bool, given: Sequence[Tensor]
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], backward: bool, grad_outputs: Sequence[Tensor]
 ) -> list[Tensor]:
-    return _outcome(function, inputs, "reference", backward, given)[0]
+    return _evaluate(function, inputs, "reference", backward, grad_outputs)[0]
 
 
-def _plain(
+def _baseline_errors(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor],
-    truth: Sequence[Tensor],
+    reference: Sequence[Tensor],
     backward: bool,
-    given: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
 ) -> list[float]:
-    """The largest errors of the equation in float32."""
-    found = _equation(function, [x.float() for x in inputs], backward, given)
-    return [float((x.double() - y).abs().max()) for x, y in zip(found, truth, strict=True)]
+    """Return the largest absolute error of the equation in float32, per output and gradient."""
+    results = _equation(function, [x.float() for x in inputs], backward, grad_outputs)
+    return [float((x.double() - y).abs().max()) for x, y in zip(results, reference, strict=True)]
 
 
-def _blurred(x: Tensor, generator: torch.Generator) -> Tensor:
+def _perturb(x: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
     return x + x * noise * torch.finfo(x.dtype).eps
 
 
-def _compare(found: Tensor, truth: Tensor, plain: float) -> tuple[float, float]:
-    """The error relative to the largest number, and relative to the budget."""
-    scale = float(truth.abs().max())
-    off = float((found.double() - truth).abs().max())
-    budget = (2 if truth.numel() >= _MANY else 4) * plain + _ROUNDINGS * torch.finfo(found.dtype).eps * scale
-    if math.isnan(off):
+def _compare(result: Tensor, reference: Tensor, baseline: float) -> tuple[float, float]:
+    """Return the error relative to the largest absolute value, and relative to the budget."""
+    scale = float(reference.abs().max())
+    distance = float((result.double() - reference).abs().max())
+    budget = (2 if reference.numel() >= _MANY else 4) * baseline + _ROUNDINGS * torch.finfo(result.dtype).eps * scale
+    if math.isnan(distance):
         return math.nan, math.inf
-    return off / scale if scale else off, off / budget if budget else math.inf if off else 0.0
+    return distance / scale if scale else distance, distance / budget if budget else math.inf if distance else 0.0
 
 
-def _outcome(
+def _evaluate(
     function: Callable[..., Sequence[Tensor]],
     inputs: Sequence[Tensor],
-    kernel: str | None,
+    backend: str | None,
     backward: bool,
-    given: Sequence[Tensor] | None = None,
+    grad_outputs: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """The outputs, with backward the gradients too, and from which gradients of the outputs those come."""
+    """Return the outputs (and, if `backward`, the gradients of the inputs), and the gradients of the outputs."""
     leaves = [x.detach().requires_grad_(backward) for x in inputs]
-    outputs = list(function(*leaves, backend=kernel))
+    outputs = list(function(*leaves, backend=backend))
     if not backward:
         return outputs, ()
-    given = [torch.randn_like(x) for x in outputs] if given is None else given
-    gradients = torch.autograd.grad(outputs, leaves, [g.to(x.dtype) for g, x in zip(given, outputs, strict=True)])
-    return [*[x.detach() for x in outputs], *gradients], given
+    grad_outputs = [torch.randn_like(x) for x in outputs] if grad_outputs is None else grad_outputs
+    cast = [g.to(x.dtype) for g, x in zip(grad_outputs, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, leaves, cast)
+    return [*[x.detach() for x in outputs], *gradients], grad_outputs

@@ -1,6 +1,6 @@
-"""How much memory a long problem takes, forward and backward, beyond its inputs and outputs: in a process of its own.
+"""Peak memory of a long problem, forward and backward, in addition to its inputs and outputs, measured in its own process.
 
-`python -m regard.bench.length dot 65536 64 2 ""` is that process: what, the length, the width, the threads, and the kernel.
+That process is `python -m regard.bench.length dot 65536 64 2 ""`: score, length, width, number of threads, and backend.
 """
 
 from __future__ import annotations
@@ -21,23 +21,29 @@ from regard.attention import attention
 from regard.backends.choose import record_backends
 from regard.backends.cpu import extension
 from regard.bench.error import error
-from regard.bench.goal import Goal, Result, Shape
+from regard.bench.goal import Goal, RowResult, Shape
 from regard.bench.peak import Peak
-from regard.bench.row import Contest
+from regard.bench.row import Implementations
 from regard.components.score import Additive
 
 _STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
-class Length:
-    """A row of the table that measures memory; `make` is the contest whose error is measured, at the length `judged`."""
+class MemoryRow:
+    """A row of the table that measures memory.
+
+    Args:
+        score: "dot" or "additive".
+        make: the implementations of a shape, of which ours is checked against float64.
+        error_length: the length at which the error is measured.
+    """
 
     name: str
-    what: str
+    score: str
     shape: Shape
-    make: Callable[[Shape], Contest]
-    judged: int
+    make: Callable[[Shape], Implementations]
+    error_length: int
     goals: tuple[Goal, ...] = (Goal("memory", 600),)
     against: str = "memory"
     always: bool = False
@@ -46,63 +52,71 @@ class Length:
     def shapes(self) -> list[Shape]:
         return [self.shape]
 
-    def results(self, peaks: Mapping[str, Peak], seconds: float, threads: int) -> Iterator[Result]:
-        """Measure it once, which takes as long as it takes."""
-        small = self.make(dataclasses.replace(self.shape, L=min(self.judged, self.shape.L)))
-        wrong = error(small.ours, small.inputs, True)
-        used = extension.instructions()[0]
-        result = Result(self.name, self.against, self.shape, wrong.kernel, used, wrong, self.goals)
-        if wrong.within:
-            found = memory(self.what, self.shape.L, self.shape.D, threads, used)
-            figures = {"memory": found.beyond / 2**20}
-            result = dataclasses.replace(result, kernel=found.kernel, ours_ms=found.seconds * 1e3, figures=figures)
+    def results(self, peaks: Mapping[str, Peak], seconds: float, threads: int) -> Iterator[RowResult]:
+        """Measure the row once; `seconds` has no effect."""
+        small = self.make(dataclasses.replace(self.shape, L=min(self.error_length, self.shape.L)))
+        measured = error(small.ours, small.inputs, True)
+        instructions = extension.instructions()[0]
+        result = RowResult(
+            self.name, self.against, self.shape, measured.backend, instructions, measured, self.goals
+        )  # fmt: skip
+        if measured.within:
+            usage = memory(self.score, self.shape.L, self.shape.D, threads, instructions)
+            metrics = {"memory": usage.beyond / 2**20}
+            result = dataclasses.replace(result, backend=usage.backend, ours_ms=usage.seconds * 1e3, metrics=metrics)
         yield result
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes beyond inputs and outputs, the seconds that it took, and the kernel that ran."""
+class MemoryUsage:
+    """Peak bytes in addition to inputs and outputs, the time in seconds, and the backend that ran."""
 
     beyond: int
     seconds: float
-    kernel: str
+    backend: str
 
 
-def memory(what: str, length: int, width: int, threads: int, instructions: str, kernel: str = "") -> Memory:
-    """The memory of one head of so many queries and keys, `what` being "dot" or "additive", by the kernel that is forced."""
+def memory(score: str, length: int, width: int, threads: int, instructions: str, backend: str = "") -> MemoryUsage:
+    """Measure the memory of one head with `length` queries and keys, forward and backward.
+
+    Args:
+        score: "dot" or "additive".
+        instructions: the instruction set of the native kernels.
+        backend: the backend to use; the empty string lets regard choose.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "regard.bench.length", what, str(length), str(width), str(threads), kernel],
+        [sys.executable, "-m", "regard.bench.length", score, str(length), str(width), str(threads), backend],
         capture_output=True, text=True, check=False,
-        # What is freed goes back at once: the peak is of what is held, not of what the allocator keeps.
+        # Freed memory is returned to the system at once, so that the peak does not count what the allocator keeps.
         env={**os.environ, "REGARD_INSTRUCTIONS": instructions, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     if done.returncode:
-        raise OSError(f"the process that measures memory has failed: {done.stderr.strip().splitlines()[-1]}")
-    return Memory(**json.loads(done.stdout))
+        raise OSError(f"the process that measures memory failed: {done.stderr.strip().splitlines()[-1]}")
+    return MemoryUsage(**json.loads(done.stdout))
 
 
-def held() -> int:
-    """The most bytes that this process has held. Not by `getrusage`, where a child starts from the peak of its parent."""
+def peak_memory() -> int:
+    """Return the peak memory of this process in bytes. (In `getrusage`, a child starts from the peak of its parent.)"""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
-def _measure(what: str, length: int, width: int, kernel: str | None) -> Memory:
-    words = {"score": Additive(torch.randn(width, requires_grad=True))} if what == "additive" else {}
+def _measure(score: str, length: int, width: int, backend: str | None) -> MemoryUsage:
+    arguments = {"score": Additive(torch.randn(width, requires_grad=True))} if score == "additive" else {}
 
     def run(n: int) -> tuple[int, int, float]:
         q, k, v = (torch.randn(1, 1, n, width, requires_grad=True) for _ in range(3))
-        given, before, start = torch.randn(1, 1, n, width), held(), time.perf_counter()
-        out = attention(q, k, v, backend=kernel, **words)  # type: ignore[call-overload]
-        out.backward(given)
+        dout, before, start = torch.randn(1, 1, n, width), peak_memory(), time.perf_counter()
+        out = attention(q, k, v, backend=backend, **arguments)  # type: ignore[call-overload]
+        out.backward(dout)
         gradients = [x.grad for x in (q, k, v) if x.grad is not None]
         assert len(gradients) == 3
-        return held() - before, sum(4 * x.numel() for x in (out, *gradients)), time.perf_counter() - start
+        return peak_memory() - before, sum(4 * x.numel() for x in (out, *gradients)), time.perf_counter() - start
 
-    run(256)  # what the first call sets up is not the problem's
+    run(256)  # one-time allocations of the first call do not count
     with record_backends() as ran:
-        grown, outputs, seconds = run(length)
-    return Memory(max(grown - outputs, 0), seconds, ran[0])
+        increase, outputs, seconds = run(length)
+    return MemoryUsage(max(increase - outputs, 0), seconds, ran[0])
 
 
 if __name__ == "__main__":

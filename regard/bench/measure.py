@@ -1,4 +1,4 @@
-"""How time is taken: of several functions in turns, so that what disturbs one disturbs all."""
+"""Interleaved timing of several functions, so that disturbances of the machine affect all of them alike."""
 
 from __future__ import annotations
 
@@ -9,19 +9,25 @@ import torch
 from torch import Tensor
 
 
-def race(
+def time_interleaved(
     functions: Sequence[Callable[[], object]],
     *,
     rounds: tuple[int, int],
     burst: float,
     seconds: float = 0.0,
 ) -> list[list[float]]:
-    """The seconds that a call of each function takes, as often as there were rounds.
+    """Time several functions in turns. Return, per function, the seconds per call in each round.
 
     Args:
-        rounds: at least and at most so many.
-        burst: how long one timing takes at least, calls being repeated.
-        seconds: go on for so long, from the least of the rounds to the most.
+        rounds: minimum and maximum number of rounds.
+        burst: minimum duration of one timing in seconds; calls are repeated until it is reached.
+        seconds: after the minimum number of rounds, continue until this much time has passed.
+
+    >>> from regard.bench.measure import time_interleaved
+    >>> order = []
+    >>> times = time_interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=(2, 2), burst=0.0)
+    >>> "".join(order), [len(x) for x in times]  # two calls of each to warm up, then two rounds
+    ('aabbabab', [2, 2])
     """
     repeats = []
     for function in functions:
@@ -40,14 +46,21 @@ def race(
     return times
 
 
-def ready(
+def make_call(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], backward: bool
 ) -> Callable[[], Sequence[Tensor]]:
-    """The call as it is timed: with `backward` it gives the gradients of the inputs that it uses, from fixed ones of the
-    outputs.
+    """Return the call to time. With `backward`, it computes the gradients of the inputs from fixed gradients of the outputs.
+
+    >>> from regard.bench.measure import make_call
+    >>> x = torch.tensor([1.0, 2.0])
+    >>> make_call(lambda x: [3 * x], [x], False)()
+    [tensor([3., 6.])]
+    >>> (gradient,) = make_call(lambda x: [x.sum(), 2 * x.sum()], [x], True)()
+    >>> gradient[0] == gradient[1]
+    tensor(True)
     """
     if not backward:
         return lambda: function(*inputs)
     leaves = [x.detach().requires_grad_() for x in inputs]
-    given = [torch.randn_like(x) for x in function(*leaves)]
-    return lambda: torch.autograd.grad(list(function(*leaves)), leaves, given, allow_unused=True)
+    grad_outputs = [torch.randn_like(x) for x in function(*leaves)]
+    return lambda: torch.autograd.grad(list(function(*leaves)), leaves, grad_outputs, allow_unused=True)

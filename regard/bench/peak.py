@@ -1,4 +1,4 @@
-"""The most that this machine can do: native loops of nothing but multiply-adds, and of nothing but reads."""
+"""The peaks of this machine, measured with native loops that only multiply and add, or only read memory."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ import torch
 
 from regard.backends.cpu import extension
 
-# What can be the limit, as `Limit` in csrc/problem.h counts it, and the unit of a thousand million a second.
+# The limits, in the order of `Limit` in csrc/problem.h, and their units (1e9 per second).
 LIMITS = {"fp32": "GFLOP/s of multiply-adds", "bf16": "GFLOP/s of VDPBF16PS", "read": "GB/s read of memory"}
 
-# Eight times the last cache of the machines at hand, so that a loop over it reads memory.
+# Eight times the last-level cache of the tested machines, so that a loop over the buffer reads memory.
 _BUFFER = 256 << 20
 
 
 class Peak:
-    """One limit of the machine, on the threads and the instruction set in use.
+    """One limit of the machine, with the current number of threads and instruction set.
 
     Args:
         limit: one of LIMITS.
-        seconds: how long a burst of the loop takes, about; a read goes once over its buffer at the least.
+        seconds: approximate duration of one burst of the loop; "read" reads its buffer at least once.
     """
 
     def __init__(self, limit: str, seconds: float = 0.01) -> None:
         self._limit = list(LIMITS).index(limit)
         self._buffer = torch.ones(_BUFFER // 4 if limit == "read" else 0)
-        # Multiply-adds of about a millisecond: what wakes the threads is little beside.
+        # About a millisecond of multiply-adds, next to which waking the threads is negligible.
         self._rounds = 1 if limit == "read" else 100_000
         self.best = 0.0
         self.burst()
-        # The least of several: where others use the machine, a short burst may take long.
-        while self.exists and (taken := min(self.burst() for _ in range(5))) < seconds:
-            self._rounds = max(self._rounds + 1, int(self._rounds * min(1.2 * seconds / taken, 100.0)))
+        # The minimum of several bursts: on a shared machine, a single one may be slow.
+        while self.is_available and (elapsed := min(self.burst() for _ in range(5))) < seconds:
+            self._rounds = max(self._rounds + 1, int(self._rounds * min(1.2 * seconds / elapsed, 100.0)))
 
     @property
-    def exists(self) -> bool:
-        """Whether the machine has the instruction, or memory to read."""
+    def is_available(self) -> bool:
+        """Whether the machine supports the instruction."""
         return self.best > 0
 
     def burst(self) -> float:
-        """Run the loop; how many seconds it took. `best` is the most that it did a second so far, in thousand millions."""
+        """Run the loop, and return its duration in seconds. `best` is the highest rate so far, in 1e9 per second."""
         start = time.perf_counter()
         work = float(extension.ops.peak(self._buffer, self._limit, self._rounds))
-        taken = time.perf_counter() - start
-        self.best = max(self.best, work / taken / 1e9)
-        return taken
+        elapsed = time.perf_counter() - start
+        self.best = max(self.best, work / elapsed / 1e9)
+        return elapsed

@@ -1,4 +1,4 @@
-"""The table of the native kernels as people and machines read it."""
+"""The results of `regard bench cpu` as a terminal table, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.backends.cpu import extension
-from regard.bench.goal import FIGURES, Result
+from regard.bench.goal import METRICS, RowResult
 from regard.bench.peak import LIMITS, Peak
 
-_COLOURS = {True: "green", False: "red", None: ""}
+_COLORS = {True: "green", False: "red", None: ""}
 
 
 def machine() -> dict[str, str | int]:
-    """Where it was measured."""
+    """Describe the machine and the software that the results depend on."""
     return {
         "cpu": _processor(),
         "cores": os.cpu_count() or 0,
@@ -34,38 +34,38 @@ def machine() -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    # On Linux `platform` knows the family alone.
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.exists() else []
+    # On Linux, `platform` only gives the architecture.
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _peaks(peaks: Mapping[str, Peak]) -> str:
-    return ", ".join(f"{peak.best:.0f} {LIMITS[name]}" for name, peak in peaks.items() if peak.exists)
+    return ", ".join(f"{peak.best:.0f} {LIMITS[name]}" for name, peak in peaks.items() if peak.is_available)
 
 
-def _where() -> str:
-    here = machine()
-    return f"{here['threads']} threads, {here['cpu']}, {here['instructions']}, PyTorch {here['torch']}"
+def _describe_machine() -> str:
+    m = machine()
+    return f"{m['threads']} threads, {m['cpu']}, {m['instructions']}, PyTorch {m['torch']}"
 
 
 def headline(peaks: Mapping[str, Peak]) -> Text:
-    """The machine, and its peaks."""
-    return Text.assemble((_where(), "bold"), f"\nat most {_peaks(peaks)}")
+    """Format the machine and its peaks."""
+    return Text.assemble((_describe_machine(), "bold"), f"\npeaks: {_peaks(peaks)}")
 
 
 LEGEND = (
-    "* elements (i, j, d), were the peak 466 GFLOP/s. Times are medians, in turns; peaks, the best of bursts "
-    "among them. Errors are against float64, with their share of the budget: twice the error of the equation done straight."
+    "* elements (i, j, d), scaled to a peak of 466 GFLOP/s. Times are medians of interleaved runs; peaks are the best of "
+    "interleaved bursts. Errors are against float64, with their share of the budget: twice the error of the plain equation."
 )
 
-# Shape, kernel, milliseconds, what was measured, error: 80 columns, so that rows stand under one another.
+# Widths of the columns shape, backend, milliseconds, metrics and error: 80 columns in all, the same for every row.
 _WIDTHS = (15, 6, 15, 27, 13)
 
 
-def as_table(results: Sequence[Result]) -> Group:
-    """A row: its name, and a line per problem, with what is met in green and what is not in red."""
+def as_table(results: Sequence[RowResult]) -> Group:
+    """Format a row: its name, and one line per shape. Metrics that meet their goals are green, others red."""
     first = results[0]
     title = Text.assemble((first.row, "bold"), (f"  against {first.against}: ", "dim"), (_goals(results), "dim"))
     lines = Table.grid(padding=(0, 1, 0, 0))
@@ -74,8 +74,8 @@ def as_table(results: Sequence[Result]) -> Group:
         lines.add_column(width=width, justify="right" if number in (2, 4) else "left")
     for r in results:
         times = "" if r.ours_ms is None else _ms(r.ours_ms) + (f" : {_ms(r.other_ms)}" if r.other_ms else "")
-        mark = Text("✓" if r.met else "✗", style=_COLOURS[r.met])
-        lines.add_row(mark, str(r.shape), r.kernel, times, _measured(r), _error(r))
+        mark = Text("✓" if r.met else "✗", style=_COLORS[r.met])
+        lines.add_row(mark, str(r.shape), r.backend, times, _measured(r), _error(r))
     return Group(title, lines)
 
 
@@ -83,36 +83,38 @@ def _ms(x: float) -> str:
     return f"{x:.0f}" if x >= 1000 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 0.1 else f"{x:.4f}"
 
 
-def _shown(r: Result) -> list[str]:
-    """The figures that something is asked of, and how near to the machine's limit it is, or how much it does a second."""
-    names = [goal.figure for goal in r.goals]
-    figures = r.figures or {}
+def _metric_names(r: RowResult) -> list[str]:
+    """Return the names of metrics with goals, and the share of the machine's peak or the work per second."""
+    names = [goal.metric for goal in r.goals]
+    metrics = r.metrics or {}
     if names[0] == "ratio":
-        names += ["share"] if "flops" in figures else [name for name in ("bytes", "elements") if name in figures]
-    return [name for name in dict.fromkeys(names) if name in figures]
+        names += ["share"] if "flops" in metrics else [name for name in ("bytes", "elements") if name in metrics]
+    return [name for name in dict.fromkeys(names) if name in metrics]
 
 
-def _measured(r: Result) -> Text:
-    if r.figures is None:
+def _measured(r: RowResult) -> Text:
+    if r.metrics is None:
         return Text("none: wrong, over budget", style="bold red")
-    parts = [Text(FIGURES[name].write(r.figures[name]), style=_COLOURS[r.meets(name)] or "dim") for name in _shown(r)]
+    parts = [
+        Text(METRICS[name].write(r.metrics[name]), style=_COLORS[r.meets(name)] or "dim") for name in _metric_names(r)
+    ]
     return Text(", ").join(parts)
 
 
-def _goals(results: Sequence[Result]) -> str:
+def _goals(results: Sequence[RowResult]) -> str:
     goals = [goal for goal in results[0].goals if any(goal.applies(r.shape) for r in results)]
     return ", ".join(map(str, goals))
 
 
-def _error(r: Result) -> Text:
+def _error(r: RowResult) -> Text:
     share = f"{r.error.share:.0%}" if math.isfinite(r.error.share) else "inf"
     return Text(f"{r.error.relative:.0e} ({share})", style="" if r.error.within else "bold red")
 
 
-def as_markdown(results: Sequence[Result], peaks: Mapping[str, Peak]) -> str:
-    """A line per row, from its least to its largest figure."""
+def as_markdown(results: Sequence[RowResult], peaks: Mapping[str, Peak]) -> str:
+    """Format the results as a Markdown table with one line per row and the range of its metrics."""
     lines = [
-        f"{_where()}; at most {_peaks(peaks)}.",
+        f"{_describe_machine()}; peaks: {_peaks(peaks)}.",
         "",
         "| | against | measured | goal | | error (of budget) |",
         "|---|---|---|---|---|---|",
@@ -122,42 +124,44 @@ def as_markdown(results: Sequence[Result], peaks: Mapping[str, Peak]) -> str:
     return "\n".join([*lines, "", LEGEND.replace("*", r"\*", 1)])
 
 
-def _cells(results: Sequence[Result]) -> Iterator[str]:
+def _cells(results: Sequence[RowResult]) -> Iterator[str]:
     worst = max(results, key=lambda r: r.error.share)
     yield results[0].against
-    if worst.figures is None:
+    if worst.metrics is None:
         yield f"none: wrong at {worst.shape}"
     else:
-        yield ", ".join(_range(results, name) for name in _shown(results[0]))
+        yield ", ".join(_range(results, name) for name in _metric_names(results[0]))
     yield _goals(results)
     missed = [str(r.shape) for r in results if not r.met]
     yield "met" if not missed else "not met" if len(missed) == len(results) else f"not at {', '.join(missed)}"
     yield str(_error(worst))
 
 
-def _range(results: Sequence[Result], name: str) -> str:
-    numbers = [r.figures[name] for r in results if r.figures and name in r.figures]
-    least, largest = (FIGURES[name].write(x) for x in (min(numbers), max(numbers)))
+def _range(results: Sequence[RowResult], name: str) -> str:
+    numbers = [r.metrics[name] for r in results if r.metrics and name in r.metrics]
+    least, largest = (METRICS[name].write(x) for x in (min(numbers), max(numbers)))
     return least if least == largest else f"{least} to {largest}"
 
 
-def as_dict(results: Sequence[Result], peaks: Mapping[str, Peak]) -> dict[str, object]:
-    """All that was measured."""
+def as_dict(results: Sequence[RowResult], peaks: Mapping[str, Peak]) -> dict[str, object]:
+    """Convert the results to JSON types."""
     return {
         "machine": machine(),
-        "peaks": {name: {"value": peak.best, "unit": LIMITS[name]} for name, peak in peaks.items() if peak.exists},
+        "peaks": {
+            name: {"value": peak.best, "unit": LIMITS[name]} for name, peak in peaks.items() if peak.is_available
+        },
         "results": [_as_dict(r) for r in results],
     }
 
 
-def _as_dict(r: Result) -> dict[str, object]:
+def _as_dict(r: RowResult) -> dict[str, object]:
     return {
-        "row": r.row, "against": r.against, "shape": vars(r.shape), "kernel": r.kernel, "instructions": r.instructions,
-        "ours_ms": r.ours_ms, "other_ms": r.other_ms, "figures": r.figures,
+        "row": r.row, "against": r.against, "shape": vars(r.shape), "kernel": r.backend, "instructions": r.instructions,
+        "ours_ms": r.ours_ms, "other_ms": r.other_ms, "figures": r.metrics,
         "error": r.error.relative, "budget_used": r.error.share if math.isfinite(r.error.share) else None,
         "within_budget": r.error.within,
         "goals": [
-            {"figure": goal.figure, "bound": goal.bound, "at": goal.at, "met": r.met_goal(goal)}
+            {"figure": goal.metric, "bound": goal.bound, "at": goal.at, "met": r.met_goal(goal)}
             for goal in r.goals if goal.applies(r.shape)
         ],
         "met": r.met,

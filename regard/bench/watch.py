@@ -1,7 +1,7 @@
-"""What watching costs: whole models of transformers, unwatched, watched, and asked for all their weights.
+"""Time and memory of `regard.watch`: models of transformers without a watch, with one, and returning all weights.
 
-`python -m regard.bench.watch llama 4096 2 watched` is a process of its own that measures memory: which model, how many
-tokens, the threads, and whether it is "watched", "unwatched" or "eager".
+Memory is measured in its own process, `python -m regard.bench.watch llama 4096 2 watched`: model, number of tokens,
+number of threads, and mode ("watched", "unwatched" or "eager").
 """
 
 from __future__ import annotations
@@ -19,40 +19,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.bench.length import held
-from regard.bench.measure import race
+from regard.bench.length import peak_memory
+from regard.bench.measure import time_interleaved
 from regard.watch import Recording, watch
 
-# The matrices of weights that an eager model gives are kept whole: those that would fill a machine are not asked for.
-_MOST_WEIGHTS = 4 * 2**30
+# In bytes. An eager model returns all of its weights; it is skipped where they would take more than this.
+_MAX_WEIGHTS = 4 * 2**30
 
 
 @dataclass(frozen=True)
-class Length:
-    """A model, its text, and the most that watching is to cost beside the same model unwatched."""
+class WatchCase:
+    """A model, the length of its input, and the goal for the ratio of the times with and without a watch."""
 
     model: str
     tokens: int
     goal: float
 
 
-LENGTHS = [
-    Length("bert", 512, 1.4),
-    Length("llama", 1024, 1.6),
-    Length("llama", 4096, 1.6),
-    Length("llama", 16384, 1.6),
+CASES = [
+    WatchCase("bert", 512, 1.4),
+    WatchCase("llama", 1024, 1.6),
+    WatchCase("llama", 4096, 1.6),
+    WatchCase("llama", 16384, 1.6),
 ]
 
 
 @dataclass(frozen=True)
-class Result:
-    """Milliseconds and bytes of a whole forward pass; None where it was not asked for.
+class WatchResult:
+    """Milliseconds and bytes of a forward pass; None where it was not measured.
 
-    ratio: watched : unwatched, the median over the turns. error: of the output, watched beside unwatched, relative to its
-    scale. weights_error: of the largest weights, beside the eager ones. memory: beyond the model.
+    ratio: watched / unwatched, the median over the rounds. error: of the watched output relative to the largest element
+    of the unwatched one. weights_error: of the recorded weights against the eager ones. memory: in addition to the
+    model.
     """
 
-    length: Length
+    case: WatchCase
     unwatched_ms: float
     watched_ms: float
     eager_ms: float | None
@@ -63,44 +64,44 @@ class Result:
     unwatched_memory: int | None
 
 
-def measure(lengths: Sequence[Length], threads: int, rounds: int = 7) -> Iterator[Result]:
-    """Measure each: all three ways in turns, in this process, and the memory of two of them in their own."""
+def measure(cases: Sequence[WatchCase], threads: int, rounds: int = 7) -> Iterator[WatchResult]:
+    """Measure cases: time of the three modes interleaved in this process, and memory of two of them in their own."""
     torch.set_num_threads(threads)
-    for length in lengths:
-        model, ids = _model(length)
+    for case in cases:
+        model, ids = _model(case)
         heads = model.config.num_hidden_layers * model.config.num_attention_heads
-        eager = heads * length.tokens**2 * 4 <= _MOST_WEIGHTS
+        eager = heads * case.tokens**2 * 4 <= _MAX_WEIGHTS
         with torch.no_grad():
             before, after = _run(model, ids, "unwatched")[0], _run(model, ids, "watched")
             weights_error = None
             if eager:
                 weights_error = _weights_error(after[1], _run(model, ids, "eager")[1])
-            ways = ["unwatched", "watched", *(["eager"] if eager else [])]
-            calls: list[Callable[[], object]] = [partial(_run, model, ids, way) for way in ways]
-            times = race(calls, rounds=(rounds if length.tokens < 10_000 else 3, rounds), burst=0.0)
+            modes = ["unwatched", "watched", *(["eager"] if eager else [])]
+            calls: list[Callable[[], object]] = [partial(_run, model, ids, mode) for mode in modes]
+            times = time_interleaved(calls, rounds=(rounds if case.tokens < 10_000 else 3, rounds), burst=0.0)
         medians = [statistics.median(taken) * 1e3 for taken in times]
-        yield Result(
-            length=length,
+        yield WatchResult(
+            case=case,
             unwatched_ms=medians[0],
             watched_ms=medians[1],
             eager_ms=medians[2] if eager else None,
             ratio=statistics.median(b / a for a, b in zip(times[0], times[1], strict=True)),
             error=float((after[0] - before).abs().max() / before.abs().max()),
             weights_error=weights_error,
-            watched_memory=_memory(length, threads, "watched"),
-            unwatched_memory=_memory(length, threads, "unwatched"),
+            watched_memory=_memory(case, threads, "watched"),
+            unwatched_memory=_memory(case, threads, "unwatched"),
         )
 
 
-def _model(length: Length) -> tuple[Any, Tensor]:
-    """A model of random weights, and a text."""
+def _model(case: WatchCase) -> tuple[Any, Tensor]:
+    """Return a model with random parameters, and token ids."""
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("this measures models of transformers: pip install 'regard[look]'") from error
+        raise ImportError("this benchmark requires transformers: pip install 'regard[look]'") from error
     torch.manual_seed(0)
     model: Any
-    if length.model == "bert":
+    if case.model == "bert":
         model = transformers.BertModel(transformers.BertConfig(), add_pooling_layer=False)
     else:
         config = transformers.LlamaConfig(
@@ -108,50 +109,48 @@ def _model(length: Length) -> tuple[Any, Tensor]:
             max_position_embeddings=32768,
         )  # fmt: skip
         model = transformers.LlamaModel(config)
-    return model.eval(), torch.randint(5, 1000, (1, length.tokens))
+    return model.eval(), torch.randint(5, 1000, (1, case.tokens))
 
 
-def _run(model: Any, ids: Tensor, way: str) -> tuple[Tensor, Any]:
-    """The output, and what was seen: by a watch, or all weights of an eager model."""
-    model.set_attn_implementation("eager" if way == "eager" else "sdpa")
-    words = {"use_cache": False} if model.config.model_type == "llama" else {}
-    with watch(model) if way == "watched" else nullcontext() as seen:
-        out = model(ids, output_attentions=way == "eager", **words)
-    return out.last_hidden_state, out.attentions if way == "eager" else seen
+def _run(model: Any, ids: Tensor, mode: str) -> tuple[Tensor, Any]:
+    """Return the output, and the recording of a watch or all weights of an eager model."""
+    model.set_attn_implementation("eager" if mode == "eager" else "sdpa")
+    arguments = {"use_cache": False} if model.config.model_type == "llama" else {}
+    with watch(model) if mode == "watched" else nullcontext() as recording:
+        out = model(ids, output_attentions=mode == "eager", **arguments)
+    return out.last_hidden_state, out.attentions if mode == "eager" else recording
 
 
-def _weights_error(seen: Recording, weights: Sequence[Tensor]) -> float:
-    """How far the weights that a watch tells are from those of the eager model, at most."""
+def _weights_error(recording: Recording, weights: Sequence[Tensor]) -> float:
+    """Return the maximum absolute error of the recorded weights against those of the eager model."""
     return max(
-        float(
-            (record.top.weights - whole.gather(-1, record.top.keys.clamp(min=0)) * (record.top.keys >= 0)).abs().max()
-        )
-        for record, whole in zip(seen, weights, strict=True)
+        float((record.top.weights - full.gather(-1, record.top.keys.clamp(min=0)) * (record.top.keys >= 0)).abs().max())
+        for record, full in zip(recording, weights, strict=True)
     )
 
 
-def _memory(length: Length, threads: int, way: str) -> int | None:
+def _memory(case: WatchCase, threads: int, mode: str) -> int | None:
     if sys.platform != "linux":
         return None
-    done = subprocess.run(
-        [sys.executable, "-m", "regard.bench.watch", length.model, str(length.tokens), str(threads), way],
+    process = subprocess.run(
+        [sys.executable, "-m", "regard.bench.watch", case.model, str(case.tokens), str(threads), mode],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    if done.returncode:
-        raise OSError(f"the process that measures memory has failed: {done.stderr.strip().splitlines()[-1]}")
-    return int(json.loads(done.stdout))
+    if process.returncode:
+        raise OSError(f"the process that measures memory failed: {process.stderr.strip().splitlines()[-1]}")
+    return int(json.loads(process.stdout))
 
 
-def _beyond(length: Length, way: str) -> int:
-    model, ids = _model(length)
+def _added_memory(case: WatchCase, mode: str) -> int:
+    model, ids = _model(case)
     with torch.no_grad():
-        _run(model, ids[:, :16], way)  # what the first call sets up is not the text's
-        before = held()
-        kept = _run(model, ids, way)
-    assert kept is not None
-    return held() - before
+        _run(model, ids[:, :16], mode)  # one-time setup is not counted
+        before = peak_memory()
+        result = _run(model, ids, mode)
+    assert result is not None
+    return peak_memory() - before
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
-    print(json.dumps(_beyond(Length(sys.argv[1], int(sys.argv[2]), 0.0), sys.argv[4])))
+    print(json.dumps(_added_memory(WatchCase(sys.argv[1], int(sys.argv[2]), 0.0), sys.argv[4])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    # The commands register themselves.
+    # Importing a module registers its commands.
     from regard.cli import bench, demo, doctor, look, predict, serve, train  # noqa: F401
     from regard.cli.app import main
 except ImportError as error:

@@ -1,8 +1,8 @@
-"""`python -m regard.cli`: the same as `regard`."""
+"""Entry point of `python -m regard.cli`, the same as the script `regard`."""
 
 from __future__ import annotations
 
 from regard.cli import main
 
-if __name__ == "__main__":  # and not in the processes that training shares its work with
+if __name__ == "__main__":  # not in the worker processes of training, which import this module
     main()

@@ -1,4 +1,4 @@
-"""The application that all commands belong to, and where they print."""
+"""The application that the commands are registered in, and the console that they print to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ console = Console(highlight=False)
 
 
 def progress(hidden: bool) -> Progress:
-    """A bar for long work."""
+    """Create a progress bar."""
     return Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
         console=console, transient=True, disable=hidden,
@@ -25,7 +25,7 @@ def progress(hidden: bool) -> Progress:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what goes wrong with an argument is one line, no traceback."""
+    """Run the command line. Errors in the arguments are printed in one line, without a traceback."""
     try:
         app(arguments, prog_name="regard")
     except (ValueError, TypeError, ImportError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Measure regard and its peers side by side."""
+"""The command `bench` and its subcommands."""
 
 from __future__ import annotations
 
@@ -18,40 +18,49 @@ from regard.cli.app import app, console, progress
 if TYPE_CHECKING:
     from regard.bench.cases import Case
 
-measured = typer.Typer(invoke_without_command=True)
-app.add_typer(measured, name="bench")
+bench_app = typer.Typer(invoke_without_command=True)
+app.add_typer(bench_app, name="bench")
 
 
-@measured.callback()
+@bench_app.callback()
 def bench(
     context: typer.Context,
-    only: Annotated[str | None, typer.Option(help="Only the cases whose name holds this word.")] = None,
-    quick: Annotated[bool, typer.Option(help="Fewer and shorter rounds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the ratios here, as PNG or SVG.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Run only cases whose names contain this text.", show_default="all")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Run fewer and shorter rounds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot the ratios in this PNG or SVG file.", show_default="no plot")
+    ] = None,
 ) -> None:
-    """Measure regard and its peers side by side, in one process. A wrong result gets no ratio."""
+    """Compare the speed of regard and other implementations, in one process. Wrong results have no ratio."""
     if context.invoked_subcommand is None:
         compare(only, quick, as_json, plot)
 
 
-@measured.command()
+@bench_app.command()
 def steps(
-    quick: Annotated[bool, typer.Option(help="Fewer and shorter rounds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    quick: Annotated[bool, typer.Option(help="Run fewer and shorter rounds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Training steps of whole models, on our attention and on torch's own."""
+    """Compare training steps of models with our attention and with PyTorch's."""
     from regard.bench.steps import steps as cases
 
     compare(None, quick, as_json, None, cases())
 
 
-@measured.command()
+@bench_app.command()
 def digits(
-    seeds: Annotated[int, typer.Option(min=1, help="How many networks of each kind are trained.")] = 10,
-    only: Annotated[str | None, typer.Option(help="Only the layers whose name holds this word, and none.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of networks to train per layer.")] = 10,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Run only layers whose names contain this text, and the network without one.", show_default="all"
+        ),
+    ] = None,
 ) -> None:
-    """What the layers of `regard.nn.vision` do for a small network that reads digits: minutes of training."""
+    """Compare the layers of `regard.nn.vision` in a small network for digits. Takes minutes."""
     from regard.bench.digits import NONE, VARIANTS, measure, table
 
     names = [name for name in VARIANTS if only is None or only.lower() in name.lower() or name == NONE]
@@ -64,35 +73,38 @@ def digits(
     print(table(results))
 
 
-@measured.command()
+@bench_app.command()
 def cpu(
     rows: Annotated[
         str | None,
-        typer.Option(help="Only the rows whose names hold one of these words, by commas. `length` runs by name alone."),
+        typer.Option(
+            help="Run only rows whose names contain one of these comma-separated texts.",
+            show_default="all except the slow `length` rows",
+        ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads for both sides.")] = 2,
-    seconds: Annotated[float, typer.Option(min=0.0, help="How long each problem is timed, about.")] = 1.5,
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads of both sides.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Approximate time per problem.")] = 1.5,
     as_json: Annotated[
-        Path | None, typer.Option("--json", help="Write all that was measured here, for machines.")
+        Path | None, typer.Option("--json", help="Write the results to this JSON file.", show_default="not written")
     ] = None,
-    markdown: Annotated[bool, typer.Option(help="Print the table as the README has it.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Print a Markdown table, as in the README.")] = False,
 ) -> None:
-    """The native CPU kernels against what they are to reach, and the peaks of this machine. A wrong result gets no ratio."""
+    """Compare the native CPU kernels with PyTorch, their goals and the peaks of this machine."""
     import torch
 
-    from regard.bench.cpu import chosen, measure
+    from regard.bench.cpu import measure, select_rows
     from regard.bench.table import LEGEND, as_dict, as_markdown, as_table, headline
 
-    picked = chosen(rows)
+    selected = select_rows(rows)
     torch.set_num_threads(threads)
     results = []
     with progress(not console.is_terminal) as bar:
-        task = bar.add_task("the peaks of this machine", total=sum(len(row.shapes) for row in picked))
-        peaks, found = measure(picked, seconds, threads)
-        for row in picked:
+        task = bar.add_task("peaks of this machine", total=sum(len(row.shapes) for row in selected))
+        peaks, measurements = measure(selected, seconds, threads)
+        for row in selected:
             for shape in row.shapes:
                 bar.update(task, description=f"{row.name} ({shape})")
-                results.append(next(found))
+                results.append(next(measurements))
                 bar.advance(task)
             if not markdown:
                 console.print(as_table(results[-len(row.shapes) :]))
@@ -107,65 +119,70 @@ def cpu(
         raise typer.Exit(1)
 
 
-@measured.command()
+@bench_app.command()
 def gpu(
-    only: Annotated[str | None, typer.Option(help="Only the rows whose names hold this word.")] = None,
-    markdown: Annotated[bool, typer.Option(help="Print the table as the documentation has it.")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="Run only rows whose names contain this text.", show_default="all")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print a Markdown table, as in the documentation.")] = False,
 ) -> None:
-    """The kernels of the GPU against PyTorch's own: what is right is timed. It takes some minutes."""
+    """Compare the GPU kernels with PyTorch's. Wrong results are not timed. Takes minutes."""
     import torch
 
-    from regard.bench.gpu import as_markdown, as_table, ceilings, measure, rows
+    from regard.bench.gpu import as_markdown, as_table, measure, measure_peaks, rows
 
     if not torch.cuda.is_available():
         raise ValueError(
-            "there is no GPU that PyTorch sees; expected one to measure (`make test` checks the kernels without)"
+            "PyTorch finds no GPU; expected at least one (`make test` checks the GPU kernels without a GPU)"
         )
-    chosen = [row for row in rows() if only is None or only.lower() in row.name.lower()]
-    if not chosen:
-        raise ValueError(f"--only: no row has {only!r} in its name; there are {', '.join({r.name: 0 for r in rows()})}")
+    selected = [row for row in rows() if only is None or only.lower() in row.name.lower()]
+    if not selected:
+        names = ", ".join({row.name: None for row in rows()})
+        raise ValueError(f"--only: no row name contains {only!r}; the rows are {names}")
     device, name, results = torch.device("cuda"), torch.cuda.get_device_name(), []
     with progress(not console.is_terminal) as bar:
-        task = bar.add_task("the ceilings of this GPU", total=len(chosen))
-        limits = ceilings(device)
-        for result in measure(chosen, device, limits):
+        task = bar.add_task("peaks of this GPU", total=len(selected))
+        peaks = measure_peaks(device)
+        for result in measure(selected, device, peaks):
             results.append(result)
             bar.update(task, advance=1, description=result.row.label)
     if markdown:
-        print(as_markdown(results, limits, name))
+        print(as_markdown(results, peaks, name))
     else:
-        console.print(as_table(results, limits, name))
+        console.print(as_table(results, peaks, name))
     if not all(result.error.within for result in results):
         raise typer.Exit(1)
 
 
-@measured.command()
+@bench_app.command()
 def watch(
-    threads: Annotated[int, typer.Option(min=1, help="Threads for all sides.")] = 2,
-    longest: Annotated[int, typer.Option(min=512, help="Leave out texts of more tokens.")] = 16384,
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads.")] = 2,
+    longest: Annotated[int, typer.Option(min=512, help="Skip texts with more tokens than this.")] = 16384,
 ) -> None:
-    """What watching a model costs, in time and memory, beside the model unwatched and asked for all its weights."""
-    from regard.bench.watch import LENGTHS, measure
+    """Measure the time and memory that `regard.watch` adds to a model, and those of returning all weights."""
+    from regard.bench.watch import CASES, measure
 
-    chosen = [length for length in LENGTHS if length.tokens <= longest]
-    table = Table(box=box.SIMPLE_HEAD, title=f"{threads} threads; ms, and MiB beyond the model")
+    cases = [case for case in CASES if case.tokens <= longest]
+    table = Table(box=box.SIMPLE_HEAD, title=f"{threads} threads; ms, and MiB in addition to the model")
     for name in ("model", "tokens", "plain", "watched", "eager", "watched : plain", "MiB", "plain"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     notes = []
     with progress(not console.is_terminal) as bar:
-        row = bar.add_task("measuring", total=len(chosen))
-        for result in measure(chosen, threads):
-            length = result.length
-            style = "green" if result.ratio <= length.goal else "yellow"
+        row = bar.add_task("measuring", total=len(cases))
+        for result in measure(cases, threads):
+            case = result.case
+            style = "green" if result.ratio <= case.goal else "yellow"
             sizes = [result.watched_memory, result.unwatched_memory]
             table.add_row(
-                length.model, f"{length.tokens:,}", f"{result.unwatched_ms:.0f}", f"{result.watched_ms:.0f}",
+                case.model, f"{case.tokens:,}", f"{result.unwatched_ms:.0f}", f"{result.watched_ms:.0f}",
                 "-" if result.eager_ms is None else f"{result.eager_ms:.0f}",
-                Text(f"{result.ratio:.2f}x (≤ {length.goal})", style=style),
+                Text(f"{result.ratio:.2f}x (≤ {case.goal})", style=style),
                 *("-" if size is None else f"{size / 2**20:.0f}" for size in sizes),
             )  # fmt: skip
-            told = "" if result.weights_error is None else f", weights {result.weights_error:.0e} beside the eager ones"
-            notes.append(f"  [dim]{length.model}, {length.tokens:,} tokens: output within {result.error:.0e}{told}[/]")
+            weights = "" if result.weights_error is None else f", of the weights {result.weights_error:.0e}"
+            notes.append(
+                f"  [dim]{case.model}, {case.tokens:,} tokens: error of the output {result.error:.0e}{weights}[/]"
+            )
             bar.advance(row)
     console.print(table)
     for note in notes:
@@ -175,22 +192,22 @@ def watch(
 def compare(
     only: str | None, quick: bool, as_json: bool, plot: Path | None, cases: Sequence[Case] | None = None
 ) -> None:
-    """Measure cases, by default those of the README, and print or draw the results."""
+    """Measure cases, by default those of the README, and print or plot the results."""
     import torch
 
-    from regard.bench import cases as known
+    from regard.bench.cases import cases as all_cases
     from regard.bench.run import plot as draw
     from regard.bench.run import run
 
-    every = known.cases() if cases is None else cases
-    chosen = [case for case in every if only is None or only.lower() in case.name.lower()]
-    if not chosen:
-        raise ValueError(f"--only: no case has {only!r} in its name; there are {', '.join(c.name for c in every)}")
+    every = all_cases() if cases is None else cases
+    selected = [case for case in every if only is None or only.lower() in case.name.lower()]
+    if not selected:
+        raise ValueError(f"--only: no case name contains {only!r}; the cases are {', '.join(c.name for c in every)}")
     results = []
     rounds, seconds = (3, 0.02) if quick else (9, 0.1)
     with progress(as_json) as bar:
-        task = bar.add_task("measuring", total=sum(1 + case.backward for case in chosen))
-        for result in run(chosen, rounds=rounds, seconds=seconds):
+        task = bar.add_task("measuring", total=sum(1 + case.backward for case in selected))
+        for result in run(selected, rounds=rounds, seconds=seconds):
             results.append(result)
             bar.update(task, advance=1, description=result.case)
     if as_json:
@@ -200,12 +217,12 @@ def compare(
         for name, side in (
             ("case", "left"),
             ("", "left"),
-            ("kernel", "left"),
+            ("backend", "left"),
             ("regard ms", "right"),
             ("peer ms", "right"),
         ):
             table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
-        table.add_column("times as fast", no_wrap=True)
+        table.add_column("speedup", no_wrap=True)
         for r in results:
             forward = r.direction == "forward"
             table.add_row(
@@ -215,17 +232,17 @@ def compare(
         console.print(table)
         for case in {r.case: None for r in results}:
             rows = [r for r in results if r.case == case]
-            errors = f"error {max(r.ours_error for r in rows):.0e}, theirs {max(r.peer_error for r in rows):.0e}"
+            errors = f"error {max(r.ours_error for r in rows):.0e}, peer's {max(r.peer_error for r in rows):.0e}"
             console.print(f"  [dim]{case}: {rows[0].shape}, against {rows[0].peer}; {errors}[/]")
     if plot is not None:
         draw(results, plot)
         if not as_json:
-            console.print(f"\nThe plot: [bold]{plot}[/]")
+            console.print(f"\nPlot: [bold]{plot}[/]")
 
 
 def _bar(ratio: float | None) -> Text:
-    """A ratio as a bar that is one cell long where both are as fast."""
+    """Format a ratio as a bar of two cells per unit."""
     if ratio is None:
         return Text("none: wrong", style="red")
-    colour = "green" if ratio >= 1.05 else "yellow" if ratio >= 0.95 else "red"
-    return Text.assemble((f"{ratio:5.2f}x ", "bold"), ("█" * max(1, min(round(ratio * 2), 8)), colour))
+    color = "green" if ratio >= 1.05 else "yellow" if ratio >= 0.95 else "red"
+    return Text.assemble((f"{ratio:5.2f}x ", "bold"), ("█" * max(1, min(round(ratio * 2), 8)), color))

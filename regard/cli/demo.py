@@ -1,4 +1,4 @@
-"""The tour."""
+"""The command `demo`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from rich.text import Text
 from regard.cli.app import app, console
 from regard.cli.bench import compare
 from regard.cli.look import show
-from regard.cli.train import Ticker
-from regard.tasks.open import is_task
-from regard.view.alignment import alignment
+from regard.cli.train import TrainingDisplay
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder for the page and the plot.")] = Path("build/demo"),
-    quick: Annotated[bool, typer.Option(help="Leave training and the benchmark out.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory of the page and the plot.")] = Path("build/demo"),
+    quick: Annotated[bool, typer.Option(help="Skip training and the benchmark.")] = False,
 ) -> None:
-    """The tour: the three stages on one sentence, a look at a real model, one that learns, a benchmark, and one page."""
+    """Show attention step by step, the attention of a pretrained model, a model that is trained, and a benchmark."""
     from regard.apps.demo import SENTENCE, stages
     from regard.apps.look import look
 
@@ -30,12 +28,12 @@ def demo(
     console.rule("[bold]1  The three stages[/]")
     for part in stages():
         console.print(part)
-    console.rule("[bold]2  What a real model attends to[/]")
+    console.rule("[bold]2  What a pretrained model attends to[/]")
     show(lambda: look(SENTENCE), out / "attention.html")
     if not quick:
-        console.rule("[bold]3  A small model learns to pronounce[/]")
+        console.rule("[bold]3  Training a small model to pronounce words[/]")
         _pronounce(out / "pronounce")
-        console.rule("[bold]4  Side by side with its peers[/]")
+        console.rule("[bold]4  Benchmark against other implementations[/]")
         compare(None, True, False, out / "bench.png")
     page = (out / "attention.html").resolve()
     console.rule()
@@ -43,19 +41,22 @@ def demo(
 
 
 def _pronounce(folder: Path) -> None:
-    """Train for a minute, and show where the model looked while it spoke."""
+    """Train for a minute, and show the alignment of sounds with letters."""
     from regard.apps.demo import SPOKEN, pronounce
+    from regard.tasks.open import is_task
+    from regard.view.alignment import alignment
 
-    if is_task(folder):  # of an earlier tour
+    if is_task(folder):  # from an earlier run
         shutil.rmtree(folder)
     console.print(
-        "\nFrom letters to sounds: a recurrent network reads a word, and looks at its letters by additive attention,\n"
-        "v . tanh(W q + U k), at every sound that it makes.\n"
+        "\nA recurrent network maps letters to sounds. For every sound, it attends to the letters by additive attention,\n"
+        "v . tanh(W q + U k).\n"
     )
-    with Ticker(None) as ticker:
-        task = pronounce(folder, ticker.tell)
-    for made in task.predict(SPOKEN):
-        console.print(Text.assemble("\n  ", ("".join(made.source[:-1]), "bold"), "  ", (made.text, "cyan")))
-        if made.weights is not None:
-            console.print(alignment(made.source, made.target, made.weights), end="")
-    console.print(f"\n[dim]  Try others: regard predict {folder} WORD[/]", soft_wrap=True)
+    with TrainingDisplay(None) as display:
+        task = pronounce(folder, display.update)
+    for prediction in task.predict(SPOKEN):
+        word = "".join(prediction.source[:-1])
+        console.print(Text.assemble("\n  ", (word, "bold"), "  ", (prediction.text, "cyan")))
+        if prediction.weights is not None:
+            console.print(alignment(prediction.source, prediction.target, prediction.weights), end="")
+    console.print(f"\n[dim]  Try other words: regard predict {folder} WORD[/]", soft_wrap=True)

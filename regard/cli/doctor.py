@@ -1,4 +1,4 @@
-"""Tell what can run here."""
+"""The command `doctor`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from regard.cli.app import app, console
 
 @app.command()
 def doctor() -> None:
-    """Tell what can run here, and why the rest cannot."""
+    """Show the hardware, the optional packages, and which backend serves which problem."""
     import torch
 
-    from regard.apps import doctor as look_at
+    from regard.apps import doctor as diagnosis
 
     marks = {True: "[green]●[/]", False: "[red]○[/]", None: "[dim]·[/]"}
-    for title, findings in (("This machine", look_at.machine()), ("Optional packages", look_at.extras())):
+    for title, findings in (("This machine", diagnosis.machine()), ("Optional packages", diagnosis.extras())):
         console.print(f"\n[bold]{title}[/]")
         for finding in findings:
             value = escape(finding.value)
             console.print(f"  {marks[finding.well]} {finding.name:<20} {value}")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        where = {"cpu": "the CPU", "cuda": "the GPU"}[device]
-        console.print(f"\n[bold]Which kernel serves what on {where}[/]  [dim]the first that can is taken[/]")
+        name_of_device = {"cpu": "the CPU", "cuda": "the GPU"}[device]
+        console.print(f"\n[bold]Backends on {name_of_device}[/]  [dim]the first that serves a problem is chosen[/]")
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True)
         table.add_column("problem")
-        table.add_column("kernel")
+        table.add_column("backend")
         table.add_column("why not the others")
-        for name, explanation in look_at.kernels(device).items():
-            refusals = [f"{kernel}: {reason}" for kernel, reason in explanation.reasons.items() if reason]
+        for name, explanation in diagnosis.backends(device).items():
+            refusals = [f"{backend}: {reason}" for backend, reason in explanation.reasons.items() if reason]
             table.add_row(name, f"[green]{explanation.chosen}[/]", f"[dim]{'; '.join(refusals) or '-'}[/]")
         console.print(table)

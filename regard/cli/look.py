@@ -1,4 +1,4 @@
-"""Look at what a model attends to."""
+"""The command `look`."""
 
 from __future__ import annotations
 
@@ -23,23 +23,30 @@ def look(
         list[str] | None,
         typer.Argument(
             metavar="[DIR] TEXT",
-            help="Any text, in quotes; - reads standard input. Before it, a directory of `train`. Or a file of `--save`.",
+            help="A text, in quotes; - reads standard input. DIR is a directory written by `train`. Alternatively, a "
+            "file written by --save.",
         ),
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(metavar="PICTURE", help="A picture in place of a text, for a vision --model.")
+        Path | None, typer.Option(metavar="PICTURE", help="A picture instead of a text, for a vision --model.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A local path or a name on the hub. [default: all-MiniLM-L6-v2, offline]")
+        str | None,
+        typer.Option(
+            help="A local path, or a name on the Hugging Face Hub.", show_default="all-MiniLM-L6-v2, works offline"
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("attention.html"),
-    top: Annotated[int | None, typer.Option(min=1, help="Weights to keep per token. [default: all that fit]")] = None,
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("attention.html"),
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Number of weights to keep per query.", show_default="all that fit")
+    ] = None,
     save: Annotated[
-        Path | None, typer.Option(help="Write what was seen here too, as safetensors; look at it again by its name.")
+        Path | None,
+        typer.Option(help="Also save the recording in this file, as safetensors.", show_default="not saved"),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """See what a model attends to in a text, or in a picture: here, and on a page."""
+    """Show what a model attends to in a text or a picture, in the terminal and on an HTML page."""
     from regard.apps.look import look as run
     from regard.apps.look import look_at_record
     from regard.apps.look_at_image import look_at_image
@@ -49,10 +56,10 @@ def look(
         model = text.pop(0)
     if image is not None:
         if text:
-            raise ValueError("--image: TEXT is given too; expected a picture or a text (--model names the model)")
+            raise ValueError("--image: TEXT is given too; expected a picture or a text (use --model for the model)")
         show(lambda: look_at_image(image, model, top=top), out, save)
     elif len(text) != 1:
-        raise ValueError(f"TEXT: {len(text)} arguments are given; expected one text, in quotes, or --image PICTURE")
+        raise ValueError(f"TEXT: got {len(text)} arguments; expected one text, in quotes, or --image PICTURE")
     elif text[0].endswith(".safetensors") and Path(text[0]).is_file():
         show(lambda: look_at_record(Path(text[0])), out, None)
     else:
@@ -62,28 +69,28 @@ def look(
 
 
 def show(run: Callable[[], LookResult], out: Path, save: Path | None = None) -> None:
-    """Look here, and on a page, at what a run saw; and save it."""
+    """Run a model, print its attention, write the page, and optionally save the recording."""
     from regard.view.page import page
     from regard.view.terminal import terminal
 
     for name, path in (("--out", out), ("--save", save)):
         if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{name}: the folder {path.parent} does not exist")
+            raise ValueError(f"{name}: the directory {path.parent} does not exist")
     with console.status("loading the model and running it"):
-        looked = run()
+        result = run()
         if save is not None:
-            looked.watched.save(save)
+            result.recording.save(save)
         document = page(
-            looked.watched, looked.tokens, title=looked.model, subtitle=looked.text, key_tokens=looked.source,
-            picture=looked.picture,
+            result.recording, result.tokens, title=result.model, subtitle=result.text, key_tokens=result.source,
+            picture=result.picture,
         )  # fmt: skip
-    console.print(terminal(looked.watched, looked.tokens, key_tokens=looked.source))
-    if looked.truncated:
+    console.print(terminal(result.recording, result.tokens, key_tokens=result.source))
+    if result.truncated:
         console.print(
-            f"[yellow]The last {looked.truncated} tokens are beyond what the model can take, and left out.[/]"
+            f"[yellow]The last {result.truncated} tokens exceed the model's maximum length and are omitted.[/]"
         )
-    if looked.note:
-        console.print(Text(looked.note, style="yellow"))
+    if result.note:
+        console.print(Text(result.note, style="yellow"))
     out.write_text(document, encoding="utf-8")
     size = out.stat().st_size / 1e6
-    console.print(Text.assemble("\nThe page: ", (str(out), "bold"), f" ({size:.1f} MB, works offline)"))
+    console.print(Text.assemble("\nPage: ", (str(out), "bold"), f" ({size:.1f} MB, works offline)"))

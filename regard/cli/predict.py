@@ -1,4 +1,4 @@
-"""Use a trained model, and measure it."""
+"""The commands `predict` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from rich.text import Text
 
 from regard.cli.app import app, console, progress
 
-_SURE = 0.9
+# Tags of a higher probability are shown as certain.
+_CERTAIN = 0.9
 
 
 @app.command()
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `regard train` made.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory written by `regard train`.")],
     text: Annotated[
-        str | None, typer.Argument(help="A text in quotes, or a file with one a line. [default: standard input]")
+        str | None,
+        typer.Argument(help="A text in quotes, or a file with one text per line.", show_default="standard input"),
     ] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Translations to follow side by side.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line, for machines.")] = False,
+    beams: Annotated[int, typer.Option(min=1, help="Beam size of translation.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
-    """What a trained model makes of a text, and where it looked."""
+    """Predict with a trained model, and show its attention."""
     from regard.tasks.data import read_lines
     from regard.tasks.open import open_task
 
@@ -36,24 +38,24 @@ def predict(
         texts = [text] if single else [line for _, line in read_lines(Path(text))]
     options = {"beams": beams} if task.kind == "translate" else {}
     if single and text is not None and not text.strip():
-        raise ValueError("TEXT: is empty; expected some words")
-    for one in task.predict(texts, **options):
+        raise ValueError("TEXT: is empty; expected at least one word")
+    for prediction in task.predict(texts, **options):
         if as_json:
-            print(json.dumps(_as_dict(one), ensure_ascii=False))
+            print(json.dumps(_as_dict(prediction), ensure_ascii=False))
         elif single and console.is_terminal:
-            console.print(_shown(task.kind, one))
+            console.print(_as_rich_text(task.kind, prediction))
         else:
-            print(_line(task.kind, one))
+            print(_as_line(task.kind, prediction))
 
 
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that `regard train` made.")],
-    data: Annotated[list[Path], typer.Argument(help="Files as those of training.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory written by `regard train`.")],
+    data: Annotated[list[Path], typer.Argument(help="Files in the format of the training data.")],
     beams: Annotated[int, typer.Option(min=1, help="Translations to follow side by side.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
 ) -> None:
-    """Measure a trained model on examples."""
+    """Evaluate a trained model on examples."""
     from regard.tasks.open import open_task
     from regard.tasks.presets import PRESETS
 
@@ -61,12 +63,12 @@ def evaluate(
     examples = list(PRESETS[task.kind].read(data))
     options = {"beams": beams} if task.kind == "translate" else {}
     with progress(as_json or not console.is_terminal) as bar:
-        row = bar.add_task("measuring", total=len(examples))
-        measured = task.evaluate(examples, lambda done, of: bar.update(row, completed=done, total=of), **options)
+        row = bar.add_task("evaluating", total=len(examples))
+        metrics = task.evaluate(examples, lambda done, total: bar.update(row, completed=done, total=total), **options)
     if as_json:
-        print(json.dumps({"examples": len(examples), **measured}))
+        print(json.dumps({"examples": len(examples), **metrics}))
         return
-    for name, value in measured.items():
+    for name, value in metrics.items():
         console.print(Text.assemble(f"{name:<14}", (f"{value:6.2f}", "bold")))
     console.print(f"[dim]{len(examples):,} examples[/]")
 
@@ -74,40 +76,40 @@ def evaluate(
 def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
-    except OSError:  # a text too long to be a name
+    except OSError:  # too long for a file name
         return False
 
 
-def _as_dict(one: Any) -> dict[str, Any]:
-    """A prediction as JSON has it."""
-    found: dict[str, Any] = one._asdict()
-    if found.get("weights") is not None:
-        found["weights"] = [
-            [round(x, 4) for x in row] for row in found["weights"].reshape(-1, found["weights"].shape[-1]).tolist()
-        ]
-    return found
+def _as_dict(prediction: Any) -> dict[str, Any]:
+    """Convert a prediction to JSON types."""
+    fields: dict[str, Any] = prediction._asdict()
+    if fields.get("weights") is not None:
+        rows = fields["weights"].reshape(-1, fields["weights"].shape[-1]).tolist()
+        fields["weights"] = [[round(x, 4) for x in row] for row in rows]
+    return fields
 
 
-def _line(kind: str, one: Any) -> str:
-    """A prediction in a line of text."""
+def _as_line(kind: str, prediction: Any) -> str:
+    """Format a prediction in one line of plain text."""
     if kind == "translate":
-        return str(one.text)
+        return str(prediction.text)
     if kind == "tag":
-        return " ".join(f"{word}/{tag}" for word, tag in zip(one.words, one.tags, strict=True))
-    return f"{one.label}\t{one.chances[one.label]:.3f}"
+        return " ".join(f"{word}/{tag}" for word, tag in zip(prediction.words, prediction.tags, strict=True))
+    return f"{prediction.label}\t{prediction.chances[prediction.label]:.3f}"
 
 
-def _shown(kind: str, one: Any) -> Text:
-    """A prediction for a person to look at."""
+def _as_rich_text(kind: str, prediction: Any) -> Text:
+    """Format a prediction, with its attention, for the terminal."""
     from regard.view.alignment import alignment, shaded
 
     if kind == "translate":
-        return Text.assemble((one.text, "bold"), "\n\n", alignment(one.source, one.target, one.weights))
+        weights = alignment(prediction.source, prediction.target, prediction.weights)
+        return Text.assemble((prediction.text, "bold"), "\n\n", weights)
     if kind == "classify":
-        head = (f"{one.label}  ", "bold"), f"{one.chances[one.label]:.0%}\n"
-        return Text.assemble(*head, shaded(one.words, one.weights))
-    shown = Text()
-    for word, tag, chance in zip(one.words, one.tags, one.chances, strict=True):
-        shown.append(f"{word} ")
-        shown.append(f"{tag}  ", "bold cyan" if chance > _SURE else "yellow")
-    return shown
+        head = (f"{prediction.label}  ", "bold"), f"{prediction.chances[prediction.label]:.0%}\n"
+        return Text.assemble(*head, shaded(prediction.words, prediction.weights))
+    text = Text()
+    for word, tag, probability in zip(prediction.words, prediction.tags, prediction.chances, strict=True):
+        text.append(f"{word} ")
+        text.append(f"{tag}  ", "bold cyan" if probability > _CERTAIN else "yellow")
+    return text

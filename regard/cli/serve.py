@@ -1,4 +1,4 @@
-"""Serve a record that is too large for a page."""
+"""The command `serve`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from regard.cli.app import app, console
 
 @app.command()
 def serve(
-    record: Annotated[Path, typer.Argument(help="What `regard look --save` or Recording.save wrote.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 0,
+    record: Annotated[Path, typer.Argument(help="A file written by `regard look --save` or `Recording.save`.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 selects any free port.")] = 0,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Show a saved record of any size in the browser: to this machine alone, and nothing but the record."""
+    """Show a saved recording of any size in the browser, on this machine only."""
     from regard.apps.look import look_at_record
     from regard.view.data import Data, PageInput
     from regard.view.serve import serving
 
-    with console.status("reading the record"):
-        looked = look_at_record(record)
-        data = Data([PageInput(looked.model, looked.watched, looked.tokens, looked.source)])
-    with serving(data, looked.model, port=port) as address:
-        console.print(Text.assemble("Open ", (address, f"bold link {address}"), "   Ctrl+C ends it"), soft_wrap=True)
+    with console.status("reading the recording"):
+        result = look_at_record(record)
+        data = Data([PageInput(result.model, result.recording, result.tokens, result.source)])
+    with serving(data, result.model, port=port) as address:
+        console.print(Text.assemble("Open ", (address, f"bold link {address}"), "   Ctrl+C stops"), soft_wrap=True)
         if open_page:
             webbrowser.open(address)
         try:

@@ -1,4 +1,4 @@
-"""Train a model, and keep it in a directory."""
+"""The command `train`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,25 @@ from rich.text import Text
 
 from regard.cli.app import app, console
 
+# The values in `regard.tasks.presets`, which the help cannot import: it would import torch. A test compares the two.
+DEFAULTS = {
+    "epochs": "translate 20 (recurrent 19); tag 30; classify 15; pronounce 10",
+    "batch": "translate 2048; tag 512; classify 1024; pronounce 2048",
+    "rate": "translate 0.002; tag 0.001; classify 0.001; pronounce 0.003 (transformer 0.001)",
+    "patience": "5",
+    "width": "translate 256; tag 256; classify 256; pronounce 128",
+    "hidden": "translate 512; pronounce 256",
+    "layers": "translate 3 (recurrent 1); tag 2; classify 1; pronounce 2 (transformer 3)",
+    "heads": "4",
+    "cell": "translate gru; pronounce lstm (transformer gru)",
+    "dropout": "translate 0.2 (recurrent 0.3); tag 0.4; classify 0.5; pronounce 0.15 (transformer 0.2)",
+    "vocabulary": "translate 7500; tag 20000; classify 20000; pronounce 7500",
+    "nproc": "1",
+}
 
-class Learn(Enum):
-    """What can be learned."""
+
+class TaskName(Enum):
+    """The tasks that can be trained."""
 
     TRANSLATE = "translate"
     TAG = "tag"
@@ -26,102 +42,142 @@ class Learn(Enum):
 
 @app.command()
 def train(
-    task: Annotated[Learn, typer.Argument(help="What to learn.")],
-    out: Annotated[Path, typer.Option(help="The directory for the model.")],
+    task: Annotated[TaskName, typer.Argument(help="The task to train.")],
+    out: Annotated[Path, typer.Option(help="Directory for the trained model.")],
     data: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="translate: a TSV with two columns, or two files of lines; tag: CoNLL-U; classify: a TSV of text and "
-            "label; pronounce: nothing, or a TSV. Gzipped or not.",
+            help="translate: a TSV file with two columns, or two files with parallel lines; tag: CoNLL-U; classify: a TSV "
+            "file of texts and labels; pronounce: nothing, or a TSV file. Files may be gzipped.",
         ),
     ] = None,
     dev: Annotated[
         list[Path] | None,
+        typer.Option(help="Examples that select the best epoch; twice for two files.", show_default="5 % of DATA"),
+    ] = None,
+    model: Annotated[
+        str | None,
         typer.Option(
-            help="Examples to choose the best epoch by; twice for two files. [default: one in twenty of DATA]"
+            help="recurrent, transformer or, for tag and classify, conv.",
+            show_default="transformer for translate, recurrent for the others",
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="recurrent, transformer or, for tag and classify, conv.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="How often to go through DATA, at most.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Tokens a step learns from.")] = None,
-    rate: Annotated[float | None, typer.Option(help="The largest learning rate.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many epochs without a better result.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of a token's vector.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Of feed-forward layers, or of the recurrent state.")] = None,
-    layers: Annotated[int | None, typer.Option(help="How many layers.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Of the transformer's attention.")] = None,
-    cell: Annotated[str | None, typer.Option(help="gru or lstm, of the recurrent model that translates.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="The chance that a number is dropped.")] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="Tokens to know, at most.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Maximum number of epochs.", show_default=DEFAULTS["epochs"])
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Number of tokens per batch, padding included.", show_default=DEFAULTS["batch"])
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Maximum learning rate.", show_default=DEFAULTS["rate"])] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="Stop after this many epochs without improvement.", show_default=DEFAULTS["patience"]),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Embedding dimension.", show_default=DEFAULTS["width"])] = None,
+    hidden: Annotated[
+        int | None,
+        typer.Option(
+            help="Dimension of feed-forward layers, or of the recurrent state.", show_default=DEFAULTS["hidden"]
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of layers.", show_default=DEFAULTS["layers"])] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Number of attention heads of the transformer.", show_default=DEFAULTS["heads"])
+    ] = None,
+    cell: Annotated[
+        str | None,
+        typer.Option(
+            help="gru or lstm, of the recurrent models of translate and pronounce.",
+            show_default=DEFAULTS["cell"],
+        ),
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Dropout probability.", show_default=DEFAULTS["dropout"])
+    ] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Maximum vocabulary size.", show_default=DEFAULTS["vocabulary"])
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute products in bfloat16.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes that share each batch, such as one a core.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Begin no epoch after so many minutes.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute matrix products in bfloat16.")] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of processes that share each batch, for example one per core.", show_default=DEFAULTS["nproc"]
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(hidden=True)] = None,  # the name of --nproc in version 0.1
+    minutes: Annotated[
+        float | None, typer.Option(help="Start no epoch after this many minutes.", show_default="no limit")
+    ] = None,
 ) -> None:
-    """Train a model on files, and keep the one that does best. Run the same again to go on after an interruption."""
+    """Train a model on files, and save the best epoch. The same command resumes an interrupted run."""
     from regard.tasks.data import split
     from regard.tasks.presets import PRESETS
     from regard.tasks.train import train as run
 
     preset = PRESETS[task.value]
-    kinds = list(preset.settings)
-    chosen = model or kinds[0]
-    if chosen not in kinds:
-        raise ValueError(f"--model: {chosen!r}; expected one of {', '.join(kinds)}, for {task.value}")
-    shape = {
+    models = list(preset.settings)
+    model = model or models[0]
+    if model not in models:
+        raise ValueError(f"--model: {model!r}; expected one of {', '.join(models)}, for {task.value}")
+    if nproc is not None and workers is not None:
+        raise ValueError("--workers: --nproc is given too; expected --nproc alone (--workers is its old name)")
+    model_options = {
         "width": width, "hidden": hidden, "layers": layers, "heads": heads, "cell": cell, "dropout": dropout,
         "vocabulary": vocabulary,
     }  # fmt: skip
-    settings = _with(preset.settings[chosen], shape, task.value)
-    how = {
+    settings = _override(preset.settings[model], model_options, task.value)
+    training_options = {
         "epochs": epochs, "batch": batch, "rate": rate, "patience": patience, "seed": seed, "bf16": bf16,
-        "workers": workers,
+        "workers": workers if nproc is None else nproc,
     }  # fmt: skip
-    training = _with(preset.training[chosen], how, task.value)
+    training = _override(preset.training[model], training_options, task.value)
     test: list[Any] = []
     if data:
         examples = list(preset.read(data))
         if dev:
-            held = list(preset.read(dev))
+            dev_examples = list(preset.read(dev))
         else:
-            examples, held = split(examples, [0.05])
+            examples, dev_examples = split(examples, [0.05])
     elif preset.built_in is None:
-        raise ValueError(f"DATA: no file is given; expected some to learn {task.value} from")
+        raise ValueError(f"DATA: is missing; expected at least one file of examples for {task.value}")
     else:
-        examples, held, test = split(list(preset.built_in()), [0.05, 0.05])
-    with Ticker(training.epochs) as watch:
-        watch.say(f"{len(examples):,} examples to learn from, {len(held):,} to choose by; {chosen} model")
+        examples, dev_examples, test = split(list(preset.built_in()), [0.05, 0.05])
+    with TrainingDisplay(training.epochs) as display:
+        display.print(f"{len(examples):,} training examples, {len(dev_examples):,} dev examples; {model} model")
         limit = math.inf if minutes is None else 60 * minutes
-        made, history = run(preset.task, settings, training, examples, held, out, tell=watch.tell, limit=limit)
+        trained, history = run(
+            preset.task, settings, training, examples, dev_examples, out, tell=display.update, limit=limit
+        )
     best = history.best
     assert best is not None
     if test:
-        (out / "test.tsv").write_text("".join(f"{one.source}\t{one.target}\n" for one in test), encoding="utf-8")
-        told = f"{out / 'test.tsv'} has {len(test):,} that were put aside"
-        console.print(f"[dim]{told}[/]", soft_wrap=True)
-    size = sum(p.numel() for p in made.model.parameters()) / 1e6
-    measured = ", ".join(f"{name} {value:.2f}" for name, value in best.dev.items())
+        lines = (f"{example.source}\t{example.target}\n" for example in test)
+        (out / "test.tsv").write_text("".join(lines), encoding="utf-8")
+        console.print(f"[dim]{len(test):,} held-out test examples are in {out / 'test.tsv'}[/]", soft_wrap=True)
+    size = sum(p.numel() for p in trained.model.parameters()) / 1e6
+    metrics = ", ".join(f"{name} {value:.2f}" for name, value in best.dev.items())
     console.print(
-        Text.assemble(f"\n{size:.2f} M parameters; epoch {best.number}: {measured}; kept in ", (str(out), "bold"))
+        Text.assemble(f"\n{size:.2f} M parameters; epoch {best.number}: {metrics}; saved in ", (str(out), "bold"))
     )
     for command in (f"evaluate {out} DATA", f"predict {out} TEXT", f"look {out} TEXT"):
         console.print(f"[dim]  regard {command}[/]", soft_wrap=True)
 
 
-def _with(preset: Any, given: dict[str, Any], task: str) -> Any:
-    """A preset with what was given in its place."""
-    given = {name: value for name, value in given.items() if value is not None}
-    unknown = given.keys() - {field.name for field in dataclasses.fields(preset)}
+def _override(preset: Any, options: dict[str, Any], task: str) -> Any:
+    """Replace the values of a preset by the options that are not None."""
+    options = {name: value for name, value in options.items() if value is not None}
+    unknown = options.keys() - {field.name for field in dataclasses.fields(preset)}
     if unknown:
         raise ValueError(f"--{min(unknown)}: the {preset.model} model of {task} has no such setting")
-    return dataclasses.replace(preset, **given)
+    return dataclasses.replace(preset, **options)
 
 
-class Ticker:
-    """Shows how training goes: a bar for the epoch, and a line for each that is done."""
+class TrainingDisplay:
+    """A progress bar of the current epoch, and one line per finished epoch."""
 
     def __init__(self, epochs: int | None) -> None:
-        self.of = f"/{epochs}" if epochs else ""
+        self.total = f"/{epochs}" if epochs else ""
         self.bar = Progress(
             SpinnerColumn(), TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn(),
@@ -129,27 +185,32 @@ class Ticker:
         )  # fmt: skip
         self.task = self.bar.add_task("", total=None, epoch=1, loss=math.nan, speed=0.0)
 
-    def __enter__(self) -> Ticker:
+    def __enter__(self) -> TrainingDisplay:
         self.bar.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.bar.__exit__(*error)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line above the bar."""
         self.bar.console.print(text)
 
-    def tell(self, news: Any) -> None:
-        """Show a step, or an epoch."""
+    def update(self, event: Any) -> None:
+        """Show a `Step` or an `Epoch`."""
         from regard.tasks.train import Step
 
-        if isinstance(news, Step):
+        if isinstance(event, Step):
             self.bar.update(
-                self.task, completed=news.done, total=news.steps, epoch=news.epoch, loss=news.loss, speed=news.speed
+                self.task,
+                completed=event.done,
+                total=event.steps,
+                epoch=event.epoch,
+                loss=event.loss,
+                speed=event.speed,
             )
             return
-        measured = "  ".join(f"{name} {value:6.2f}" for name, value in news.dev.items())
-        mark = ("  ● best", "green") if news.best else ("", "")
-        head = f"epoch {news.number:>3}{self.of}  loss {news.loss:.3f}  "
-        self.bar.console.print(Text.assemble((head, "dim"), measured, f"  {news.seconds:5.0f} s", mark))
+        metrics = "  ".join(f"{name} {value:6.2f}" for name, value in event.dev.items())
+        mark = ("  ● best", "green") if event.best else ("", "")
+        head = f"epoch {event.number:>3}{self.total}  loss {event.loss:.3f}  "
+        self.bar.console.print(Text.assemble((head, "dim"), metrics, f"  {event.seconds:5.0f} s", mark))

@@ -1,9 +1,9 @@
 """Components: the configurable parts of a call, and how they are split into a description and tensors.
 
-A *component* (a score, a normalizer, a mask, a position bias, a summary) is a frozen dataclass. Some of its fields may hold
-tensors. A call is split in two: the components with a `Slot` in the place of each tensor, which are small, frozen and
-hashable and can be serialized, and the flat list of tensors. Backends join the two again, with whichever tensors they
-compute on: the originals, a batch row of them, or leaves of a new autograd graph.
+A *component* (score, normalizer, mask, position bias or summary) is a frozen dataclass whose fields may contain
+tensors. A call is split into its components with a `Slot` in place of each tensor, which are small, frozen, hashable
+and serializable, and a flat list of tensors. Backends fill the slots with the tensors they compute on: the original
+ones, a batch row of them, or leaves of a new autograd graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Slot:
-    """The placeholder of a tensor that was taken out of a component: its index in the list of tensors."""
+    """The placeholder of a tensor in a split component: its index in the list of tensors."""
 
     index: int
 
@@ -44,37 +44,38 @@ def fill(component: C, tensors: Sequence[Tensor]) -> C:
 
 def slots(component: Any) -> list[int]:
     """Return the indices of all slots in a component, in order."""
-    found: list[int] = []
+    indices: list[int] = []
 
     def note(leaf: Any) -> Any:
         if isinstance(leaf, Slot):
-            found.append(leaf.index)
+            indices.append(leaf.index)
         return leaf
 
     map_leaves(component, note)
-    return found
+    return indices
 
 
 def append_key(component: Any, kinds: Collection[type], key: list[Any], tensors: list[Tensor]) -> bool:
-    """Append to `key` everything a component, or a tuple of components, holds except the contents of its tensors, and its
-    tensors to `tensors`, in the order of `split`. Components with equal keys are equal but for those contents.
+    """Append to `key` all fields of a component, or of a tuple of components, except the contents of tensors, and
+    append the tensors to `tensors` in the order of `split`. Components with equal keys differ at most in these
+    contents.
 
     Returns:
-        False where no key can be made: the component holds a function, a tensor subclass or a nested tensor, or its class is
-        not one of `kinds`.
+        False if there is no key: the component contains a function, a tensor subclass or a nested tensor, or its class
+        is not one of `kinds`.
     """
     kind = type(component)
     if kind is not tuple and kind not in kinds:
         return False
     parts = component if kind is tuple else [getattr(component, name) for name in kind.__dataclass_fields__]
     if kind is tuple and all([type(part) is int for part in parts]):  # noqa: C419, a generator takes longer
-        key.append(parts)  # one entry, however many rows a summary names
+        key.append(parts)  # a single entry for all rows of a summary
         return True
     key += (kind, len(parts))
     for part in parts:
         kind = type(part)
         if kind in _ATOMS:
-            key.append(repr(part))  # 1, 1.0 and True are equal, and so are 0.0 and -0.0, but they are not the same
+            key.append(repr(part))  # distinguishes 1, 1.0 and True, and 0.0 and -0.0, which compare equal
         elif kind is Tensor or kind is Parameter:
             if part.is_nested:
                 return False
@@ -85,17 +86,17 @@ def append_key(component: Any, kinds: Collection[type], key: list[Any], tensors:
     return True
 
 
-# Immutable leaves that are no components.
+# Immutable leaves.
 _ATOMS = frozenset({type(None), bool, int, float, str})
 
 
 def map_leaves(component: C, change: Callable[[Any], Any]) -> C:
-    """Return the component with `change` applied to the tensors, slots and functions in it; the same object if none changes."""
+    """Apply `change` to the tensors, slots and functions of a component; return the same object if none changes."""
     names = _fields(type(component))
     if names is None:
         return change(component)  # type: ignore[no-any-return]
     parts = component if isinstance(component, tuple) else [getattr(component, name) for name in names]
-    # Most components hold no tensor: for short calls, rebuilding them would be noticed.
+    # Most components contain no tensor; rebuilding them would slow down short calls.
     changed = {}
     for index, part in enumerate(parts):
         if type(part) not in _ATOMS:

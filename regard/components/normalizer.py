@@ -1,7 +1,7 @@
-"""Normalizers: from the scores of a row to its weights.
+"""Normalizers: from the scores of a row to its attention weights.
 
-Each takes scores s (..., S), -inf where a pair may not attend, at least one of them finite, and gives weights of the
-same shape, 0 where s is -inf. Sums run over the last axis.
+A normalizer takes scores s (..., S), -inf for masked pairs and at least one of them finite, and returns weights of the
+same shape, which are 0 where s is -inf. It normalizes over the last dimension. Dropout is applied to its result.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from regard.components.tile import Sizes, Tile
 
 @dataclass(frozen=True)
 class Normalizer:
-    """What all normalizers share."""
+    """Base class of normalizers."""
 
     def weights(self, s: Tensor, tile: Tile) -> Tensor:
-        """The weights of rows of scores (b, h, l, s); every row is whole, but for keys that it may not attend."""
+        """Return the weights of scores (b, h, l, s). Rows are complete: s may leave out masked keys only."""
         raise NotImplementedError
 
     def check(self, sizes: Sizes) -> None:
-        """Raise a ValueError where a parameter does not fit the problem."""
+        """Raise a ValueError if a parameter does not fit the problem."""
 
     @classmethod
     def example(cls, heads: int) -> Normalizer:
-        """One of these with random parameters, for tests and benchmarks."""
+        """Return a normalizer with random parameters, for tests and benchmarks."""
         return cls()
 
 
@@ -39,10 +39,15 @@ class Softmax(Normalizer):
     """p_j = exp(s_j) / (sum_j exp(s_j) + exp(sink)).
 
     Args:
-        sink: the score of an extra key whose value is 0: None for none, a number, or a tensor of shape () or (H,),
-            learned if you like. 0 is "softmax off by one".
+        sink: score of an additional key whose value is 0, so that weights sum to less than 1: a number, or a tensor of
+            shape () or (H,), which may be a parameter. A sink of 0 is "softmax off by one". None, the default, is the
+            usual softmax. The sink is neither masked nor scaled.
 
     Source: Miller, "Attention Is Off By One" (2023); learned per head in OpenAI, "gpt-oss" (2025).
+
+    >>> q, k, v = torch.zeros(1, 4), torch.zeros(3, 4), torch.ones(3, 1)
+    >>> regard.attention(q, k, v), regard.attention(q, k, v, normalizer=normalizer.Softmax(sink=0.0))
+    (tensor([[1.]]), tensor([[0.7500]]))
     """
 
     sink: float | Tensor | None = None
@@ -51,12 +56,12 @@ class Softmax(Normalizer):
         p = _simplex(s, 1.0)
         if self.sink is None:
             return p
-        # What the keys get of the whole: e^lse / (e^lse + e^sink). By its logarithm, whose gradient is the share of the
-        # sink; that of the sigmoid has 1 - (1 - share) in its place, and a small share would be lost in rounding.
+        # The keys' share of the total weight is e^lse / (e^lse + e^sink). The gradient of logsigmoid is the share of
+        # the sink itself; that of sigmoid computes it as 1 - (1 - share), which loses a small share to rounding.
         return p * torch.nn.functional.logsigmoid(log_sum_exp(s)[..., None] - self._sink(s, tile)).exp()
 
     def total(self, lse: Tensor, tile: Tile) -> Tensor:
-        """The log-sum-exp (b, h, l) with the sink in it."""
+        """Return the log-sum-exp (b, h, l) including the sink."""
         if self.sink is None:
             return lse
         return torch.logaddexp(lse, self._sink(lse, tile).expand(*lse.shape, 1)[..., 0])
@@ -77,12 +82,16 @@ class Softmax(Normalizer):
 
 @dataclass(frozen=True)
 class Sigmoid(Normalizer):
-    """p_j = 1 / (1 + exp(-(s_j + bias))): each key is weighed on its own, and weights need not sum to 1.
+    """p_j = 1 / (1 + exp(-(s_j + bias))): each weight depends on its own score only, and weights do not sum to 1.
 
     Args:
         bias: a number, or a tensor of shape () or (H,). The paper recommends -log(S).
 
     Source: Ramapuram et al., "Theory, Analysis, and Best Practices for Sigmoid Self-Attention" (2024), equation 3.
+
+    >>> q, k, v = torch.zeros(1, 4), torch.zeros(3, 4), torch.ones(3, 1)
+    >>> regard.attention(q, k, v, normalizer=normalizer.Sigmoid())  # 3 keys of weight 1/2
+    tensor([[1.5000]])
     """
 
     bias: float | Tensor = 0.0
@@ -102,13 +111,19 @@ class Sigmoid(Normalizer):
 
 @dataclass(frozen=True)
 class Entmax(Normalizer):
-    """p = argmax over the simplex of p.s + the Tsallis entropy of order alpha: sparse, between softmax (alpha -> 1)
-    and sparsemax (alpha = 2). p_j = max(0, (alpha - 1) s_j - tau)^(1 / (alpha - 1)), tau such that p sums to 1.
+    """p_j = max(0, (alpha - 1) s_j - tau)^(1 / (alpha - 1)), with tau such that p sums to 1.
+
+    These weights maximize p.s plus the Tsallis entropy of order alpha over the simplex. They are sparse, and lie
+    between softmax (alpha -> 1) and sparsemax (alpha = 2).
 
     Args:
-        alpha: 1 < alpha <= 2.
+        alpha: a number with 1 < alpha <= 2.
 
     Source: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models" (2019), equation 4.
+
+    >>> q, k, v = torch.tensor([[1.0]]), torch.tensor([[1.0], [0.5], [-2.0]]), torch.eye(3)
+    >>> regard.attention(q, k, v, normalizer=normalizer.Entmax(1.5))
+    tensor([[0.6740, 0.3260, 0.0000]])
     """
 
     alpha: float = 1.5
@@ -119,14 +134,18 @@ class Entmax(Normalizer):
     def check(self, sizes: Sizes) -> None:
         if not check.is_number(self.alpha) or not 1.0 < self.alpha <= 2.0:
             expected = "a number with 1 < alpha <= 2"
-            raise check.wrong("normalizer: alpha", self.alpha, expected, check.is_number(self.alpha))
+            raise check.error("normalizer: alpha", self.alpha, expected, check.is_number(self.alpha))
 
 
 @dataclass(frozen=True)
 class Sparsemax(Normalizer):
-    """p = the point of the simplex nearest to s; Entmax with alpha = 2.
+    """p = the point of the probability simplex nearest to s. Same as Entmax with alpha = 2.
 
     Source: Martins, Astudillo, "From Softmax to Sparsemax" (2016), equation 2.
+
+    >>> q, k, v = torch.tensor([[1.0]]), torch.tensor([[1.0], [0.5], [-2.0]]), torch.eye(3)
+    >>> regard.attention(q, k, v, normalizer=normalizer.Sparsemax())
+    tensor([[0.7500, 0.2500, 0.0000]])
     """
 
     def weights(self, s: Tensor, tile: Tile) -> Tensor:
@@ -134,8 +153,8 @@ class Sparsemax(Normalizer):
 
 
 class _Simplex(torch.autograd.Function):
-    """Softmax (alpha = 1) and its kin (alpha up to 2), whose Jacobian is diag(g) - g g^T / sum(g), g = p^(2 - alpha) on
-    the support. The gradient is written in terms of the result p, so derivatives of every order follow from it.
+    """Softmax (alpha = 1) and entmax (1 < alpha <= 2). The Jacobian is diag(g) - g g^T / sum(g), with g = p^(2 - alpha)
+    on the support. The gradient is a differentiable function of the result p, which gives derivatives of any order.
     """
 
     @staticmethod
@@ -166,7 +185,7 @@ class _Simplex(torch.autograd.Function):
 
 
 class _Transformed(_Simplex):
-    """The same with what torch.func asks for, which torch.compile does not trace."""
+    """`_Simplex` with the rules of torch.func, which torch.compile cannot trace."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
@@ -184,39 +203,40 @@ def _simplex(s: Tensor, alpha: float) -> Tensor:
 
 
 def _softmax(s: Tensor) -> Tensor:
-    # Weights that are nothing beside the largest of their row (1e-31 of 1 in float32) are set to 0: products of
-    # subnormal numbers, which steep biases make by the thousand, run fifty times slower.
+    # Negligible weights (below 1e-31 in float32) are set to 0: steep biases produce thousands of them, and arithmetic
+    # on subnormal numbers is fifty times slower.
     limits = torch.finfo(s.dtype)
     return torch.threshold(torch.softmax(s, -1), limits.tiny / limits.eps, 0.0)
 
 
 def _entmax(s: Tensor, alpha: float) -> Tensor:
-    # Newton's method on f(tau) = |p(tau)^(alpha - 1)| - 1, the norm of order 1 / (alpha - 1). It is convex and falling,
-    # so that from the left, where f >= 0, a step never passes the root; and nearly straight, so that 5 to 8 steps do
-    # where the sum of p takes 10 to 14. At tau = max - 1 the largest entry alone gives f >= 0.
+    # Newton's method on f(tau) = |p(tau)^(alpha - 1)| - 1, with the norm of order 1 / (alpha - 1). f is convex and
+    # decreasing: starting from f >= 0, no step passes the root. f is nearly linear: it takes 5 to 8 steps, where sum(p)
+    # - 1 takes 10 to 14. At tau = max - 1 the largest element alone gives f >= 0.
     z = (alpha - 1) * (s - s.amax(-1, keepdim=True))
     power = 1 / (alpha - 1)
     tau = torch.full_like(z[..., :1], -1.0)
-    # A graph that is compiled cannot stop early; no row was ever seen to take more than 10 steps.
+    # Compiled graphs cannot stop early, and get 16 steps. The largest number ever observed is 10.
     for left in reversed(range(16 if torch.compiler.is_compiling() else 100)):
         gap = (z - tau).clamp_(min=0)
         p = gap if power == 1 else gap**power
         slope = (gap > 0).to(z.dtype) if power == 1 else gap if power == 2 else gap ** (power - 1)
         total = p.sum(-1, keepdim=True)
         step = (total ** (alpha - 1) - 1) * total ** (2 - alpha) / slope.sum(-1, keepdim=True)
-        # Rounding makes the last steps tiny and of either sign: stop when none moves tau.
+        # The last steps are rounding errors of either sign: stop when no row changes.
         moved = tau + step.clamp(min=0)
         if not left or not (torch.compiler.is_compiling() or bool((moved > tau).any())):
             break
         tau = moved
-    # The last step, of either sign, is taken by the weights themselves. tau is rounded, which all of them have in common:
-    # a thousand small ones may be off by a thousand times that, and the division would put it upon the large one.
+    # Apply the last step, of either sign, to z - tau instead of tau. The rounding error of tau is common to all
+    # weights: with 1000 small weights it adds up, and the final division would shift the sum of these errors to the
+    # largest one.
     gap = (z - tau - step).clamp_(min=0)
     p = gap if power == 1 else gap**power
     return p / p.sum(-1, keepdim=True)
 
 
-# Every normalizer by name: tests, benchmarks, the command line and the documentation loop over this table.
+# All normalizers by name. Tests, benchmarks, the command line and the documentation iterate over this table.
 _NORMALIZERS: dict[str, type[Normalizer]] = {
     "softmax": Softmax,
     "sigmoid": Sigmoid,

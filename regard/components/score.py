@@ -1,8 +1,8 @@
 """Scores: how well a query matches a key.
 
-A score is defined by `pair`, the formula for one query and one key. That alone makes it work: every kernel in plain
-PyTorch can compute it, in tiles, with gradients. A score that is a dot product in disguise says so in `reduce`, and
-then runs on the fastest kernels. To add a score: write the class, and enter it in the table at the end of this file.
+A score is defined by `pair`, the formula for one query and one key. This is sufficient: the backends in Python compute
+any `pair` in tiles, with gradients. A score that can be rewritten as a dot product does so in `reduce`, and then runs
+on the fastest backends. To add a score, write its class and add it to the table at the end of this file.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ Number = float | Tensor
 
 @dataclass(frozen=True)
 class Score:
-    """What all scores share. Subclasses give `pair`, and `reduce` where there is a shorter way."""
+    """Base class of scores. Subclasses define `pair`, and `reduce` if there is a cheaper equivalent."""
 
     def pair(self, q: Tensor, k: Tensor) -> Tensor:
-        """The formula: q (..., D) and k (..., D) broadcast together; the result has shape (...)."""
+        """Return the scores (...) of q (..., D) and k (..., D), which broadcast together."""
         raise NotImplementedError
 
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
-        """Rewrite as new q (B, H, L, D'), new k (B, G, S, D') and a simpler score of them, with the same values."""
+        """Return new q (B, H, L, D'), new k (B, G, S, D') and a simpler score that has the same values for them."""
         return q, k, self
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-        """The scores of a tile: q (b, h, l, D), k (b, g, s, D) -> (b, h, l, s)."""
+        """Return the scores (b, h, l, s) of a tile with q (b, h, l, D) and k (b, g, s, D)."""
         return self.pair(q[..., :, None, :], for_queries(k, q)[..., None, :, :])
 
     def volume(self, width: int) -> int:
-        """How many numbers are held per pair while a tile is scored; kernels size their tiles by it."""
+        """Return the number of elements per pair in the largest temporary of `scores`; it limits the size of tiles."""
         return width
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
-        """Raise a ValueError where q and k, or a tensor of the score, do not fit."""
+        """Raise a ValueError if the widths of q and k, or a tensor of the score, do not fit."""
         if q_width != k_width:
             raise ValueError(
                 f"k has width {k_width} but q has width {q_width}; expected the same for score.{type(self).__name__} "
-                "(score.Bilinear and score.Additive map q and k of different widths)"
+                "(score.Bilinear and score.Additive take q and k of different widths)"
             )
 
     @classmethod
     def example(cls, heads: int, width: int) -> Score:
-        """One of these with random parameters, for tests and benchmarks."""
+        """Return a score with random parameters, for tests and benchmarks."""
         return cls()
 
 
 @dataclass(frozen=True)
 class Product(Score):
-    """scale * q.k + key_bias + query_bias: what every score of the dot family comes down to.
+    """scale * q.k + key_bias + query_bias: the common form of all scores based on a dot product.
 
-    key_bias (B, G, S) and query_bias (B, H, L) are None or tensors; a scale of None is 1/sqrt(D), which lets a compiled
-    graph leave D open.
+    key_bias (B, G, S) and query_bias (B, H, L) are tensors or None. A scale of None stands for 1/sqrt(D), so that D can
+    stay symbolic in a compiled graph.
     """
 
     scale: float | None = 1.0
@@ -69,11 +69,11 @@ class Product(Score):
         return (self.scaled(q) * k).sum(-1)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """The scale times a tensor of width D."""
+        """Return x (..., D) times the scale."""
         return x * ((x.shape[-1] or 1) ** -0.5 if self.scale is None else self.scale)
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-        # All queries that share a key/value head are rows of one product: k is not repeated.
+        # All queries that share a key/value head are rows of one matrix product, so k is not repeated.
         out = (fold_heads(self.scaled(q), k) @ k.mT).view(*q.shape[:-1], k.shape[2])
         if self.key_bias is not None:
             bias = self.key_bias[slice(*tile.b), slice(*tile.g), slice(*tile.k)]
@@ -88,7 +88,7 @@ class Product(Score):
 
 @dataclass(frozen=True)
 class Scaled(Score):
-    """What the scores with a scale share: it is 1/sqrt(D) by default."""
+    """Base class of scores with a scale, by default 1/sqrt(D)."""
 
     scale: float | None = None
 
@@ -98,15 +98,22 @@ class Scaled(Score):
             check.finite("score: scale", self.scale, ", or None for 1/sqrt(D); for a learned one, multiply q by it")
 
     def _scale(self, q: Tensor) -> float:
-        # A width of 0 has no scores to scale.
+        # With D = 0, all dot products are 0 and the scale does not matter.
         return (q.shape[-1] or 1) ** -0.5 if self.scale is None else self.scale
 
 
 @dataclass(frozen=True)
 class ScaledDot(Scaled):
-    """s_ij = q_i . k_j * scale; scale is 1/sqrt(D) by default.
+    """s_ij = q_i . k_j * scale.
+
+    Args:
+        scale: a number; 1/sqrt(D) by default, as in `scaled_dot_product_attention`.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), equation 1.
+
+    >>> q, k = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
+    >>> score.ScaledDot().pair(q, k), score.ScaledDot(scale=0.1).pair(q, k)
+    (tensor([5.]), tensor([1.]))
     """
 
     def pair(self, q: Tensor, k: Tensor) -> Tensor:
@@ -118,7 +125,13 @@ class ScaledDot(Scaled):
 
 @dataclass(frozen=True)
 class Dot(Score):
-    """s_ij = q_i . k_j. Source: Luong, Pham, Manning (2015), "dot", equation 8."""
+    """s_ij = q_i . k_j, without a scale.
+
+    Source: Luong, Pham, Manning (2015), "dot", equation 8.
+
+    >>> score.Dot().pair(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    tensor(11.)
+    """
 
     def pair(self, q: Tensor, k: Tensor) -> Tensor:
         return (q * k).sum(-1)
@@ -129,13 +142,16 @@ class Dot(Score):
 
 @dataclass(frozen=True)
 class Cosine(Score):
-    """s_ij = (q_i . k_j) / (|q_i| |k_j|) / temperature; a vector of zeros has cosine 0 with every other.
+    """s_ij = (q_i . k_j) / (|q_i| |k_j|) / temperature. The cosine with a zero vector is 0.
 
     Args:
-        temperature: a number, or a tensor of shape () or (H,), learned if you like.
+        temperature: a number > 0, or a tensor of shape () or (H,), which may be a parameter.
 
-    Source: Graves, Wayne, Danihelka, "Neural Turing Machines" (2014), equation 6; as attention of transformers, Liu et
-    al., "Swin Transformer V2" (2022), equation 2.
+    Source: Graves, Wayne, Danihelka, "Neural Turing Machines" (2014), equation 6; in transformers, Liu et al., "Swin
+    Transformer V2" (2022), equation 2.
+
+    >>> score.Cosine(temperature=0.5).pair(torch.tensor([3.0, 4.0]), torch.tensor([10.0, 0.0]))
+    tensor(1.2000)
     """
 
     temperature: Number = 1.0
@@ -159,8 +175,8 @@ class Cosine(Score):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """The vectors x (..., D) made unit vectors, but 0 (with gradient 0) for 0. The largest entry is taken out first, so
-    that no square over- or underflows.
+    """Normalize vectors x (..., D) to length 1; a zero vector stays 0 and has gradient 0. The largest element is
+    divided out first, so that squares neither overflow nor underflow.
     """
     x = widen(x)
     peak = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_ones(*x.shape[:-1], 1)
@@ -171,12 +187,16 @@ def _unit(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Bilinear(Score):
-    """s_ij = q_i^T W k_j.
+    """s_ij = q_i^T W k_j, without a scale.
 
     Args:
-        W: (Dq, Dk), or (H, Dq, Dk) for a map per head. q has width Dq, k has width Dk.
+        W: (Dq, Dk), or (H, Dq, Dk) for one matrix per head. q has width Dq, k has width Dk.
 
     Source: Luong, Pham, Manning (2015), "general", equation 8.
+
+    >>> W = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
+    >>> score.Bilinear(W).pair(torch.tensor([1.0, 10.0]), torch.tensor([3.0, 4.0, 5.0]))
+    tensor(53.)
     """
 
     W: Tensor
@@ -198,12 +218,15 @@ class Bilinear(Score):
 
 @dataclass(frozen=True)
 class Gaussian(Score):
-    """s_ij = -|q_i - k_j|^2 / (2 sigma^2): Nadaraya-Watson kernel regression, once softmax has been applied.
+    """s_ij = -|q_i - k_j|^2 / (2 sigma^2). With softmax this is Nadaraya-Watson kernel regression.
 
     Args:
-        sigma: the width of the kernel in the units of q and k: a number, or a tensor of shape () or (H,).
+        sigma: bandwidth in the units of q and k: a number > 0, or a tensor of shape () or (H,).
 
     Source: Nadaraya (1964), Watson (1964).
+
+    >>> score.Gaussian(sigma=2.0).pair(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    tensor(-1.)
     """
 
     sigma: Number = 1.0
@@ -214,8 +237,8 @@ class Gaussian(Score):
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
         if isinstance(self.sigma, Tensor) and self.sigma.dim() == 1 and k.shape[1] != q.shape[1]:
             k = for_queries(k, q)
-        q, k = _centred(q, k)
-        # Widened once for both: the two halves of its gradient nearly cancel.
+        q, k = _centered(q, k)
+        # Converted once for both, since the two parts of its gradient nearly cancel.
         sigma = _per_head(self.sigma).to(q.dtype) if isinstance(self.sigma, Tensor) else self.sigma
         return _squared_distance(q / sigma, k / sigma, 0.5)
 
@@ -230,39 +253,42 @@ class Gaussian(Score):
 
 @dataclass(frozen=True)
 class Distance(Scaled):
-    """s_ij = -|q_i - k_j|^2 * scale; scale is 1/sqrt(D) by default.
+    """s_ij = -|q_i - k_j|^2 * scale.
+
+    Args:
+        scale: a number; 1/sqrt(D) by default.
 
     Source: Kim, Papamakarios, Mnih, "The Lipschitz Constant of Self-Attention" (2021), section 3.2 (L2 attention).
+
+    >>> score.Distance().pair(torch.tensor([1.0, 2.0, 0.0, 0.0]), torch.tensor([3.0, 4.0, 0.0, 0.0]))
+    tensor(-4.)
     """
 
     def pair(self, q: Tensor, k: Tensor) -> Tensor:
         return -(q - k).square().sum(-1) * self._scale(q)
 
     def reduce(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Score]:
-        return _squared_distance(*_centred(q, k), self._scale(q))
+        return _squared_distance(*_centered(q, k), self._scale(q))
 
 
-def _centred(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Move q and k so that the keys of each head lie about the origin. Distances stay as they are.
+def _centered(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Translate q and k so that the keys of each head lie near the origin. Distances do not change.
 
-    The way goes towards the mean key, but only as far as the nearest key along it, so that every key comes closer to
-    the origin. A key that is masked out may hold any number: the mean itself would carry off the precision of all the
-    others.
+    The translation points to the mean key, but goes only as far as the nearest key in this direction, so that every key
+    gets closer to the origin. A translation by the mean would lose precision if masked keys hold huge values.
     """
     q, k = widen(q), widen(k)
     if not k.shape[2]:
         return q, k
     mean = k.detach().mean(2, keepdim=True)
-    towards = mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
-    nearest = (k.detach() @ towards.mT).amin(2, keepdim=True)
-    centre = (towards * nearest.clamp(min=0.0)).nan_to_num(0.0, 0.0, 0.0)
-    return q - for_queries(centre, q), k - centre
+    direction = mean / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+    nearest = (k.detach() @ direction.mT).amin(2, keepdim=True)
+    center = (direction * nearest.clamp(min=0.0)).nan_to_num(0.0, 0.0, 0.0)
+    return q - for_queries(center, q), k - center
 
 
 def _squared_distance(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, Score]:
-    """-|q - k|^2 * scale as a product: 2 scale q.k - scale |k|^2 - scale |q|^2, three terms that nearly cancel where
-    they are large.
-    """
+    """Return -|q - k|^2 * scale as a dot product: 2 scale q.k - scale |k|^2 - scale |q|^2, whose terms may cancel."""
     return q * (2 * scale), k, Product(1.0, -scale * k.square().sum(-1), -scale * q.square().sum(-1))
 
 
@@ -272,11 +298,16 @@ class Additive(Score):
 
     Args:
         v: (A,) or (H, A).
-        w_q: (A, Dq) or (H, A, Dq). w_k: (A, Dk) or (G, A, Dk). Without a map, q (or k) is taken as already mapped.
-        bias: (A,) or (H, A).
+        w_q: (A, Dq) or (H, A, Dq); None if q is already projected to width A.
+        w_k: (A, Dk) or (G, A, Dk); None if k is already projected to width A.
+        bias: (A,) or (H, A), or None.
 
     Source: Bahdanau, Cho, Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate" (2015),
     appendix A.1.2. The "concat" score of Luong, Pham, Manning (2015) is the same; w_q and w_k are the halves of its W.
+
+    >>> additive = score.Additive(v=torch.tensor([1.0, 10.0]))
+    >>> additive.pair(torch.tensor([0.2, 5.0]), torch.tensor([0.3, 5.0]))
+    tensor(10.4621)
     """
 
     v: Tensor
@@ -293,20 +324,20 @@ class Additive(Score):
         q, k = widen(q), widen(k)
         q = q if self.w_q is None else q @ self.w_q.to(q.dtype).mT
         k = k if self.w_k is None else k @ self.w_k.to(k.dtype).mT
-        q = q if self.bias is None else q + _rows(self.bias).to(q.dtype)
+        q = q if self.bias is None else q + _per_query(self.bias).to(q.dtype)
         return q, k, Additive(self.v)
 
     def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
         hidden = torch.tanh(q[..., :, None, :] + for_queries(k, q)[..., None, :, :])
         v = self.v.to(q.dtype)
-        # Not a product with a vector: it is faster, but its sums, and those of its gradient, round twice as much.
+        # `hidden @ v` would be faster, but doubles the rounding error of the sums and of their gradients.
         return (hidden * (v if v.dim() == 1 else v[slice(*tile.h), None, None])).sum(-1)
 
     def check(self, sizes: Sizes, q_width: int, k_width: int) -> None:
-        fits = check.is_floats(self.v)
+        fits = check.is_float_tensor(self.v)
         A = self.v.shape[-1] if fits and self.v.dim() else 0
         if not fits or not check.is_one_of(self.v.shape, ((A,), (sizes.H, A))):
-            raise check.wrong("score: v", self.v, f"floats of shape (A,) or (H, A) with H = {sizes.H}", fits)
+            raise check.error("score: v", self.v, f"a float tensor of shape (A,) or (H, A) with H = {sizes.H}", fits)
         for name, W, heads, letter, axis, width in (
             ("w_q", self.w_q, sizes.H, "H", "Dq", q_width),
             ("w_k", self.w_k, sizes.G, "G", "Dk", k_width),
@@ -315,12 +346,12 @@ class Additive(Score):
                 _check_map(name, W, heads, letter, ("A", A), (axis, width))
             elif width != A:
                 raise ValueError(
-                    f"score: v has width {A} but {name[-1]} has width {width}; expected the same, or a map {name} of "
+                    f"score: v has width {A} but {name[-1]} has width {width}; expected the same, or a matrix {name} of "
                     f"shape ({A}, {width})"
                 )
         if self.bias is not None:
             expected = f"(A,) = ({A},) or (H, A) = ({sizes.H}, {A})"
-            check.floats("score: bias", self.bias, ((A,), (sizes.H, A)), expected)
+            check.float_tensor("score: bias", self.bias, ((A,), (sizes.H, A)), expected)
 
     @classmethod
     def example(cls, heads: int, width: int) -> Score:
@@ -332,19 +363,19 @@ def _per_head(x: Tensor) -> Tensor:
     return x if x.dim() == 0 else x[:, None, None]
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(A,) or (H, A), shaped to broadcast to (B, H, L, A)."""
+def _per_query(x: Tensor) -> Tensor:
+    """Reshape (A,) or (H, A) to broadcast to (B, H, L, A)."""
     return x if x.dim() == 1 else x[:, None, :]
 
 
 def _check_map(name: str, W: Tensor, heads: int, letter: str, rows: tuple[str, int], columns: tuple[str, int]) -> None:
-    """Raise unless W is a map (rows, columns), or one per head."""
+    """Raise unless W is a matrix (rows, columns), or one per head."""
     shape, axes = (rows[1], columns[1]), f"{rows[0]}, {columns[0]}"
     expected = f"({axes}) = {shape}, or per head ({letter}, {axes}) = {(heads, *shape)}"
-    check.floats(f"score: {name}", W, (shape, (heads, *shape)), expected)
+    check.float_tensor(f"score: {name}", W, (shape, (heads, *shape)), expected)
 
 
-# Every score by name: tests, benchmarks, the command line and the documentation loop over this table.
+# All scores by name. Tests, benchmarks, the command line and the documentation iterate over this table.
 _SCORES: dict[str, type[Score]] = {
     "scaled_dot": ScaledDot,
     "dot": Dot,

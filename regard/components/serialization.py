@@ -1,7 +1,7 @@
-"""Plans as text: how compiled and exported graphs hold them.
+"""Plans as text, for compiled and exported graphs.
 
-A graph holds a plan as the Python expression that makes it, so that an exported program can be saved and loaded without
-pickle. Python code has no such form: neither functions nor classes of users.
+A graph stores a plan as the Python expression that constructs it, so that exported programs can be saved and loaded
+without pickle. Functions and classes defined by users cannot be serialized.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from regard.components.component import Slot
 
 
 def unserializable(component: Any, classes: dict[str, type[Any]]) -> str | None:
-    """Return the name of the first part of a split component that has no text form, or whose class is not one of `classes`;
-    None if there is none.
+    """Return the name of the first part of a split component that cannot be serialized; None if there is none.
+    Dataclasses must be among `classes`.
     """
     kind = type(component)
     if isinstance(component, tuple):
@@ -36,17 +36,15 @@ def unserializable(component: Any, classes: dict[str, type[Any]]) -> str | None:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The integers and floats of a serialized plan. They are kept apart from the text since a compiled graph may hold them as
-    symbols.
-    """
+    """The integers and floats of a serialized plan, apart from its text: in compiled graphs they may be symbols."""
 
     ints: list[Any] = field(default_factory=list)
     floats: list[Any] = field(default_factory=list)
 
 
 def serialize(component: Any, numbers: Numbers) -> str:
-    """Return a split component as the Python expression that makes it, with I0, I1, ... and F0, F1, ... in place of its
-    integers and floats, which are appended to `numbers`.
+    """Return a split component as the Python expression that constructs it, with I0, I1, ... and F0, F1, ... in place
+    of its integers and floats, which are appended to `numbers`.
     """
     if dataclasses.is_dataclass(component) and not isinstance(component, type):
         if isinstance(component, Slot):
@@ -68,7 +66,7 @@ def serialize(component: Any, numbers: Numbers) -> str:
 
 
 def deserialize(text: str, numbers: Numbers, classes: dict[str, type[Any]]) -> Any:
-    """The inverse of `serialize`. It makes objects of the given classes only: text from a file runs no code."""
+    """The inverse of `serialize`. Only constructs objects of `classes`, so text from an untrusted file runs no code."""
 
     def build(node: ast.expr) -> Any:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
@@ -79,7 +77,9 @@ def deserialize(text: str, numbers: Numbers, classes: dict[str, type[Any]]) -> A
             return tuple(build(part) for part in node.elts)
         if isinstance(node, ast.Name):
             if node.id[0] not in "IF" or not node.id[1:].isdigit():
-                raise ValueError(f"plan: {node.id!r} is not a number of a plan; expected I0, I1, ... or F0, F1, ...")
+                raise ValueError(
+                    f"plan: {node.id!r} is not a placeholder of a plan; expected I0, I1, ... or F0, F1, ..."
+                )
             return (numbers.ints if node.id[0] == "I" else numbers.floats)[int(node.id[1:])]
         return ast.literal_eval(node)
 

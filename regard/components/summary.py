@@ -1,7 +1,7 @@
-"""Summaries: what can be asked about the weights, without the weights.
+"""Summaries: statistics of the attention weights that do not materialize the weights.
 
-All of them describe the weights as the normalizer gives them, before dropout. All but `full` take memory linear in
-length, on every kernel but `reference`, and all have gradients (but `top.keys`).
+All statistics describe the weights after normalization and before dropout. All but `full` need memory linear in the
+length (except on the backend "reference"), and all but `top.keys` are differentiable.
 """
 
 from __future__ import annotations
@@ -20,18 +20,28 @@ from regard.deprecated import getter
 
 @dataclass(frozen=True)
 class Summary:
-    """Which summaries to take.
+    """The statistics of the attention weights that `attention` returns. A row consists of the weights of one query.
 
     Args:
-        lse: log of the sum of exp(score) over the keys, a sink included; -inf for a row that may attend to nothing.
-        max: the largest weight of each row.
-        entropy: -sum_j p_j log p_j of each row, in nats, over the keys.
-        top: the k largest weights of each row and their keys.
-        received: the sum of each key's weights over the queries.
-        mass: bool, (N, S) or (B, N, S): the weight that each row gives to each of N groups of keys. `groups` makes
-            one from group numbers.
-        rows: the whole weights of these queries (negative numbers count from the end).
-        full: all weights, L x S of them. This one materialises.
+        lse: log(sum_j exp(s_j)) of each row, including a sink; -inf if the query may attend to no key. The scores s_j
+            include scale, softcap, bias and mask.
+        max: largest weight of each row.
+        entropy: -sum_j p_j log p_j of each row, in nats, without a sink.
+        top: number k of the largest weights of each row to return, with their keys.
+        received: sum of the weights of each key over all queries.
+        mass: sum of the weights of each row over each of N groups of keys, given by a bool tensor (N, S) or (B, N, S).
+            `summary.groups` makes it from group ids.
+        rows: return all weights of these queries: an int or ints, negative ones count from the end.
+        full: return all weights (B, H, L, S). This materializes them.
+
+    >>> q, k, v = torch.zeros(2, 4), torch.zeros(4, 4), torch.zeros(4, 1)
+    >>> request = Summary(lse=True, entropy=True, received=True, mass=summary.groups([0, 0, 0, 1]), rows=-1)
+    >>> _, stats = regard.attention(q, k, v, summary=request)  # all weights are 1/4
+    >>> stats.lse.exp(), stats.entropy.exp(), stats.received
+    (tensor([4., 4.]), tensor([4., 4.]), tensor([0.5000, 0.5000, 0.5000, 0.5000]))
+    >>> stats.mass, stats.rows
+    (tensor([[0.7500, 0.2500],
+            [0.7500, 0.2500]]), tensor([[0.2500, 0.2500, 0.2500, 0.2500]]))
     """
 
     lse: bool = False
@@ -48,31 +58,33 @@ class Summary:
             object.__setattr__(self, "rows", tuple(self.rows))
 
     def check(self, sizes: Sizes) -> None:
-        """Raise a ValueError or TypeError where something asked for does not exist."""
+        """Raise a ValueError or TypeError if a field is invalid or does not fit the problem."""
         for name in ("lse", "max", "entropy", "received", "full"):
             if not isinstance(flag := getattr(self, name), bool):
-                raise check.wrong(f"summary: {name}", flag, "True or False", False)
-        check.whole("summary: top", self.top, 0, ": how many weights of each row")
+                raise check.error(f"summary: {name}", flag, "True or False", False)
+        check.integer("summary: top", self.top, 0, ", the number of weights of each row")
         if self.mass is not None:
-            fits = check.is_bools(self.mass)
+            fits = check.is_bool_tensor(self.mass)
             shape: tuple[int, ...] = tuple(self.mass.shape) if fits else ()
             if len(shape) not in (2, 3) or shape[-1] != sizes.S or shape[:-2] not in ((), (1,), (sizes.B,)):
                 expected = f"bool of shape (N, S) or (B, N, S) with B = {sizes.B} and S = {sizes.S}"
-                raise check.wrong("summary: mass", self.mass, f"{expected} (summary.groups makes it)", fits)
+                raise check.error("summary: mass", self.mass, f"{expected} (summary.groups makes it)", fits)
         if not isinstance(self.rows, int | tuple):
-            raise check.wrong("summary: rows", self.rows, "an int, or a sequence of ints: numbers of queries", False)
+            raise check.error(
+                "summary: rows", self.rows, "an integer, or a sequence of ints: indices of queries", False
+            )
         for row in self.row_numbers:
             if not check.is_int(row) or not -sizes.L <= row < sizes.L:
-                raise check.wrong("summary: rows", row, f"ints from {-sizes.L} to {sizes.L - 1}", check.is_int(row))
+                raise check.error("summary: rows", row, f"ints from {-sizes.L} to {sizes.L - 1}", check.is_int(row))
 
     @property
     def row_numbers(self) -> tuple[int, ...]:
-        """The queries whose rows are asked for."""
+        """The indices of the queries in `rows`."""
         return (self.rows,) if isinstance(self.rows, int) else tuple(self.rows)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of the tensors that a kernel gives for this summary, in order."""
+        """The names of the tensors that a backend returns for this summary, in order."""
         names = [name for name in ("lse", "max", "entropy", "received", "full") if getattr(self, name)]
         names += ["top_weights", "top_keys"] if self.top else []
         names += ["mass"] if self.mass is not None else []
@@ -81,8 +93,14 @@ class Summary:
 
 
 class Top(NamedTuple):
-    """The largest weights of each row (B, H, L, k), and their keys (B, H, L, k), largest first. Where fewer than k keys
-    may be attended, the rest has weight 0 and key -1. Equal weights come in any order.
+    """The k largest weights of each row (B, H, L, k) and their keys (B, H, L, k), in descending order. If a query may
+    attend to fewer than k keys, the remaining weights are 0 and their keys -1. The order of equal weights is
+    unspecified.
+
+    >>> q, k = torch.tensor([[1.0]]), torch.tensor([[1.0], [3.0], [2.0]])
+    >>> _, stats = regard.attention(q, k, k, mask=mask.prefix(2), summary=Summary(top=3))
+    >>> stats.top.keys
+    tensor([[ 1,  0, -1]])
     """
 
     weights: Tensor
@@ -90,11 +108,16 @@ class Top(NamedTuple):
 
 
 class AttentionSummary(NamedTuple):
-    """The summaries of a call; None where one was not asked for.
+    """Statistics of the attention weights; None for those that were not requested. See `Summary` for their definitions.
 
-    `lse`, `max`, `entropy`: (B, H, L). `top`: see `Top`. `received`: (B, H, S). `mass`: (B, H, L, N).
-    `rows`: (B, H, R, S). `full`: (B, H, L, S). Where q has other leading axes than (B, H), so have these.
-    In float32 (float64 for float64 input).
+    `lse`, `max`, `entropy`: (B, H, L). `top`: two tensors (B, H, L, k), see `Top`. `received`: (B, H, S). `mass`:
+    (B, H, L, N). `rows`: (B, H, R, S). `full`: (B, H, L, S). Leading dimensions are those of q. The dtype is float32,
+    or float64 for float64 inputs.
+
+    >>> x = torch.randn(2, 3, 5, 4)
+    >>> _, stats = regard.attention(x, x, x, summary=Summary(max=True, received=True))
+    >>> stats.max.shape, stats.received.shape, stats.lse
+    (torch.Size([2, 3, 5]), torch.Size([2, 3, 5]), None)
     """
 
     lse: Tensor | None = None
@@ -107,32 +130,36 @@ class AttentionSummary(NamedTuple):
     full: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> AttentionSummary:
-        """The summaries, each changed alike."""
+        """Apply a function to each of the tensors."""
         fields = {name: change(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         return self._replace(top=self.top and Top(*map(change, self.top)), **fields)
 
 
 def groups(numbers: Tensor | Sequence[int], count: int | None = None) -> Tensor:
-    """Group numbers as the membership table that `Summary(mass=...)` takes.
+    """Return the membership table for `Summary(mass=...)` from the group id of each key.
 
     Args:
-        numbers: the group of each key, integers of shape (S,) or (B, S); -1 for no group.
-        count: how many groups there are; by default as many as the largest number says.
+        numbers: group id of each key, an integer tensor (S,) or (B, S), or a list of ints; -1 for no group.
+        count: number N of groups; by default one more than the largest id.
 
     Returns:
         bool tensor of shape (N, S) or (B, N, S).
+
+    >>> summary.groups([0, 1, 1, -1])
+    tensor([[ True, False, False, False],
+            [False,  True,  True, False]])
     """
     if isinstance(numbers, list | tuple) and all(check.is_int(number) for number in numbers):
         numbers = torch.tensor(numbers, dtype=torch.int64)
-    if not check.is_ints(numbers) or numbers.dim() not in (1, 2):
-        expected = "a list of ints, or integers of shape (S,) or (B, S)"
-        raise check.wrong("groups: numbers", numbers, expected, check.is_ints(numbers))
+    if not check.is_integer_tensor(numbers) or numbers.dim() not in (1, 2):
+        expected = "a list of ints, or an integer tensor of shape (S,) or (B, S)"
+        raise check.error("groups: numbers", numbers, expected, check.is_integer_tensor(numbers))
     least, largest = (int(x) for x in numbers.aminmax()) if numbers.numel() else (-1, -1)
     if least < -1:
         raise ValueError(f"groups: numbers has {least}; expected numbers >= 0, or -1 for no group")
     if count is None:
         count = largest + 1
-    check.whole("groups: count", count, largest + 1, ", one more than the largest number, or None")
+    check.integer("groups: count", count, largest + 1, ", one more than the largest number, or None")
     return numbers.unsqueeze(-2) == torch.arange(count, device=numbers.device)[:, None]
 
 

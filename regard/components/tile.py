@@ -1,4 +1,4 @@
-"""A tile: the box of the (batch, head, query, key) space that one step computes; and the grid that all of them form."""
+"""Tiles: boxes in the (batch, head, query, key) space that are computed in one step, and the grid of all tiles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Range = tuple[int, int]
-# Where the queries stand among the keys: "start", "end", or the key beside query 0; None where it was left out.
+# The position of the queries relative to the keys: "start", "end", or the key position of query 0; None if unspecified.
 Align = str | int | None
 
 
@@ -23,7 +23,7 @@ class Sizes:
     S: int
 
     def offset(self, align: Align) -> int:
-        """The key position that query 0 stands at: 0 for "start", S - L for "end", or the number given."""
+        """Return the key position of query 0: 0 for "start", S - L for "end", or the integer itself."""
         if isinstance(align, int):
             return align
         return self.S - self.L if align == "end" else 0
@@ -31,10 +31,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Tile:
-    """Half-open ranges of batch rows, heads, queries and keys, and the sizes of the whole.
+    """Half-open ranges of batch rows, heads, queries and keys, and the sizes of the problem.
 
-    The heads are whole groups that share a key/value head, or lie within one.
-    `batch`, `head`, `query` and `key` are index tensors shaped to broadcast to (b, h, l, s).
+    The range of heads consists of complete groups that share a key/value head, or lies within a group. `batch`, `head`,
+    `query` and `key` are index tensors that broadcast to (b, h, l, s).
     """
 
     b: Range
@@ -46,7 +46,7 @@ class Tile:
 
     @property
     def g(self) -> Range:
-        """The key/value heads that the heads of the tile use."""
+        """The range of key/value heads of the tile."""
         repeats = max(self.sizes.H // max(self.sizes.G, 1), 1)
         return self.h[0] // repeats, -(-self.h[1] // repeats)
 
@@ -67,23 +67,26 @@ class Tile:
         return torch.arange(*self.k, device=self.device).view(1, 1, 1, -1)
 
     def behind(self, align: Align) -> Tensor:
-        """How far each key lies behind its query: positive in the past. Shape (1, 1, l, s)."""
+        """Return query position minus key position, (1, 1, l, s): positive for keys before the query."""
         return self.query + self.sizes.offset(align) - self.key
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor that broadcasts to (B, H, L, S) which lies in this tile, as a view."""
+        """Return the view of this tile on a tensor that broadcasts to (B, H, L, S)."""
         ranges = (self.b, self.h, self.q, self.k)
         return tensor[tuple([slice(*r) if n > 1 else slice(None) for r, n in zip(ranges, tensor.shape, strict=True)])]
 
     def cut_heads(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor of shape () or (H,) which lies in this tile, shaped to broadcast to (b, h, l, s)."""
+        """Return the elements of a tensor () or (H,) for the heads of this tile; they broadcast to (b, h, l, s)."""
         return tensor if tensor.dim() == 0 else tensor[slice(*self.h)].view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The edges of all tiles of a problem: the first and last query of each row of tiles, shape (R, 1), the first and
-    last key of each column of tiles, shape (1, C), the sizes of the problem, and how many queries and keys a tile has.
+    """The edges of all tiles of a problem.
+
+    Args:
+        first_query, last_query: (R, 1), for each row of tiles. first_key, last_key: (1, C), for each column of tiles.
+        sizes: the sizes of the problem. rows, columns: number of queries and keys per tile.
     """
 
     first_query: Tensor
@@ -96,7 +99,7 @@ class Grid:
 
     @staticmethod
     def of(sizes: Sizes, rows: int, columns: int, device: torch.device) -> Grid:
-        """The grid of tiles of `rows` queries by `columns` keys."""
+        """Return the grid of tiles of `rows` queries by `columns` keys."""
         q = torch.arange(0, sizes.L, rows, device=device).view(-1, 1)
         k = torch.arange(0, sizes.S, columns, device=device).view(1, -1)
         last_q, last_k = (q + rows - 1).clamp(max=sizes.L - 1), (k + columns - 1).clamp(max=sizes.S - 1)

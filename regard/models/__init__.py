@@ -1,1 +1,1 @@
-"""Small whole models: sequence to sequence, a label a word, a label a text."""
+"""Small complete models: sequence-to-sequence models, a tagger and a text classifier."""

@@ -1,4 +1,4 @@
-"""Recurrent networks with attention: from one sequence to another, looking at the source words at each step."""
+"""Recurrent sequence-to-sequence model with attention."""
 
 from __future__ import annotations
 
@@ -10,52 +10,68 @@ from torch import Tensor, nn
 from regard.components import mask
 from regard.components.summary import Summary
 from regard.nn.additive import AdditiveAttention
-from regard.nn.cell import Kind, make_cell
-from regard.nn.cell import State as Steps
+from regard.nn.cell import CellKind, RecurrentState, make_cell
 from regard.nn.memory import Memory
 from regard.nn.recurrent import RecurrentDecoder, RecurrentEncoder
 
 
 @dataclass
-class State:
-    """What the decoder keeps between two tokens."""
+class RecurrentDecoderState:
+    """State of the decoder of `Recurrent` between two tokens."""
 
-    steps: Steps
+    steps: RecurrentState
     memory: Memory
-    above: Steps | None  # of the layers above attention
+    above: RecurrentState | None  # state of the upper decoder layers
 
-    def reorder(self, rows: Tensor) -> State:
-        """The state of these rows."""
+    def reorder(self, rows: Tensor) -> RecurrentDecoderState:
+        """Return the state of the batch rows `rows`."""
         above = None if self.above is None else self.above.reorder(rows)
-        return State(self.steps.reorder(rows), self.memory.reorder(rows), above)
+        return RecurrentDecoderState(self.steps.reorder(rows), self.memory.reorder(rows), above)
 
 
 class Recurrent(nn.Module):
-    """Encoder and decoder, from tokens (B, S) to scores of tokens (B, L, V): a GRU or LSTM that reads the source in both
-    directions, and one that writes the target and looks at the source by additive attention.
+    """Encoder-decoder with recurrent layers, from tokens (B, S) to logits (B, L, V): a bidirectional GRU or LSTM
+    encodes the source, and a GRU or LSTM with additive attention decodes the target.
 
-    The first layer of the decoder steps, and looks at the source after; the others stand above, and so know what was looked
-    at. No layer waits for one above it: all steps of a known target are computed at once.
+    The first decoder layer attends to the source after each step. The upper layers take its output, which contains the
+    context. No layer depends on a higher one, so all steps of a known target are computed at once.
+
+    >>> model = Recurrent(9, 7, width=8, hidden=16, layers=2).eval()
+    >>> source, lengths, target = torch.tensor([[2, 3, 4]]), torch.tensor([3]), torch.tensor([[1, 5]])
+    >>> logits = model(source, lengths, target)
+    >>> state = model.start(source, lengths)
+    >>> for token in target.unbind(1):
+    ...     step_logits, state = model.step(token, state)
+    >>> logits.shape, torch.allclose(step_logits, logits[:, -1], atol=1e-6)
+    (torch.Size([1, 2, 7]), True)
 
     Args:
-        sources: how many source tokens there are. targets: how many target tokens, V.
-        width: of a token's vector. hidden: of the decoder's state; half of it in each direction of the encoder.
-        layers: on each side. dropout: of the vectors, between layers, and before the output. cell: "gru" or "lstm".
-        shared: source and target have one vocabulary and one table of vectors; the output map is that of the targets.
+        sources: size of the source vocabulary.
+        targets: size V of the target vocabulary.
+        width: width of the token embeddings.
+        hidden: width of the decoder state; each direction of the encoder has half of it.
+        layers: number of layers of the encoder and of the decoder.
+        dropout: dropout probability of the embeddings, between layers, and before the output.
+        cell: "gru" or "lstm".
+        shared: whether source and target share one vocabulary and one embedding. The output layer always shares the
+            target embedding.
 
-    Source: Bahdanau, Cho, Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate" (2015), for the
-    score; Luong, Pham, Manning, "Effective Approaches to Attention-based Neural Machine Translation" (2015), section 3, for
-    the order; Wu et al., "Google's Neural Machine Translation System" (2016), section 3.1, for attention from the lowest
-    layer; Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017), for the tables.
+    Source: Bahdanau, Cho, Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate" (2015), for
+        the
+    score; Luong, Pham, Manning, "Effective Approaches to Attention-based Neural Machine Translation" (2015), section 3,
+    for the order; Wu et al., "Google's Neural Machine Translation System" (2016), section 3.1, for attention from the
+    lowest layer; Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017), for the tables.
     """
 
     def __init__(
         self, sources: int, targets: int, *, width: int = 256, hidden: int = 512, layers: int = 1, dropout: float = 0.2,
-        cell: Kind = "gru", shared: bool = False,
+        cell: CellKind = "gru", shared: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if shared and sources != targets:
-            raise ValueError(f"Recurrent: shared, but sources is {sources} and targets is {targets}; expected the same")
+            raise ValueError(
+                f"Recurrent: shared is True but sources is {sources} and targets is {targets}; expected the same"
+            )
         if hidden % 2:
             raise ValueError(f"Recurrent: hidden is {hidden}; expected an even number, for two directions")
         self.target = nn.Embedding(targets, width)
@@ -69,50 +85,48 @@ class Recurrent(nn.Module):
         self.above = make_cell("Recurrent", hidden, hidden, cell, layers - 1, dropout) if layers > 1 else None
         self.map = nn.Linear(hidden, width)
 
-    def encode(self, source: Tensor, lengths: Tensor) -> State:
-        """The state before the first target token: what the source (B, S), of which each row has so many tokens (B,), is
-        remembered as.
-        """
+    def encode(self, source: Tensor, lengths: Tensor) -> RecurrentDecoderState:
+        """Encode a source (B, S) of lengths (B,). Return the state before the first target token."""
         encoded = self.encoder.read(self.dropout(self.source(source)), lengths)
         memory = self.decoder.remember(self.dropout(encoded), mask.lengths(lengths))
-        return State(self.decoder.initial(memory), memory, None)
+        return RecurrentDecoderState(self.decoder.initial(memory), memory, None)
 
     def hidden(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
-        """What `output` makes scores of, (B, L, width): for each target token (B, L), all it tells of the next."""
+        """Return the hidden vectors (B, L, width) of target tokens (B, L), from which `output` computes logits."""
         state = self.encode(source, lengths)
         out = self.decoder(self.dropout(self.target(target)), state.memory, state=state.steps)[0]
-        return self._rise(out, state.above)[0]
+        return self._run_upper_layers(out, state.above)[0]
 
     def output(self, hidden: Tensor) -> Tensor:
-        """Scores (..., V) of the next token, before softmax."""
+        """Return logits (..., V) of the next token."""
         return F.linear(hidden, self.target.weight)
 
     def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
-        """Scores (B, L, V) of the token after each target token (B, L), given the source (B, S) of these lengths (B,)."""
+        """Return logits (B, L, V) of the token after each target token (B, L), for a source (B, S) of lengths (B,)."""
         return self.output(self.hidden(source, lengths, target))
 
-    def start(self, source: Tensor, lengths: Tensor) -> State:
-        """The state before the first target token."""
+    def start(self, source: Tensor, lengths: Tensor) -> RecurrentDecoderState:
+        """Return the state before the first target token."""
         return self.encode(source, lengths)
 
-    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Scores (B, V) of what follows these tokens (B,), and the state after them."""
+    def step(self, tokens: Tensor, state: RecurrentDecoderState) -> tuple[Tensor, RecurrentDecoderState]:
+        """Return logits (B, V) of the next tokens after tokens (B,), and the next state."""
         out, steps = self.decoder.step(self.dropout(self.target(tokens)), state.memory, state.steps)[:2]
-        hidden, above = self._rise(out[:, None], state.above)
-        return self.output(hidden[:, 0]), State(steps, state.memory, above)
+        hidden, above = self._run_upper_layers(out[:, None], state.above)
+        return self.output(hidden[:, 0]), RecurrentDecoderState(steps, state.memory, above)
 
     def align(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
-        """How much each target token (B, L) looked at each source token: weights (B, L, S)."""
+        """Return the attention weights (B, L, S) of target tokens (B, L) over source tokens (B, S)."""
         state = self.encode(source, lengths)
         x = self.dropout(self.target(target))
-        seen = self.decoder(x, state.memory, state=state.steps, summary=Summary(full=True))[2]
-        weights: Tensor = seen.full
+        statistics = self.decoder(x, state.memory, state=state.steps, summary=Summary(full=True))[2]
+        weights: Tensor = statistics.full
         return weights
 
-    def _rise(self, out: Tensor, above: Steps | None) -> tuple[Tensor, Steps | None]:
-        """From what attention gave (B, L, hidden) through the layers above to (B, L, width); and their state."""
+    def _run_upper_layers(self, out: Tensor, above: RecurrentState | None) -> tuple[Tensor, RecurrentState | None]:
+        """Run the upper layers on the attention output (B, L, hidden). Return (B, L, width) and their state."""
         if self.above is not None:
-            found, last = self.above(self.dropout(out), None if above is None else above.given)
-            out, above = out + found, Steps.of(last)
-        # Norms of the vectors in the table are about 1; so the scores begin small.
+            upper, last = self.above(self.dropout(out), None if above is None else above.to_torch())
+            out, above = out + upper, RecurrentState.from_torch(last)
+        # Target embeddings have norms of about 1, so the initial logits are small.
         return self.map(self.dropout(out)), above

@@ -1,10 +1,11 @@
-"""Layers of attention, to be used as those of `torch.nn`.
+"""Attention layers, used like the layers of `torch.nn`.
 
     layer = regard.nn.MultiheadAttention(512, 8, batch_first=True, position=regard.position.ALiBi())
     model = regard.nn.replace_attention(model)
 
-`MultiheadAttention` is a drop-in for torch's; `AttentionBlock` adds the residual and the norm; `AdditiveAttention`,
-`LuongAttention` and `recurrent` are for recurrent networks, `vision` is for convolutional ones.
+`MultiheadAttention` is a drop-in replacement for `torch.nn.MultiheadAttention`. `AttentionBlock` adds the residual
+connection and the layer norm. `AdditiveAttention`, `LuongAttention` and `recurrent` are for recurrent networks,
+`vision` is for convolutional networks.
 """
 
 from regard.deprecated import getter

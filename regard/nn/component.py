@@ -1,4 +1,4 @@
-"""A word of the vocabulary as a part of a layer: what it learns is the layer's to learn."""
+"""A module that holds the parameters of a component."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from torch import Tensor, nn
 
 from regard.components.component import fill, split
 
-W = TypeVar("W")
+C = TypeVar("C")
 
 
-class ComponentModule(nn.Module, Generic[W]):
-    """A score, normalizer, mask or bias whose tensors belong to a layer: parameters learn, are saved and moved with it, and
-    other tensors are saved and moved. Called, it gives the word.
+class ComponentModule(nn.Module, Generic[C]):
+    """Module that registers the tensors of a score, normalizer, mask or position bias. Calling it returns the
+    component.
 
-    >>> slope = ComponentModule(position.ALiBi(nn.Parameter(torch.ones(8))))
-    >>> attention(q, k, v, bias=slope())  # slope.slopes learns
+    An `nn.Parameter` becomes a parameter of the module, any other tensor a buffer.
+
+    >>> alibi = regard.nn.ComponentModule(position.ALiBi(nn.Parameter(torch.ones(8))))
+    >>> list(alibi.state_dict())
+    ['slopes']
+    >>> q = k = v = torch.randn(2, 8, 10, 16)
+    >>> regard.attention(q, k, v, bias=alibi()).sum().backward()
+    >>> alibi.slopes.grad.shape
+    torch.Size([8])
 
     Args:
         word: one of `regard.score`, `regard.normalizer`, `regard.mask` or `regard.position`.
     """
 
-    def __init__(self, word: W) -> None:
+    def __init__(self, word: C) -> None:
         super().__init__()
         tensors: list[Tensor] = []
         self.plan = split(word, tensors)
@@ -35,8 +42,8 @@ class ComponentModule(nn.Module, Generic[W]):
             else:
                 self.register_buffer(name, tensor)
 
-    def forward(self) -> W:
-        """The word, with the tensors as they are now."""
+    def forward(self) -> C:
+        """Return the component with the current tensors of the module."""
         if not self.names:
             return self.plan
         return fill(self.plan, [getattr(self, name) for name in self.names])
@@ -45,15 +52,15 @@ class ComponentModule(nn.Module, Generic[W]):
         return type(self.plan).__name__
 
 
-def _names(word: Any, path: str = "") -> Iterator[str]:
-    """The names of the tensors in a word, in the order of `split`."""
-    if isinstance(word, Tensor):
+def _names(component: Any, path: str = "") -> Iterator[str]:
+    """Yield the names of the tensors of a component, in the order of `split`."""
+    if isinstance(component, Tensor):
         yield path
-    elif isinstance(word, tuple) or (dataclasses.is_dataclass(word) and not isinstance(word, type)):
+    elif isinstance(component, tuple) or (dataclasses.is_dataclass(component) and not isinstance(component, type)):
         named = (
-            enumerate(word)
-            if isinstance(word, tuple)
-            else [(f.name, getattr(word, f.name)) for f in dataclasses.fields(word)]
+            enumerate(component)
+            if isinstance(component, tuple)
+            else [(f.name, getattr(component, f.name)) for f in dataclasses.fields(component)]
         )
         for name, part in named:
             yield from _names(part, f"{path}_{name}" if path else str(name))

@@ -1,4 +1,4 @@
-"""A recurrent encoder: the memory that a decoder attends to."""
+"""Recurrent encoder."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from regard import check
-from regard.nn.cell import Kind, State, make_cell
-from regard.nn.memory import check_axes
+from regard.nn.cell import CellKind, RecurrentState, make_cell
+from regard.nn.checks import check_features
 from regard.nn.precision import run_recurrent
 
 
 class RecurrentEncoder(nn.Module):
-    """A GRU or LSTM that reads a sequence, in both directions or in one. Padding changes nothing of what is before it.
+    """GRU or LSTM encoder, unidirectional or bidirectional. Padding does not affect the outputs of real tokens.
 
-    >>> encoder = RecurrentEncoder(128, 256)
-    >>> memory, state = encoder(x, n)  # (B, S, 128), of lengths (B,) -> (B, S, 512)
+    >>> encoder = regard.nn.recurrent.RecurrentEncoder(8, 4)
+    >>> x = torch.randn(2, 5, 8)
+    >>> memory, state = encoder(x, torch.tensor([5, 3]))
+    >>> memory.shape, state.hidden.shape
+    (torch.Size([2, 5, 8]), torch.Size([1, 2, 8]))
+    >>> torch.allclose(memory[1:, :3], encoder(x[1:, :3])[0], atol=1e-6), memory[1, 3:].abs().sum().item()
+    (True, 0.0)
 
     Args:
-        input_width: of the sequence (B, S, input_width).
-        hidden_width: of each direction.
+        input_width: width of the sequence (B, S, input_width).
+        hidden_width: width of the state of one direction.
         cell: "gru" or "lstm".
-        layers: how many, one upon the other.
-        bidirectional: read backwards too.
-        dropout: the chance that a number between two layers is dropped in training.
+        layers: number of stacked layers.
+        bidirectional: whether to read the sequence backwards too.
+        dropout: dropout probability between layers, in training.
 
     Source: Schuster, Paliwal, "Bidirectional Recurrent Neural Networks" (1997).
     """
@@ -37,7 +42,7 @@ class RecurrentEncoder(nn.Module):
         input_width: int,
         hidden_width: int,
         *,
-        cell: Kind = "gru",
+        cell: CellKind = "gru",
         layers: int = 1,
         bidirectional: bool = True,
         dropout: float = 0.0,
@@ -48,22 +53,22 @@ class RecurrentEncoder(nn.Module):
         )
         self.input_width, self.width = input_width, hidden_width * (2 if bidirectional else 1)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Read a sequence.
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, RecurrentState]:
+        """Encode a sequence.
 
         Args:
             x: (B, S, input_width).
-            lengths: how much of each row is real, integers (B,); None for all.
+            lengths: number of tokens of each batch row, integers (B,); None if there is no padding.
 
         Returns:
-            The memory (B, S, width), 0 beyond the lengths, where width is hidden_width times the directions; and the state
-            after the last step, (layers, B, width).
+            The memory (B, S, width), which is 0 beyond the lengths, where width is hidden_width times the number of
+            directions; and the state after the last step, (layers, B, width).
         """
         self._check(x, lengths)
         if lengths is None:
             memory, last = run_recurrent(self.cell, self.cell, x)
         else:
-            # A packed sequence has at least one step. What it makes of none is taken out again.
+            # Packed sequences have at least one step: outputs of empty rows are set to 0 below.
             packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
             packed, last = self.cell(packed)
             memory = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0]
@@ -72,13 +77,15 @@ class RecurrentEncoder(nn.Module):
         parts = last if isinstance(last, tuple) else (last,)
         if lengths is not None:
             parts = tuple(part.masked_fill(empty, 0.0) for part in parts)
-        states = [self._joined(part) for part in parts]
-        return memory, State(states[0], states[1] if len(states) > 1 else None)
+        states = [self._concat_directions(part) for part in parts]
+        return memory, RecurrentState(states[0], states[1] if len(states) > 1 else None)
 
     def read(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The memory alone, (B, S, width), as `forward` gives it. On the CPU this is faster, twice with an LSTM in bfloat16:
-        torch steps through packed sequences by slices. Here the padding is read as well, but after all that is real: whoever
-        reads backwards begins at the last real step.
+        """Return only the memory of `forward`, (B, S, width).
+
+        On the CPU this is faster than `forward` (twice as fast for an LSTM in bfloat16), because torch runs packed
+        sequences slice by slice. Here padded rows are run instead: each row is reversed within its length for the
+        backward direction, so that padding comes after the real tokens in both directions.
         """
         if lengths is None or not isinstance(x, Tensor) or not x.is_cpu:
             memory: Tensor = self(x, lengths)[0]
@@ -86,39 +93,38 @@ class RecurrentEncoder(nn.Module):
         self._check(x, lengths)
         steps = torch.arange(x.shape[1])
         real = steps < lengths[:, None]
-        turned = torch.where(real, lengths[:, None] - 1 - steps, steps)[..., None]  # its own inverse
-        memory = run_recurrent(self.cell, self._run_padded, x, turned)
+        reversal = torch.where(real, lengths[:, None] - 1 - steps, steps)[..., None]  # its own inverse
+        memory = run_recurrent(self.cell, self._run_padded, x, reversal)
         return memory.masked_fill(~real[..., None], 0.0)
 
-    def _run_padded(self, x: Tensor, turned: Tensor) -> Tensor:
-        """All layers over padded rows x (B, S, input_width); `turned` (B, S, 1) is where each step of the reversed rows
-        stands.
-        """
+    def _run_padded(self, x: Tensor, reversal: Tensor) -> Tensor:
+        """Run all layers over padded rows x (B, S, input_width). Indexing by `reversal` (B, S, 1) reverses the rows."""
         cell, directions = self.cell, 2 if self.cell.bidirectional else 1
         zero = x.new_zeros(1, len(x), cell.hidden_size)
-        run: tuple[Any, Any] = (torch.lstm, (zero, zero)) if isinstance(cell, nn.LSTM) else (torch.gru, zero)
+        run: Any = torch.lstm if isinstance(cell, nn.LSTM) else torch.gru
+        initial: Any = (zero, zero) if isinstance(cell, nn.LSTM) else zero
         for layer in range(cell.num_layers):
             if layer:
                 x = F.dropout(x, cell.dropout, self.training)
             parts = []
-            for backwards in range(directions):
-                weights = cell.all_weights[layer * directions + backwards]
-                part = x.gather(1, turned.expand(-1, -1, x.shape[2])) if backwards else x
-                part = run[0](part, run[1], weights, True, 1, 0.0, self.training, False, True)[0]
-                parts.append(part.gather(1, turned.expand_as(part)) if backwards else part)
+            for direction in range(directions):
+                weights = cell.all_weights[layer * directions + direction]
+                part = x.gather(1, reversal.expand(-1, -1, x.shape[2])) if direction else x
+                part = run(part, initial, weights, True, 1, 0.0, self.training, False, True)[0]
+                parts.append(part.gather(1, reversal.expand_as(part)) if direction else part)
             x = torch.cat(parts, -1)
         return x
 
     def _check(self, x: Tensor, lengths: Tensor | None) -> None:
-        check_axes("RecurrentEncoder: x", x, "B, S", self.input_width)
+        check_features("RecurrentEncoder: x", x, "B, S", self.input_width)
         if lengths is not None:
             B, S = x.shape[:2]
-            fits = check.is_ints(lengths)
+            fits = check.is_integer_tensor(lengths)
             if not fits or lengths.shape != (B,) or not bool(((lengths >= 0) & (lengths <= S)).all()):
-                expected = f"integers from 0 to {S} of shape (B,) = ({B},)"
-                raise check.wrong("RecurrentEncoder: lengths", lengths, expected, fits)
+                expected = f"an integer tensor of shape (B,) = ({B},), from 0 to {S}"
+                raise check.error("RecurrentEncoder: lengths", lengths, expected, fits)
 
-    def _joined(self, x: Tensor) -> Tensor:
-        """Both directions of a layer side by side: (layers * directions, B, hidden) -> (layers, B, width)."""
+    def _concat_directions(self, x: Tensor) -> Tensor:
+        """Concatenate the directions of each layer: (layers * directions, B, hidden) -> (layers, B, width)."""
         layers, B = self.cell.num_layers, x.shape[1]
         return x.view(layers, -1, B, x.shape[2]).transpose(1, 2).reshape(layers, B, self.width)

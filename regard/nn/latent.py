@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values from a narrow vector per token, which is all that a cache keeps."""
+"""Multi-head latent attention: keys and values are projections of one narrow, cached vector per token."""
 
 from __future__ import annotations
 
@@ -21,29 +21,40 @@ _NAME = "LatentAttention"
 
 
 class LatentAttention(nn.Module):
-    """Self-attention whose keys and values are mapped from a latent vector of kv_rank numbers per token. Positions are told
-    by a part of each key that is turned, and that all heads share.
+    """Multi-head latent attention (MLA): self-attention whose keys and values are projected from a latent vector of
+    width kv_rank per token. Positions enter by a rotary part of each key, which all heads share.
 
         latent c_j = norm(W^DKV x_j)      keys [W_h^UK c_j, rotary(W^KR x_j)]      values W_h^UV c_j
         queries [W_h^UQ c'_i, rotary(W_h^QR c'_i)]      c'_i = norm(W^DQ x_i) with query_rank, x_i without
 
-    A cache holds kv_rank + position.width numbers per token. Where it pays, as in decoding, keys and values are not made of
-    them: W_h^UK goes to the queries and W_h^UV to the output, and attention runs over the latents, as one head of keys.
+    A cache holds kv_rank + position.width elements per token. Where it costs less, as in decoding, keys and values are
+    not materialized: W_h^UK is absorbed into the queries and W_h^UV into the output, and attention runs over the
+    latents as a single key head.
+
+    >>> layer = regard.nn.LatentAttention(16, 4, kv_rank=6, position=position.Rotary(2))
+    >>> x = torch.randn(2, 5, 16)
+    >>> whole = layer(x, mask.causal())
+    >>> cache = regard.nn.KeyValueCache()
+    >>> for token in x.split(1, 1):
+    ...     out = layer(token, cache=cache)
+    >>> cache.keys.shape, torch.allclose(out, whole[:, 4:], atol=1e-6)
+    (torch.Size([2, 1, 5, 8]), True)
 
     Args:
-        embed_dim: the width of tokens, of input and output.
-        num_heads: how many heads.
-        kv_rank: the width of a latent.
-        position: turns the shared part of the keys, and as much of each query; its width is that of this part.
-        head_dim: the width of the other part of queries and keys; embed_dim / num_heads by default.
-        value_dim: the width of a head's values; head_dim by default.
-        query_rank: the width of a latent that queries are mapped from; without one they are mapped from the token.
-        dropout: the chance that a weight is dropped in training.
-        bias: do the maps from tokens to latents, and the output map, add one?
-        scale: of the scores; 1 / sqrt(head_dim + position.width) by default.
+        embed_dim: width of input and output.
+        num_heads: number of heads.
+        kv_rank: width of a latent.
+        position: rotary embedding of the shared part of the keys and the same part of each query; its width is the
+            width of this part.
+        head_dim: width of the other part of queries and keys; embed_dim / num_heads by default.
+        value_dim: width of the values of one head; head_dim by default.
+        query_rank: width of a latent that queries are projected from; by default they are projected from the token.
+        dropout: dropout probability of the attention weights, in training.
+        bias: whether the projections from tokens to latents and the output projection have a bias.
+        scale: scale of the scores; 1 / sqrt(head_dim + position.width) by default.
         normalizer: one of `regard.normalizer`; softmax by default.
 
-    The parameters have the names that they have in DeepSeek's models, and in Hugging Face's.
+    Parameters are named as in DeepSeek's models and their Hugging Face implementations.
 
     Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1; the norms are those of its section 3.1.2.
     """
@@ -66,11 +77,11 @@ class LatentAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check.whole(f"{_NAME}: embed_dim", embed_dim, 1)
-        check.whole(f"{_NAME}: num_heads", num_heads, 1)
-        check.whole(f"{_NAME}: kv_rank", kv_rank, 1)
+        check.integer(f"{_NAME}: embed_dim", embed_dim, 1)
+        check.integer(f"{_NAME}: num_heads", num_heads, 1)
+        check.integer(f"{_NAME}: kv_rank", kv_rank, 1)
         if not isinstance(position, Rotary):
-            raise check.wrong(f"{_NAME}: position", position, "a position.Rotary", False)
+            raise check.error(f"{_NAME}: position", position, "a position.Rotary", False)
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(
                 f"{_NAME}: embed_dim is {embed_dim}; expected a multiple of num_heads, {num_heads}, or head_dim"
@@ -79,20 +90,20 @@ class LatentAttention(nn.Module):
         self.position = position
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         self.value_dim = self.head_dim if value_dim is None else value_dim
-        check.whole(f"{_NAME}: head_dim", self.head_dim, 1)
-        check.whole(f"{_NAME}: value_dim", self.value_dim, 1)
+        check.integer(f"{_NAME}: head_dim", self.head_dim, 1)
+        check.integer(f"{_NAME}: value_dim", self.value_dim, 1)
         width = self.head_dim + position.width
         self.scale = width**-0.5 if scale is None else scale
         if scale is not None:
             check.finite(f"{_NAME}: scale", scale, ", or None")
         if normalizer is not None and not isinstance(normalizer, Normalizer):
-            raise check.wrong(f"{_NAME}: normalizer", normalizer, "one of regard.normalizer", False)
+            raise check.error(f"{_NAME}: normalizer", normalizer, "one of regard.normalizer", False)
         self.normalizer = None if normalizer is None else ComponentModule(normalizer)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         if query_rank is None:
             self.q_proj = nn.Linear(embed_dim, num_heads * width, bias=False, **where)
         else:
-            check.whole(f"{_NAME}: query_rank", query_rank, 1)
+            check.integer(f"{_NAME}: query_rank", query_rank, 1)
             self.q_a_proj = nn.Linear(embed_dim, query_rank, bias=bias, **where)
             self.q_a_layernorm = nn.RMSNorm(query_rank, 1e-6, **where)
             self.q_b_proj = nn.Linear(query_rank, num_heads * width, bias=False, **where)
@@ -113,66 +124,67 @@ class LatentAttention(nn.Module):
         """Attend.
 
         Args:
-            x: (B, L, embed_dim), or with other axes before (L, embed_dim).
+            x: (B, L, embed_dim), or with other leading dimensions.
             mask: one of `regard.mask`, such as `mask.causal()`.
-            summary: what to tell of the weights.
-            cache: the tokens of earlier calls; the new ones stand after them. Masks count keys from the first.
+            summary: which statistics of the attention weights to return.
+            cache: the tokens of earlier calls, to which the new ones are appended. Masks count keys from the first
+                cached one.
 
         Returns:
-            (B, L, embed_dim); with `summary`, a pair of it and `AttentionSummary`.
+            (B, L, embed_dim); with `summary`, a pair of it and an `AttentionSummary`.
         """
-        fits = check.is_floats(x)
+        fits = check.is_float_tensor(x)
         if not fits or x.dim() < 3 or x.shape[-1] != self.embed_dim:
-            raise check.wrong(f"{_NAME}: x", x, f"floats of shape (B, L, {self.embed_dim})", fits)
+            raise check.error(f"{_NAME}: x", x, f"a float tensor of shape (B, L, {self.embed_dim})", fits)
         dtype = self.kv_b_proj.weight.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{_NAME}: x has dtype {x.dtype} but the layer has {dtype}; expected the same")
         rank, width, past = self.kv_rank, self.position.width, 0 if cache is None else cache.length
-        q, turned = torch.split(self._queries(x), [self.head_dim, width], -1)
+        q, q_rotary = torch.split(self._queries(x), [self.head_dim, width], -1)
         latents, shared = torch.split(self.kv_a_proj_with_mqa(x)[..., None, :, :], [rank, width], -1)
-        turned, shared = self.position(turned, shared, start=past)
+        q_rotary, shared = self.position(q_rotary, shared, start=past)
         tokens = torch.cat([self.kv_a_layernorm(latents), shared], -1)  # (B, 1, L, rank + width)
         if cache is not None:
             tokens, _ = cache.append(tokens, tokens[..., :0])
             if past and mask is not None:
-                mask = mask & window(align="end")  # it forbids nothing, and tells where the queries stand
+                mask = mask & window(align="end")  # allows everything; sets the alignment of the queries
         latents, shared = torch.split(tokens, [rank, width], -1)
 
-        absorbed = self._is_absorbed(x.shape[-2], tokens.shape[-2])
-        both = [self.head_dim, self.value_dim]
-        to_keys, to_values = torch.split(self.kv_b_proj.weight.view(self.num_heads, sum(both), rank), both, 1)
-        if absorbed:
+        absorb = self._is_absorption_cheaper(x.shape[-2], tokens.shape[-2])
+        widths = [self.head_dim, self.value_dim]
+        to_keys, to_values = torch.split(self.kv_b_proj.weight.view(self.num_heads, sum(widths), rank), widths, 1)
+        if absorb:
             q, k, v = torch.einsum("...hld, hdr -> ...hlr", q, to_keys), tokens, latents
         else:
-            k, v = torch.split(self._heads(self.kv_b_proj(latents[..., 0, :, :])), both, -1)
+            k, v = torch.split(self._split_heads(self.kv_b_proj(latents[..., 0, :, :])), widths, -1)
             k = torch.cat([k, shared.expand(*k.shape[:-1], -1)], -1)
-        words: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "score": ScaledDot(self.scale),
             "normalizer": None if self.normalizer is None else self.normalizer(),
             "dropout": self.dropout if self.training else 0.0,
         }
-        found: Any = attention(torch.cat([q, turned], -1), k, v, mask=mask, summary=summary, **words)
-        out, seen = (found, None) if summary is None else found
-        if absorbed:
+        result: Any = attention(torch.cat([q, q_rotary], -1), k, v, mask=mask, summary=summary, **arguments)
+        out, statistics = (result, None) if summary is None else result
+        if absorb:
             out = torch.einsum("...hlr, hvr -> ...hlv", out, to_values)
         out = self.o_proj(out.transpose(-3, -2).flatten(-2))
-        return out if summary is None else (out, seen)
+        return out if summary is None else (out, statistics)
 
     def _queries(self, x: Tensor) -> Tensor:
-        """Both parts of the queries, (B, H, L, head_dim + width), not turned yet."""
+        """Return the queries (B, H, L, head_dim + width), before the rotary embedding."""
         if self.query_rank is None:
             q = self.q_proj(x)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return self._heads(q)
+        return self._split_heads(q)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, L, H * D) as (B, H, L, D), a view."""
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """Return a view of (B, L, H * D) as (B, H, L, D)."""
         return x.view(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads).transpose(-3, -2)
 
-    def _is_absorbed(self, L: int, S: int) -> bool:
-        """Is it less work to map L queries and outputs to and from the latents than S latents to keys and values, although
-        the products of attention are wider then?
+    def _is_absorption_cheaper(self, L: int, S: int) -> bool:
+        """Return whether absorption needs fewer operations: it projects L queries and outputs instead of S keys and
+        values, but the matrix products of attention have width kv_rank instead of the width of a head.
         """
-        both = self.head_dim + self.value_dim
-        return L * self.kv_rank * both + L * S * (2 * self.kv_rank - both) < S * self.kv_rank * both
+        width = self.head_dim + self.value_dim
+        return L * self.kv_rank * width + L * S * (2 * self.kv_rank - width) < S * self.kv_rank * width

@@ -1,4 +1,4 @@
-"""Multi-head attention: `torch.nn.MultiheadAttention` with every word of the library."""
+"""Multi-head attention: `torch.nn.MultiheadAttention` extended by the components of regard."""
 
 from __future__ import annotations
 
@@ -22,38 +22,56 @@ from regard.components.summary import Summary
 from regard.components.tile import Sizes
 from regard.nn.cache import KeyValueCache
 from regard.nn.component import ComponentModule
-from regard.nn.restriction import restrictions, written_out
+from regard.nn.torch_masks import convert_masks, materialize_masks
 
 _NAME = "MultiheadAttention"
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """Attention of several heads, each with its own maps: a drop-in for `torch.nn.MultiheadAttention`, with the same
-    arguments, parameters, defaults and results.
+    """Multi-head attention: a drop-in replacement for `torch.nn.MultiheadAttention`, with the same arguments,
+    parameters, defaults and results.
 
         head_h = attention(query W_h^Q, key W_h^K, value W_h^V)
         output = concat(head_1, ..., head_H) W^O
 
-    Where it differs: memory is linear in length, unless weights are asked for. To ask for them does not change the output,
-    and they are those before dropout. A row that may attend to nothing gives the output map of 0, not NaN.
+    Differences: memory is linear in the sequence length unless weights are requested. Requesting them does not change
+        the
+    output, and they are the weights before dropout. The attention output of a query that may attend to no key is 0, not
+    NaN.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             `torch.nn.MultiheadAttention`.
         score: one of `regard.score`, or a function (q, k) -> scores; the scaled dot product by default.
         normalizer: one of `regard.normalizer`; softmax by default.
-        position: `position.Rotary`, which turns queries and keys, or a bias of the scores, `position.ALiBi` or
+        position: `position.Rotary`, which rotates queries and keys, or a bias of the scores, `position.ALiBi` or
             `position.T5`.
         softcap: scores become softcap * tanh(score / softcap).
-        kv_heads: the number of key/value heads, a divisor of num_heads (grouped queries); num_heads by default. The input
-            map then has embed_dim + 2 * kv_heads * head_dim rows.
+        kv_heads: number of key/value heads, a divisor of num_heads (grouped-query attention); num_heads by default. The
+            input projection then has embed_dim + 2 * kv_heads * head_dim rows.
 
-    The tensors of score, normalizer and position belong to the layer; those that are an `nn.Parameter` learn.
+    The tensors of score, normalizer and position are registered in the layer: an `nn.Parameter` as a parameter, any
+        other
+    tensor as a buffer.
 
-    >>> layer = MultiheadAttention(64, 8, batch_first=True, position=position.Rotary(8), kv_heads=2)
-    >>> out, seen = layer(x, mask=mask.causal(), summary=Summary(entropy=True))
+    >>> layer = regard.nn.MultiheadAttention(16, 4, batch_first=True, position=position.Rotary(4), kv_heads=2)
+    >>> layer.in_proj_weight.shape
+    torch.Size([32, 16])
+    >>> x = torch.randn(2, 5, 16)
+    >>> out, statistics = layer(x, mask=mask.causal(), summary=Summary(max=True))
+    >>> out.shape, statistics.max.shape
+    (torch.Size([2, 5, 16]), torch.Size([2, 4, 5]))
+    >>> statistics.max[:, :, 0].unique()  # the first query attends to a single key
+    tensor([1.], grad_fn=...)
+    >>> peer = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    >>> same = regard.nn.MultiheadAttention(16, 4, batch_first=True)
+    >>> same.load_state_dict(peer.state_dict())
+    <All keys matched successfully>
+    >>> torch.allclose(same(x, x, x)[0], peer(x, x, x)[0], atol=1e-6)
+    True
 
-    Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.2; Ainslie et al., "GQA" (2023), section 2.2.
+    Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.2; Ainslie et al., "GQA" (2023), section
+    2.2.
     """
 
     def __init__(
@@ -76,35 +94,35 @@ class MultiheadAttention(nn.MultiheadAttention):
         softcap: float | None = None,
         kv_heads: int | None = None,
     ) -> None:
-        check.whole(f"{_NAME}: embed_dim", embed_dim, 1)
-        check.whole(f"{_NAME}: num_heads", num_heads, 1)
+        check.integer(f"{_NAME}: embed_dim", embed_dim, 1)
+        check.integer(f"{_NAME}: num_heads", num_heads, 1)
         if embed_dim % num_heads:
             raise ValueError(f"{_NAME}: embed_dim is {embed_dim}; expected a multiple of num_heads, {num_heads}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        self._take(score, normalizer, position, softcap)
+        self._set_components(score, normalizer, position, softcap)
         if kv_heads is not None:
-            self._group(kv_heads)
+            self._resize_key_value_projections(kv_heads)
 
-    def _take(
+    def _set_components(
         self,
         score: AnyScore | None = None,
         normalizer: Normalizer | None = None,
         position: Rotary | Bias | None = None,
         softcap: float | None = None,
     ) -> None:
-        """Take the words; all that this layer has and torch's has not."""
+        """Set the attributes that `torch.nn.MultiheadAttention` does not have."""
         if score is not None and (isinstance(score, type) or not (isinstance(score, Score) or callable(score))):
-            raise check.wrong(f"{_NAME}: score", score, "one of regard.score, or a function (q, k) -> scores", False)
+            raise check.error(f"{_NAME}: score", score, "one of regard.score, or a function (q, k) -> scores", False)
         if normalizer is not None and not isinstance(normalizer, Normalizer):
-            raise check.wrong(f"{_NAME}: normalizer", normalizer, "one of regard.normalizer", False)
+            raise check.error(f"{_NAME}: normalizer", normalizer, "one of regard.normalizer", False)
         if position is not None and not isinstance(position, Rotary | Bias):
             expected = "a position.Rotary, position.ALiBi or position.T5"
-            raise check.wrong(f"{_NAME}: position", position, expected, False)
+            raise check.error(f"{_NAME}: position", position, expected, False)
         if isinstance(position, Rotary) and position.width > self.head_dim:
             expected = f"at most {self.head_dim}, the width of a head"
-            raise ValueError(f"{_NAME}: position turns {position.width} entries; expected {expected}")
+            raise ValueError(f"{_NAME}: position rotates {position.width} elements; expected {expected}")
         if softcap is not None:
             check.positive(f"{_NAME}: softcap", softcap, ", or None")
         self.score = ComponentModule(score) if isinstance(score, Score) else score
@@ -112,12 +130,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.position = ComponentModule(position) if isinstance(position, Bias) else position
         self.softcap = softcap
         self.kv_heads = self.num_heads
-        # Where this is True, the layers of nn.Transformer may compute attention on their own, past this one.
+        # If this is True, the layers of nn.Transformer may bypass `forward` with a fused kernel of their own.
         self._qkv_same_embed_dim = False
 
-    def _group(self, kv_heads: int) -> None:
-        """Make the maps of keys and values as narrow as their heads."""
-        check.whole(f"{_NAME}: kv_heads", kv_heads, 1)
+    def _resize_key_value_projections(self, kv_heads: int) -> None:
+        """Resize the projections of keys and values to kv_heads heads."""
+        check.integer(f"{_NAME}: kv_heads", kv_heads, 1)
         if self.num_heads % kv_heads:
             raise ValueError(f"{_NAME}: kv_heads is {kv_heads}; expected a divisor of num_heads, {self.num_heads}")
         self.kv_heads = kv_heads
@@ -138,11 +156,11 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _widths(self) -> list[int]:
-        """The widths of all heads of q, k and v together."""
+        """Widths of q, k and v, over all their heads."""
         return [self.embed_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
 
     def _reset_parameters(self) -> None:
-        # As torch does it, in the same order, but by the parameters that there are.
+        # As in torch and in the same order, for the parameters that exist.
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             if getattr(self, name) is not None:
                 nn.init.xavier_uniform_(getattr(self, name))
@@ -171,25 +189,26 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Attend.
 
         Args:
-            query: (L, B, embed_dim), or (B, L, embed_dim) with batch_first, which also takes more batch axes; or
-                (L, embed_dim) for one sequence.
-            key: (S, B, kdim), and so on; query by default: self-attention.
-            value: (S, B, vdim), and so on; key by default.
-            key_padding_mask: (B, S), or (S,) for one sequence: bool, True = may not be attended to, or floats that are
-                added to the scores.
-            need_weights: give the weights as well, which takes memory for all of them.
-            attn_mask: (L, S) or (B * num_heads, L, S): bool, True = may not attend, or floats that are added to the
-                scores.
-            average_attn_weights: give their mean over the heads.
-            is_causal: attend causally; an attn_mask beside it is taken for the causal one, and not read.
-            mask: one of `regard.mask`, True = may attend. All masks hold together.
-            summary: what to tell of the weights; need_weights is not looked at then.
-            cache: earlier keys and values. With one that grows, the new queries and keys stand after those of earlier
-                calls, and masks count all keys from the first. A fixed one takes the places of key and value.
+            query: (L, B, embed_dim), or (B, L, embed_dim) with batch_first, which also accepts several batch
+                dimensions; or (L, embed_dim) for one sequence.
+            key: (S, B, kdim), or as for `query`; `query` by default (self-attention).
+            value: (S, B, vdim), or as for `query`; `key` by default.
+            key_padding_mask: (B, S), or (S,) for one sequence: bool, True = may not be attended to, or float, added to
+                the scores.
+            need_weights: whether to return the weights too, which materializes all of them.
+            attn_mask: (L, S) or (B * num_heads, L, S): bool, True = may not attend, or float, added to the scores.
+            average_attn_weights: whether to average the weights over the heads.
+            is_causal: attend causally. As in torch, attn_mask is then assumed to be the causal mask and is not read.
+            mask: one of `regard.mask`, True = may attend (unlike attn_mask). All masks are combined by AND.
+            summary: which statistics of the attention weights to return; need_weights is then ignored.
+            cache: keys and values of earlier calls. New keys are appended to a growing cache; the queries are aligned
+                with the last keys, and masks count keys from the first cached one. A fixed cache replaces key and
+                value.
 
         Returns:
-            The output, of the shape of query, and: `AttentionSummary` with `summary`; otherwise None, or with need_weights the
-            weights (B, L, S), or (B, num_heads, L, S) where they are not averaged. One sequence has no axis B.
+            The output, of the shape of query, and a second value: with `summary` an `AttentionSummary`; otherwise with
+            need_weights the weights (B, L, S), or (B, num_heads, L, S) if not averaged; otherwise None. There is no
+            batch dimension for one sequence.
         """
         if getattr(query, "is_nested", False):
             if key_padding_mask is not None or attn_mask is not None or cache is not None:
@@ -198,11 +217,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value, cache)
         past = 0 if cache is None or cache.fixed else cache.length
         size = Sizes(math.prod(q.shape[:-3]), self.num_heads, self.kv_heads, q.shape[-2], past + k.shape[-2])
-        masks, added = restrictions(size, self._batch(query), key_padding_mask, attn_mask, is_causal, past)
+        masks, added = convert_masks(size, self._batch(query), key_padding_mask, attn_mask, is_causal, past)
         if mask is not None:
             if not isinstance(mask, Mask):
-                expected = "one of regard.mask (a tensor goes into attn_mask, or into mask.dense)"
-                raise check.wrong(f"{_NAME}: mask", mask, expected, False)
+                expected = "one of regard.mask (pass a tensor as attn_mask or as mask.dense(tensor))"
+                raise check.error(f"{_NAME}: mask", mask, expected, False)
             masks.append(mask)
         bias = self.position() if isinstance(self.position, ComponentModule) else None
         if isinstance(self.position, Rotary):
@@ -210,66 +229,66 @@ class MultiheadAttention(nn.MultiheadAttention):
         if cache is not None and not cache.fixed:
             k, v = cache.append(k, v)
         if past and (masks or bias is not None):
-            masks.append(window(align="end"))  # it forbids nothing, and tells the others where the queries stand
+            masks.append(window(align="end"))  # allows everything; sets the alignment of the other masks
         allowed = reduce(and_, masks) if masks else None
         if added:
-            bias = reduce(add, added if bias is None else [*added, written_out(allowed, bias, size, k)[1]])
+            bias = reduce(add, added if bias is None else [*added, materialize_masks(allowed, bias, size, k)[1]])
         if self.bias_k is not None or self.add_zero_attn:
-            k, v, allowed, bias = self._with_own_keys(k, v, allowed, bias, size)
+            k, v, allowed, bias = self._append_learned_keys(k, v, allowed, bias, size)
 
-        asked = Summary(full=True) if summary is None and need_weights else summary
-        words: dict[str, Any] = {
+        requested = Summary(full=True) if summary is None and need_weights else summary
+        arguments: dict[str, Any] = {
             "score": self.score() if isinstance(self.score, ComponentModule) else self.score,
             "normalizer": None if self.normalizer is None else self.normalizer(),
             "softcap": self.softcap,
             "dropout": self.dropout if self.training else 0.0,
         }
-        found: Any = attention(q, k, v, mask=allowed, bias=bias, summary=asked, **words)
-        if asked is None:
-            return self._output(found, query), None
-        heads, seen = found
+        result: Any = attention(q, k, v, mask=allowed, bias=bias, summary=requested, **arguments)
+        if requested is None:
+            return self._output(result, query), None
+        heads, statistics = result
         if query.dim() == 2:
-            seen = _of_one(seen)
+            statistics = _squeeze_batch(statistics)
         if summary is not None:
-            return self._output(heads, query), seen
-        weights = seen.full.mean(-3) if average_attn_weights else seen.full
+            return self._output(heads, query), statistics
+        weights = statistics.full.mean(-3) if average_attn_weights else statistics.full
         return self._output(heads, query), weights.to(heads.dtype)
 
     def remember(self, key: Tensor, value: Tensor | None = None) -> KeyValueCache:
-        """The keys and values of another sequence, mapped once for all: `layer(query, cache=memory)` attends to them.
+        """Project the keys and values of another sequence once, to attend to them by `layer(query, cache=memory)`.
 
         Args:
-            key: (S, B, kdim), or as `forward` takes it.
-            value: (S, B, vdim), and so on; key by default.
+            key: (S, B, kdim), or another shape that `forward` accepts.
+            value: (S, B, vdim), or as for `key`; `key` by default.
         """
-        return KeyValueCache(*self._keys_and_values(key, key if value is None else value), fixed=True)
+        return KeyValueCache(*self._project_keys_values(key, key if value is None else value), fixed=True)
 
     def _project(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, cache: KeyValueCache | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, L, D), keys and values (B, G, S, D)."""
+        """Project to queries (B, H, L, D), keys and values (B, G, S, D)."""
         self._check("query", query, self.embed_dim)
         if cache is not None and cache.fixed:
             if key is not None or value is not None:
-                raise ValueError(f"{_NAME}: cache is fixed, and key or value is given; expected one or the other")
+                raise ValueError(f"{_NAME}: cache is fixed and key or value is given; expected one or the other")
             if isinstance(self.position, Rotary):
-                raise ValueError(f"{_NAME}: cache is fixed, and position is Rotary; expected a cache that grows")
+                raise ValueError(f"{_NAME}: cache is fixed and position is Rotary; expected a growing cache")
             k, v = cache.keys, cache.values
             assert k is not None and v is not None
-            return self._heads(F.linear(query, *self._maps()[0])), k, v
+            return self._split_heads(F.linear(query, *self._projections()[0])), k, v
         key = query if key is None else key
         value = key if value is None else value
         if query is key is value and self.in_proj_weight is not None:
             q, k, v = torch.split(F.linear(query, self.in_proj_weight, self.in_proj_bias), self._widths, -1)
-            return self._heads(q), self._heads(k), self._heads(v)
-        k, v = self._keys_and_values(key, value)
+            return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+        k, v = self._project_keys_values(key, value)
         if self._batch(key) != self._batch(query):
             shapes = f"key has shape {tuple(key.shape)} but query has {tuple(query.shape)}"
             raise ValueError(f"{_NAME}: {shapes}; expected the same batch")
-        return self._heads(F.linear(query, *self._maps()[0])), k, v
+        return self._split_heads(F.linear(query, *self._projections()[0])), k, v
 
-    def _keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, (B, G, S, D) each."""
+    def _project_keys_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Project to keys and values, (B, G, S, D) each."""
         self._check("key", key, self.kdim)
         if key is value and self.in_proj_weight is not None:
             start, bias = self.embed_dim, self.in_proj_bias
@@ -279,13 +298,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             self._check("value", value, self.vdim)
             if value.shape[:-1] != key.shape[:-1]:
                 shapes = f"value has shape {tuple(value.shape)} but key has {tuple(key.shape)}"
-                raise ValueError(f"{_NAME}: {shapes}; expected as many")
-            _, to_k, to_v = self._maps()
+                raise ValueError(f"{_NAME}: {shapes}; expected the same length and batch")
+            _, to_k, to_v = self._projections()
             k, v = F.linear(key, *to_k), F.linear(value, *to_v)
-        return self._heads(k), self._heads(v)
+        return self._split_heads(k), self._split_heads(v)
 
-    def _maps(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Weight and bias of the maps of queries, keys and values."""
+    def _projections(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Return weight and bias of the projections to queries, keys and values."""
         weights: Sequence[Tensor] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases: Sequence[Tensor | None] = (None, None, None)
         if self.in_proj_weight is not None:
@@ -294,8 +313,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             biases = torch.split(self.in_proj_bias, self._widths)
         return list(zip(weights, biases, strict=True))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """(L, B, H * D), (B, L, H * D) or (L, H * D) as (B, H, L, D), a view."""
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """Return a view of (L, B, H * D), (B, L, H * D) or (L, H * D) as (B, H, L, D)."""
         x = x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
         if x.dim() == 3:
             x = x[None]
@@ -304,7 +323,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return x.transpose(-3, -2)
 
     def _output(self, heads: Tensor, query: Tensor) -> Tensor:
-        """The output map of (B, H, L, D), laid out as query is."""
+        """Apply the output projection to (B, H, L, D), and return it in the layout of `query`."""
         x = heads.transpose(-3, -2)
         if query.dim() == 2:
             x = x[0]
@@ -313,38 +332,38 @@ class MultiheadAttention(nn.MultiheadAttention):
         return self.out_proj(x.flatten(-2))  # type: ignore[no-any-return]
 
     def _check(self, name: str, x: Tensor, width: int) -> None:
-        """Raise unless it is a sequence, or a batch of them, of this width."""
-        fits = check.is_floats(x)
+        """Raise unless `x` is a sequence, or a batch of sequences, of this width."""
+        fits = check.is_float_tensor(x)
         if not fits or x.dim() < 2 or (x.dim() > 3 and not self.batch_first) or x.shape[-1] != width:
             n = "L" if name == "query" else "S"
             axes = f"(B, {n}, {width})" if self.batch_first else f"({n}, B, {width})"
-            raise check.wrong(
-                f"{_NAME}: {name}", x, f"floats of shape {axes}, or ({n}, {width}) for one sequence", fits
+            raise check.error(
+                f"{_NAME}: {name}", x, f"a float tensor of shape {axes}, or ({n}, {width}) for one sequence", fits
             )
         dtype = self.out_proj.weight.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{_NAME}: {name} has dtype {x.dtype} but the layer has {dtype}; expected the same")
 
     def _batch(self, x: Tensor) -> tuple[int, ...]:
-        """The axes of the batch of (L, B, E), (B, L, E) or (L, E)."""
+        """Return the batch shape of (L, B, E), (B, L, E) or (L, E)."""
         return tuple(x.shape[:-2] if self.batch_first or x.dim() == 2 else x.shape[1:-1])
 
-    def _with_own_keys(
+    def _append_learned_keys(
         self, k: Tensor, v: Tensor, mask: Mask | None, bias: Tensor | Bias | None, size: Sizes
     ) -> tuple[Tensor, Tensor, Mask | None, Tensor | None]:
-        """Keys of the layer itself after the others: bias_k, and one of zeros. All may attend to them, and nothing is added
-        to their scores: mask and bias are written out, L x S.
+        """Append bias_k and the zero key of add_zero_attn to the keys. All queries may attend to them, without bias, so
+        mask and bias are materialized (L x S) and padded.
         """
-        own = [] if self.bias_k is None or self.bias_v is None else [(self.bias_k, self.bias_v)]
+        extra = [] if self.bias_k is None or self.bias_v is None else [(self.bias_k, self.bias_v)]
         if self.add_zero_attn:
-            own.append((k.new_zeros(1, 1, self._widths[1]),) * 2)
-        table, added = written_out(mask, bias, size, k)
-        for one_k, one_v in own:
-            one_k, one_v = self._heads(one_k).to(k.dtype), self._heads(one_v).to(v.dtype)
-            k = torch.cat([k, one_k.expand(*k.shape[:-2], 1, -1)], -2)
-            v = torch.cat([v, one_v.expand(*v.shape[:-2], 1, -1)], -2)
-        mask = None if table is None else dense(F.pad(table, (0, len(own)), value=True))
-        return k, v, mask, None if added is None else F.pad(added, (0, len(own)))
+            extra.append((k.new_zeros(1, 1, self._widths[1]),) * 2)
+        table, added = materialize_masks(mask, bias, size, k)
+        for extra_k, extra_v in extra:
+            extra_k, extra_v = self._split_heads(extra_k).to(k.dtype), self._split_heads(extra_v).to(v.dtype)
+            k = torch.cat([k, extra_k.expand(*k.shape[:-2], 1, -1)], -2)
+            v = torch.cat([v, extra_v.expand(*v.shape[:-2], 1, -1)], -2)
+        mask = None if table is None else dense(F.pad(table, (0, len(extra)), value=True))
+        return k, v, mask, None if added is None else F.pad(added, (0, len(extra)))
 
     def _attend_nested(
         self,
@@ -356,24 +375,24 @@ class MultiheadAttention(nn.MultiheadAttention):
         mask: Mask | None,
         summary: Summary | None,
     ) -> tuple[Tensor, Any]:
-        """The sequences of a nested tensor, which nn.TransformerEncoder makes of a padded batch in evaluation."""
+        """Attend within the sequences of a nested tensor, which nn.TransformerEncoder creates in eval mode."""
         if not self.batch_first or any(x is not None and x is not query for x in (key, value)):
-            raise ValueError(f"{_NAME}: query is nested; expected batch_first, and no other key and value")
-        n = torch.tensor([len(x) for x in query.unbind()], device=query.device)
-        # What is padded attends to nothing, and nothing attends to it: documents that have nothing else in them.
-        padded = (torch.arange(int(n.max()), device=n.device) >= n[:, None]).long()
+            raise ValueError(f"{_NAME}: query is nested; expected batch_first=True and self-attention")
+        lengths = torch.tensor([len(x) for x in query.unbind()], device=query.device)
+        # Real tokens have query and key id 0. Padding has query id 2 and key id 1, so it matches nothing.
+        padded = (torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]).long()
         real = documents((2 * padded, padded))
         real = real if mask is None else real & mask
-        out, told = self.forward(
+        out, second = self.forward(
             query.to_padded_tensor(0.0), None, None, None, need_weights, None, average_attn_weights, mask=real,
             summary=summary,
         )  # fmt: skip
-        rows = [row[:end] for row, end in zip(out, n.tolist(), strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=query.layout), told
+        rows = [row[:end] for row, end in zip(out, lengths.tolist(), strict=True)]
+        return torch.nested.as_nested_tensor(rows, layout=query.layout), second
 
 
-def _of_one(x: Any) -> Any:
-    """A summary of a batch of one without the axis of the batch."""
+def _squeeze_batch(x: Any) -> Any:
+    """Remove the batch dimension of size 1 from the tensors of a summary."""
     if isinstance(x, tuple):
-        return type(x)(*map(_of_one, x))
+        return type(x)(*map(_squeeze_batch, x))
     return None if x is None else x[0]

@@ -1,8 +1,8 @@
 """Recurrent layers in reduced precision, on CPUs that have no primitive for it.
 
-Under autocast torch hands an `nn.LSTM` on the CPU to oneDNN in bfloat16 or float16. oneDNN has bfloat16 LSTMs for CPUs with
-AVX-512 only, and float16 LSTMs for even fewer; elsewhere the call raises. Here such a layer computes in float32 instead.
-Packed sequences and `nn.GRU` do not go through oneDNN.
+Under autocast torch hands an `nn.LSTM` on the CPU to oneDNN in bfloat16 or float16. oneDNN has bfloat16 LSTMs for CPUs
+with AVX-512 only, and float16 LSTMs for even fewer; elsewhere the call raises. Here such a layer computes in float32
+instead. Packed sequences and `nn.GRU` do not go through oneDNN.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 def run_recurrent(layer: nn.GRU | nn.LSTM, compute: Callable[..., Any], *inputs: Any) -> Any:
     """Return `compute(*inputs)`, which runs the recurrent `layer`.
 
-    Under autocast to a dtype that this CPU has no primitive for, it is computed in float32, and the results are rounded to
-    that dtype, which is the one that autocast would return them in.
+    Under autocast to a dtype that this CPU has no primitive for, compute in float32 and round the results to that
+    dtype, in which autocast would return them.
 
     Args:
         layer: the layer that `compute` runs.
@@ -29,7 +29,7 @@ def run_recurrent(layer: nn.GRU | nn.LSTM, compute: Callable[..., Any], *inputs:
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     weight: Any = layer.weight_ih_l0
-    # Autocast applies to float32 weights. torch has code of its own for weights of other dtypes.
+    # Autocast applies to float32 weights only. For other dtypes torch uses its own implementation.
     applies = dtype is not None and weight.is_cpu and weight.dtype == torch.float32
     if not applies or has_primitive(type(layer).__name__, dtype):
         return compute(*inputs)
@@ -39,9 +39,10 @@ def run_recurrent(layer: nn.GRU | nn.LSTM, compute: Callable[..., Any], *inputs:
 
 @cache
 def has_primitive(kind: str, dtype: torch.dtype | None) -> bool:
-    """Whether this CPU runs a recurrent layer, "LSTM" or "GRU", under autocast to a dtype, in inference and in training.
+    """Return whether this CPU runs a recurrent layer, "LSTM" or "GRU", under autocast to `dtype`, in inference and in
+    training.
 
-    A layer of width 1 is run once per process to find out. If it fails, a warning says so.
+    The first call runs a layer of width 1, and warns if that fails. The result is cached per process.
     """
     layer = getattr(nn, kind)(1, 1)
     try:
@@ -55,12 +56,12 @@ def has_primitive(kind: str, dtype: torch.dtype | None) -> bool:
     return True
 
 
-# The compiler runs it while it traces, and takes the result as a constant.
+# torch.compile calls it while tracing, and treats the result as a constant.
 has_primitive._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cast(x: Any, dtype: torch.dtype | None) -> Any:
-    """The floating-point tensors in x, which is a tensor, None or a tuple of such, in a dtype."""
+    """Cast the floating-point tensors of x, which is a tensor, None or a nested tuple of these."""
     if isinstance(x, tuple):
         return tuple(_cast(part, dtype) for part in x)
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -1,4 +1,4 @@
-"""Have a model that exists already compute its attention here."""
+"""Replacement of the attention of existing models."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def replace_attention(model: M) -> M:
-    """Have all attention of a model computed by `regard`, in place; its outputs stay what they are, within rounding.
+    """Replace all attention of a model by that of `regard`, in place. Outputs stay the same up to rounding.
 
-    Every `nn.MultiheadAttention`, those inside of `nn.Transformer` too, becomes a `regard.nn.MultiheadAttention`: the same
-    object with the same parameters. Subclasses of it are left alone. In models of Hugging Face, the attention
-    implementation becomes "regard", as `model.set_attn_implementation("regard")` does from then on; that serves grouped
-    heads, sliding windows, softcaps, sinks, position biases and caches.
+    Every `nn.MultiheadAttention`, including those in `nn.Transformer`, becomes a `regard.nn.MultiheadAttention`: the
+    same object with the same parameters. Subclasses are not replaced. In Hugging Face models, the attention
+    implementation becomes "regard", as by `model.set_attn_implementation("regard")`, which is available from then on.
+    It supports grouped heads, sliding windows, softcaps, sinks, position biases and caches.
+
+    >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, batch_first=True), 2).eval()
+    >>> x = torch.randn(2, 5, 16)
+    >>> before = model(x)
+    >>> model = regard.nn.replace_attention(model)
+    >>> type(model.layers[0].self_attn).__module__, torch.allclose(model(x), before, atol=1e-5)
+    ('regard.nn.multihead', True)
 
     Args:
         model: any module.
@@ -33,21 +40,21 @@ def replace_attention(model: M) -> M:
         The model.
 
     Raises:
-        ValueError: there is no attention in it that can be replaced, or a Hugging Face model computes its attention by
-            itself, past the interface that implementations are chosen by. Nothing was changed then.
+        ValueError: the model has no attention that can be replaced, or it contains a Hugging Face model whose attention
+            implementation cannot be selected. The model is unchanged then.
     """
     if not isinstance(model, nn.Module):
-        raise check.wrong("replace_attention: model", model, "a torch.nn.Module", False)
+        raise check.error("replace_attention: model", model, "a torch.nn.Module", False)
     layers = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
     pretrained = _pretrained(model)
     if not layers and not pretrained:
         raise ValueError(
-            f"replace_attention: there is no attention in {type(model).__name__} that can be replaced; expected a "
-            "torch.nn.MultiheadAttention, or a model of Hugging Face"
+            f"replace_attention: {type(model).__name__} has no attention that can be replaced; expected a "
+            "torch.nn.MultiheadAttention or a Hugging Face model"
         )
     for layer in layers:
         layer.__class__ = MultiheadAttention
-        cast(MultiheadAttention, layer)._take()
+        cast(MultiheadAttention, layer)._set_components()
     for module in model.modules():
         if layers and isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
@@ -59,53 +66,53 @@ def replace_attention(model: M) -> M:
 
 
 def _pretrained(model: nn.Module) -> list[Any]:
-    """The Hugging Face models in a model that have attention. Raise where one cannot be told to use ours."""
+    """Return the Hugging Face models in `model`. Raise if the attention of one cannot be selected."""
     if "transformers" not in sys.modules:
-        return []  # then no object of its classes exists
+        return []  # no object of its classes can exist
     from transformers import PreTrainedModel
 
-    found, refused = [], []
+    found, unsupported = [], []
     for part in model.modules():
         kind = type(part)
         if isinstance(part, PreTrainedModel) and any(_is_attention(inner, kind) for inner in part.modules()):
             found.append(part)
             if not (part._can_set_attn_implementation() and (part._supports_sdpa or part._supports_attention_backend)):
-                refused.append(kind.__name__)
-    if refused:
+                unsupported.append(kind.__name__)
+    if unsupported:
         raise ValueError(
-            f"replace_attention: {' and '.join(dict.fromkeys(refused))} cannot be told how to compute attention; expected "
-            "models that go by the AttentionInterface of transformers"
+            f"replace_attention: {' and '.join(dict.fromkeys(unsupported))} cannot select an attention "
+            "implementation; expected models that use the AttentionInterface of transformers"
         )
     return found
 
 
 def _is_attention(module: nn.Module, model: type) -> bool:
-    """Is it a layer of attention that was written for this class of models?"""
+    """Return whether `module` is an attention layer defined in the same file as the class `model`."""
     return "Attention" in type(module).__name__ and type(module).__module__ == model.__module__
 
 
 def _register() -> None:
-    """Make "regard" an implementation of attention that models of Hugging Face may be set to."""
+    """Register the attention implementation "regard" with transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register("regard", _attend)
-    # Without this one, models would drop the masks of padded tokens, and say nothing.
-    AttentionMaskInterface.register("regard", _mask)
+    # Without a mask function, models would silently drop the masks of padded tokens.
+    AttentionMaskInterface.register("regard", _make_mask)
 
 
-def _mask(*, allow_is_causal_skip: bool = True, **words: Any) -> Tensor | None:
-    """The mask as torch's attention takes it: bool (B, 1, L, S), True = may attend; None where all may attend, and for a
-    causal mask with as many queries as keys, or one query.
+def _make_mask(*, allow_is_causal_skip: bool = True, **arguments: Any) -> Tensor | None:
+    """Return the mask as for torch's attention: bool (B, 1, L, S), True = may attend. Return None if all keys may be
+    attended to, and for a causal mask with as many queries as keys or with one query.
     """
     from transformers.masking_utils import sdpa_mask
 
-    plain = words["q_length"] in (1, words["kv_length"])
-    mask: Tensor | None = sdpa_mask(allow_is_causal_skip=allow_is_causal_skip and plain, **words)
+    can_skip = arguments["q_length"] in (1, arguments["kv_length"])
+    mask: Tensor | None = sdpa_mask(allow_is_causal_skip=allow_is_causal_skip and can_skip, **arguments)
     return mask
 
 
-# What some models hand to implementations that know it, and build into the mask for torch's.
-_UNKNOWN = ("indices", "block_indices", "sinks")
+# Arguments that some models pass to implementations that support them, and otherwise include in the mask.
+_UNSUPPORTED = ("indices", "block_indices", "sinks")
 
 
 def _attend(
@@ -124,16 +131,19 @@ def _attend(
     output_attentions: bool | None = False,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as models of Hugging Face call it: queries (B, H, L, D), keys (B, G, S, D) and values (B, G, S, E).
+    """Compute attention with the signature of Hugging Face: queries (B, H, L, D), keys (B, G, S, D), values (B, G, S,
+    E).
 
     Returns:
-        The output (B, L, H, E), and, with `output_attentions`, the weights before dropout, (B, H, L, S).
+        The output (B, L, H, E), and with `output_attentions` the weights before dropout (B, H, L, S), otherwise None.
     """
-    unknown = [name for name in _UNKNOWN if others.get(name) is not None] + ["cache"] * (cache is not None)
-    if unknown:
+    unsupported_arguments = [name for name in _UNSUPPORTED if others.get(name) is not None] + ["cache"] * (
+        cache is not None
+    )
+    if unsupported_arguments:
         raise ValueError(
-            f"regard as the attention of {type(module).__name__}: it is asked for {', '.join(unknown)}, which it does not "
-            'have; expected a model, or a way to run it, that does without: set_attn_implementation("sdpa")'
+            f"regard as the attention of {type(module).__name__}: {', '.join(unsupported_arguments)} is not supported; "
+            'expected a model without it, or another implementation: set_attn_implementation("sdpa")'
         )
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries
@@ -148,14 +158,14 @@ def _attend(
         bias = attention_mask if bias is None else bias + attention_mask
     else:
         mask = dense(attention_mask.bool())
-    words: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "score": None if scaling is None else ScaledDot(scaling),
         "normalizer": None if s_aux is None else Softmax(s_aux),
     }
-    words |= {"mask": mask, "bias": bias, "softcap": softcap, "dropout": dropout}
+    arguments |= {"mask": mask, "bias": bias, "softcap": softcap, "dropout": dropout}
     if not output_attentions:
-        return attention(query, key, value, **words).transpose(1, 2).contiguous(), None
-    out, seen = attention(query, key, value, **words, summary=Summary(full=True))
-    weights = seen.full
+        return attention(query, key, value, **arguments).transpose(1, 2).contiguous(), None
+    out, statistics = attention(query, key, value, **arguments, summary=Summary(full=True))
+    weights = statistics.full
     assert weights is not None
     return out.transpose(1, 2).contiguous(), weights.to(query.dtype)

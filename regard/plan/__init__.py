@@ -1,1 +1,1 @@
-"""A checked call, split into the plan, a frozen record, and its tensors."""
+"""Checked calls, split into a frozen plan and tensors."""

@@ -1,4 +1,4 @@
-"""The arguments of a call, checked one by one. Every error is raised here, or by the word that it is about."""
+"""Check the arguments of a call one by one. Errors are raised here, or by `check` of a component."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from regard.components.tile import Align, Sizes
 
 _AXES = {"q": "(..., H, L, D)", "k": "(..., G, S, D)", "v": "(..., G, S, E)"}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# The words that are told by their fields alone. A user's own may ask anything when they are checked.
+# Components whose `check` depends on their fields only. `check` of a user's class may depend on anything.
 CACHEABLE = frozenset(
     kind
     for module in (mask, normalizer, position, score, summary)
@@ -41,31 +41,31 @@ _ABSTRACT = (Score, Normalizer, Mask, Bias)
 
 
 def check_component(name: str, component: Any, kind: type[C], device: torch.device) -> C:
-    """Raise unless it is a word of its kind, with its tensors beside q."""
+    """Return `component`; raise unless it is an instance of `kind` with its tensors on the device of q."""
     if not isinstance(component, kind) or type(component) in _ABSTRACT:
-        raise check.wrong(name, component, _EXPECTED[kind] + _hint(component, kind), False)
+        raise check.error(name, component, _EXPECTED[kind] + _hint(component, kind), False)
     _check_devices(name, component, device)
     return component
 
 
 def _hint(value: object, kind: type[Any]) -> str:
-    """What may have been meant."""
+    """Return a hint at what was probably meant, or an empty string."""
     if isinstance(value, type) and issubclass(value, kind) and value not in _ABSTRACT:
         return f" (an object of this class: {value.__name__}(...))"
-    if kind is Mask and check.is_floats(value):
-        return " (what is added to the scores goes into bias=)"
+    if kind is Mask and check.is_float_tensor(value):
+        return " (a float mask that is added to the scores goes into bias=)"
     if kind is Mask and isinstance(value, Tensor):
-        return ", or mask.dense(tensor) for a tensor of bools, True = may attend"
-    if kind is Bias and check.is_bools(value):
-        return " (bools go into mask=mask.dense(tensor), True = may attend)"
+        return ", or mask.dense(tensor) for a bool tensor, True = may attend"
+    if kind is Bias and check.is_bool_tensor(value):
+        return " (a bool tensor goes into mask=mask.dense(tensor), True = may attend)"
     if kind is Bias and isinstance(value, torch.nn.Module):
-        return " (the modules of regard.position are called before, on the input or on q and k)"
+        return " (call modules of regard.position on the input, or on q and k)"
     return ""
 
 
 def _check_devices(name: str, component: Any, device: torch.device) -> None:
-    """Raise where a tensor of a word is on another device than q: to move it would cost a copy in every call. As
-    everywhere in torch, a number in a tensor of shape () on the CPU goes with any device.
+    """Raise if a tensor of a component is on another device than q: moving it would cost a copy per call. As everywhere
+    in torch, a tensor of shape () on the CPU is compatible with any device.
     """
     for field, value in vars(component).items():
         if isinstance(value, Tensor):
@@ -76,13 +76,14 @@ def _check_devices(name: str, component: Any, device: torch.device) -> None:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q, k and v have compatible shapes, dtypes and devices."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
             nested = isinstance(x, Tensor) and x.is_nested
-            hint = " (pad it and give mask.lengths, or pack it and give mask.documents)" if nested else ""
-            raise check.wrong(name, x, f"an ordinary dense tensor {_AXES[name]}{hint}", False)
+            hint = " (pad it and use mask.lengths, or pack it and use mask.documents)" if nested else ""
+            raise check.error(name, x, f"a strided tensor {_AXES[name]}{hint}", False)
         if x.dim() < 2:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected at least two axes, {_AXES[name]}")
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected at least two dimensions, {_AXES[name]}")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name} has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
     for name, x in (("k", k), ("v", v)):
@@ -91,12 +92,15 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device} but q is on {q.device}; expected the same")
         if x.dim() != q.dim():
-            raise ValueError(f"{name} has shape {tuple(x.shape)} but q has {tuple(q.shape)}; expected as many axes")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} but q has {tuple(q.shape)}; expected as many dimensions"
+            )
         batch = slice(None, -3) if q.dim() > 3 else slice(None, -2)
         for got, expected in zip(x.shape[batch], q.shape[batch], strict=True):
             if got not in (1, expected):
                 raise ValueError(
-                    f"{name} has shape {tuple(x.shape)}; expected the batch axes of q, {tuple(q.shape[batch])}, or 1"
+                    f"{name} has shape {tuple(x.shape)}; expected the batch dimensions of q, {tuple(q.shape[batch])}, "
+                    "or 1"
                 )
     if q.dim() > 3:
         H, G = q.shape[-3], k.shape[-3]
@@ -118,7 +122,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(L, D) -> (1, 1, L, D); (B, L, D) -> (B, 1, L, D); (X, Y, H, L, D) -> (X*Y, H, L, D). Batch axes of 1 expand."""
+    """Reshape (L, D) to (1, 1, L, D), (B, L, D) to (B, 1, L, D), and (X, Y, H, L, D) to (X*Y, H, L, D). Batch
+    dimensions of size 1 are expanded.
+    """
     if q.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
         return q, k, v
     if q.dim() == 2:
@@ -134,27 +140,28 @@ def four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_seed(dropout: float, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """Check dropout and seed; return the seed as an int64 tensor of shape (), drawn at random if it is None."""
     if not check.is_number(dropout) or not 0.0 <= dropout <= 1.0:
-        expected = "the chance that a weight is dropped, a number from 0 to 1"
-        raise check.wrong("dropout", dropout, expected, check.is_number(dropout))
+        expected = "a probability from 0 to 1"
+        raise check.error("dropout", dropout, expected, check.is_number(dropout))
     if seed is None:
         return torch.randint(-(1 << 63), (1 << 63) - 1, (), device=device)
-    expected = "an int of 64 bits, an int64 tensor of shape (), or None to draw one"
+    expected = "a 64-bit integer, an int64 tensor of shape (), or None to draw one"
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim():
-            raise check.wrong("seed", seed, expected, seed.dtype == torch.int64)
+            raise check.error("seed", seed, expected, seed.dtype == torch.int64)
         if seed.device != device and seed.device.type != "cpu":
             raise ValueError(f"seed is on {seed.device} but q is on {device}; expected the same")
         return seed
     if not check.is_int(seed) or not -(1 << 63) <= seed < 1 << 63:
-        raise check.wrong("seed", seed, expected, check.is_int(seed))
+        raise check.error("seed", seed, expected, check.is_int(seed))
     return torch.tensor(seed, device=device)
 
 
 def four_axis_bias(bias: Any, lead: Sequence[int], size: Sizes) -> Tensor:
-    """A tensor that is added to the scores, in four axes."""
-    if not check.is_floats(bias):
-        raise check.wrong("bias", bias, _EXPECTED[Bias] + _hint(bias, Bias), False)
+    """Return a bias tensor with four dimensions, which broadcast to (B, H, L, S)."""
+    if not check.is_float_tensor(bias):
+        raise check.error("bias", bias, _EXPECTED[Bias] + _hint(bias, Bias), False)
     axes = (*lead, size.L, size.S)
     if bias.dim() > max(4, len(axes)) or (bias.dim() > len(axes) and bias.shape[0] not in (1, size.B)):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected one that broadcasts to {axes}")
@@ -170,7 +177,9 @@ def four_axis_bias(bias: Any, lead: Sequence[int], size: Sizes) -> Tensor:
 
 
 def resolve_alignment(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[Mask | None, Bias | None]:
-    """Give words without an alignment the one that the others name; refuse to guess where it matters."""
+    """Set the missing `align` of parts of mask and bias to that of the other parts; raise if it is ambiguous and L !=
+    S.
+    """
     found: list[Align] = []
     for component in (mask, bias):
         _aligns(component, found)
@@ -182,14 +191,14 @@ def resolve_alignment(mask: Mask | None, bias: Bias | None, size: Sizes) -> tupl
     name = "mask" if mask is not None and None in _aligns(mask, []) else "bias"
     if any(align != named[0] for align in named):
         raise ValueError(
-            f"{name}: a part of it has no align, and the others name {', '.join(sorted(map(repr, set(named))))}; "
-            "expected an align in each part, or the same in all that name one"
+            f"{name}: a part of it has no align, and the others have {', '.join(sorted(map(repr, set(named))))}; "
+            "expected an align in each part, or the same in all others"
         )
     if not named:
         raise ValueError(
-            f'{name}: with L = {size.L} queries and S = {size.S} keys, say where the queries stand: align="start" puts '
-            'query 0 beside key 0 (as is_causal of torch), align="end" the last query beside the last key (decoding '
-            "with a cache), and an int n puts query 0 beside key n"
+            f'{name}: align is required with L = {size.L} queries and S = {size.S} keys: "start" aligns query 0 with key '
+            '0 (as is_causal of torch), "end" aligns the last query with the last key (decoding with a cache), and an int '
+            "n aligns query 0 with key n"
         )
     return _with_align(mask, named[0]), _with_align(bias, named[0])
 

@@ -1,4 +1,4 @@
-"""From the arguments of a call to a `Problem`: check, reduce the score, split into plan and tensors."""
+"""Build the `Problem` of a call: check the arguments, reduce the score, split into plan and tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from regard.plan.arguments import (
 from regard.plan.nonfinite import AllFinite
 from regard.plan.problem import Plan, Problem, sizes
 
-# The components that serve where none is given: made once.
+# Default components, created once.
 _SCALED_DOT, _SOFTMAX, _NO_SUMMARY = ScaledDot(), Softmax(), Summary()
 
 
@@ -49,14 +49,17 @@ def make_problem(
     masks_nonfinite: bool = False,
     quick: AllFinite | None = None,
 ) -> Problem:
-    """Check a call of `attention` and split it into plan and tensors. Raises ValueError or TypeError, by argument.
+    """Check the arguments of `attention` and split them into a plan and tensors.
 
     Args:
-        masks_nonfinite: the backend that will serve masks nonfinite values itself.
-        quick: a faster way than torch's to find out that q, k and v are finite.
+        masks_nonfinite: whether the backend that runs the problem masks nonfinite values itself.
+        quick: a fast check that q, k and v are finite.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid.
     """
-    # The bias comes just before the summary: below, a tensor as a bias is the last of those before `Entry.stop`.
-    key, found = cache.make_key((q, k, v, softcap, dropout, score, normalizer, mask, bias, summary))
+    # The bias comes directly before the summary, so a bias tensor is the last one before `Entry.stop`.
+    key, call_tensors = cache.make_key((q, k, v, softcap, dropout, score, normalizer, mask, bias, summary))
     entry = cache.get(key)
     if entry is None:
         check_tensors(q, k, v)
@@ -72,30 +75,30 @@ def make_problem(
         size = sizes(*x[:2])
         score, normalizer, summary = _check_components(x, score, normalizer, summary, softcap)
         mask, bias = _check_mask_and_bias(mask, bias, lead, size, q.device)
-        others, last = _tensors_of((normalizer, mask, bias)), _tensors_of(summary)
+        component_tensors, summary_tensors = _tensors_of((normalizer, mask, bias)), _tensors_of(summary)
     else:
         score = score if isinstance(score, Score) else _SCALED_DOT
-        others, last = found[entry.start : entry.stop], found[entry.stop :]
+        component_tensors, summary_tensors = call_tensors[entry.start : entry.stop], call_tensors[entry.stop :]
         if isinstance(bias, Tensor):
-            others[-1] = four_axis_bias(bias, lead, sizes(*x[:2]))
+            component_tensors[-1] = four_axis_bias(bias, lead, sizes(*x[:2]))
     flags: tuple[Tensor, ...] = ()
     if not is_finite:
         flag_q, flag_k, flag_v = nonfinite.find(*x)
         x, flags = nonfinite.clear(score, x, (flag_q, flag_k, flag_v)), (flag_q, flag_k | flag_v)
-    given, reduced = score, score
+    original, reduced = score, score
     if entry is None or not entry.is_unchanged:
         new_q, new_k, reduced = score.reduce(x[0], x[1])
         x, flags = (
             (new_q, new_k, _with_heads_of(new_k, x[2])),
             (*flags[:1], *[_with_heads_of(new_k, y) for y in flags[1:]]),
         )
-    dropped = [seed] if isinstance(seed, Tensor) and dropout else []
+    seeds = [seed] if isinstance(seed, Tensor) and dropout else []
     tensors = [
         *x,
         *([] if entry is not None and entry.is_unchanged else _tensors_of(reduced)),
-        *others,
-        *dropped,
-        *last,
+        *component_tensors,
+        *seeds,
+        *summary_tensors,
         *flags,
     ]
 
@@ -114,10 +117,10 @@ def make_problem(
         *(flags or (None, None)),
     )
     plan = split(plan, list(x))
-    name = type(given).__name__
+    name = type(original).__name__
     if key is not None and not flags:
         is_unchanged = all(a is b for a, b in zip(x, (q, k, v), strict=True)) and not slots(plan.score)
-        start, stop = 3 + len(_tensors_of(given)), len(found) - len(last)
+        start, stop = 3 + len(_tensors_of(original)), len(call_tensors) - len(summary_tensors)
         cache.put(key, cache.Entry(plan, name, is_unchanged, start, stop))
     return Problem(plan, _move_scalars(plan, tensors), lead, name)
 
@@ -166,12 +169,14 @@ def _tensors_of(component: Any) -> list[Tensor]:
 
 
 def _with_heads_of(k: Tensor, x: Tensor) -> Tensor:
-    """Return x (B, G, ...) with as many heads as k: a parameter per query head makes a key per query head."""
+    """Repeat the heads of x (B, G, ...) to match k: a score with parameters per query head makes keys per query
+    head.
+    """
     return x if x.shape[1] == k.shape[1] else expand_heads(x, k.shape[1] // x.shape[1])
 
 
 def _move_scalars(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Move tensors of shape () to the device of q; what a user's function closes over stays where the function expects it."""
+    """Move tensors of shape () to the device of q, except those captured by a function of the user."""
     if len(tensors) == 3:
         return tuple(tensors)
     device = tensors[0].device

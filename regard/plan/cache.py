@@ -1,7 +1,8 @@
 """Plan cache, keyed by everything in a call except the contents of its tensors.
 
-For a short sequence, checking a call takes longer than computing it. So what a component's `check` decides, and what a backend
-derives from a plan, may depend on the fields of components and on the shapes, dtypes, layouts and devices of tensors only.
+For short sequences, checking a call takes longer than computing it. Therefore `check` of components, and everything
+that a backend derives from a plan, depend only on the fields of components and on the shapes, dtypes, layouts and
+devices of tensors.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Entry(NamedTuple):
-    """The result of a call that was checked before."""
+    """The result of checking a call."""
 
     plan: Plan
     score_name: str
-    is_unchanged: bool  # q, k and v are those of the call, and the score holds no tensor
-    start: int  # of all tensors of the call, those from here on belong to the components after the score
-    stop: int  # and from here on, to the summary
+    is_unchanged: bool  # q, k and v are those of the call, and the score contains no tensor
+    start: int  # index of the first tensor of the components after the score, among all tensors of the call
+    stop: int  # index of the first tensor of the summary
 
 
 _entries: dict[tuple[Any, ...], Entry] = {}
@@ -37,10 +38,10 @@ _derived: list[Any] = []
 
 
 def make_key(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Tensor]]:
-    """Return the key of a call's arguments, and their tensors in order; None where the call cannot be cached."""
+    """Return the key of a call's arguments and their tensors in order; the key is None if the call cannot be cached."""
     key: list[Any] = []
     tensors: list[Tensor] = []
-    # While a graph is traced, sizes are symbols or tensors, which are good for this call alone.
+    # While a graph is traced, sizes are symbols or tensors, which are valid for this call only.
     traced = torch.compiler.is_compiling() or torch._C._is_tracing()
     readable = not traced and append_key(arguments, CACHEABLE, key, tensors)
     return tuple(key) if readable else None, tensors
@@ -52,21 +53,21 @@ def get(key: tuple[Any, ...] | None) -> Entry | None:
 
 
 def put(key: tuple[Any, ...], entry: Entry) -> None:
-    """Keep an entry. A full cache is emptied first."""
+    """Store an entry. A full cache is cleared first."""
     if len(_entries) >= _MAX_ENTRIES:
         _entries.clear()
     _entries[key] = entry
 
 
-def derived(function: F) -> F:
-    """Cache the results of a function of plans, shapes and the like, until `clear` is called."""
-    cached = lru_cache(_MAX_ENTRIES)(function)
+def derived(function: F, max_entries: int = _MAX_ENTRIES) -> F:
+    """Decorate a function of plans and shapes to cache its results until `clear` is called."""
+    cached = lru_cache(max_entries)(function)
     _derived.append(cached)
     return cached  # type: ignore[return-value]
 
 
 def clear() -> None:
-    """Forget all calls, and everything that was derived from their plans. Results do not change; the next calls take longer."""
+    """Clear the cache of plans, and of everything derived from them. Only affects the time of the next calls."""
     _entries.clear()
     for cached in _derived:
         cached.cache_clear()

@@ -1,14 +1,14 @@
-"""Nonfinite values under a mask: the one policy of all backends.
+"""Nonfinite values under a mask: the policy of all backends.
 
-What is masked out reaches no output and no gradient, not even NaN or inf. A product cannot give that by itself, since 0 * NaN
-is NaN. There are two ways:
+Masked keys and values must not reach an output or a gradient, not even if they are NaN or inf. Matrix products alone do
+not guarantee this, since 0 * NaN is NaN. There are two ways:
 
-- The backend masks nonfinite values itself (`Backend.masks_nonfinite`), and gets q, k and v as they are.
-- For every other backend the problem holds flags, which queries (B, H, L) and keys or values (B, G, S) are nonfinite. Products
-  see zeros there (`zero_nonfinite`), and the scores of pairs that may attend are NaN (`nan_scores`), so that a row that
-  attends to a nonfinite key, or whose query is nonfinite, is NaN.
+- The backend masks nonfinite values itself (`Backend.masks_nonfinite`), and gets q, k and v unchanged.
+- For other backends, the problem has flags of the queries (B, H, L) and the keys or values (B, G, S) that are
+  nonfinite. These are replaced by zeros in products (`zero_nonfinite`), and the scores of their unmasked pairs are NaN
+  (`nan_scores`), so that rows that attend to a nonfinite key or value, or whose query is nonfinite, are NaN.
 
-Without a mask nothing is looked for: arithmetic gives the same result.
+Calls without a mask are not checked: plain arithmetic gives the same result.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from regard.components.tensor_ops import expand_heads
 from regard.components.tile import Tile
 from regard.plan.problem import Plan
 
-# Whether q, k and v hold neither NaN nor inf; False where that is not known.
+# Whether q, k and v contain neither NaN nor inf; False if unknown.
 AllFinite = Callable[[Tensor, Tensor, Tensor], bool]
-# Scores that take q and k as they are. Every other score would spread a nonfinite value before a backend sees it.
+# Scores that use q and k unchanged. Other scores propagate nonfinite values before a backend sees them.
 _UNREDUCED_SCORES = (ScaledDot, Dot)
 
 
 def can_be_left(score: Any) -> bool:
-    """Whether a score leaves nonfinite values where they are, for a backend that masks them itself."""
+    """Return whether a score does not propagate nonfinite values, so that a backend can mask them itself."""
     return score is None or type(score) in _UNREDUCED_SCORES
 
 
 def find(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which vectors of q (..., L, D), k (..., S, D) and v (..., S, E) hold NaN or inf."""
-    found_q, found_k, found_v = (_holds_nonfinite(x.detach()) for x in (q, k, v))
-    return found_q, found_k, found_v
+    """Return which vectors of q (..., L, D), k (..., S, D) and v (..., S, E) contain NaN or inf."""
+    is_nonfinite_q, is_nonfinite_k, is_nonfinite_v = (_has_nonfinite(x.detach()) for x in (q, k, v))
+    return is_nonfinite_q, is_nonfinite_k, is_nonfinite_v
 
 
-def clear(score: Any, tensors: Sequence[Tensor], found: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return q, k and v with zeros where nonfinite values were found, if the score would spread them."""
+def clear(score: Any, tensors: Sequence[Tensor], flags_qkv: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Replace nonfinite vectors of q, k and v by zeros if the score would propagate them."""
     if type(score) in _UNREDUCED_SCORES:
         return tensors
-    return [x.masked_fill(flags[..., None], 0.0) for x, flags in zip(tensors, found, strict=True)]
+    return [x.masked_fill(flags[..., None], 0.0) for x, flags in zip(tensors, flags_qkv, strict=True)]
 
 
 def flag_nonfinite(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Plan, Sequence[Tensor]]:
-    """Return the problem with flags at its nonfinite values, for a backend that does not mask these itself."""
+    """Return the problem with flags of its nonfinite values, for a backend that does not mask these itself."""
     if plan.mask is None or plan.nonfinite_q is not None:
         return plan, tensors
-    found_q, found_k, found_v = find(*tensors[:3])
+    is_nonfinite_q, is_nonfinite_k, is_nonfinite_v = find(*tensors[:3])
     plan = replace(plan, nonfinite_q=Slot(len(tensors)), nonfinite_k=Slot(len(tensors) + 1))
-    return plan, (*tensors, found_q, found_k | found_v)
+    return plan, (*tensors, is_nonfinite_q, is_nonfinite_k | is_nonfinite_v)
 
 
 def zero_nonfinite(plan: Plan, tensors: Sequence[Tensor], values: Sequence[Any] | None = None) -> Sequence[Any]:
-    """Return the tensors of a problem with zeros for the queries, keys and values that are flagged.
+    """Return the tensors of a problem with zeros in flagged queries, keys and values.
 
     With `values`, such as gradients of the tensors, these are returned with the same zeros instead; each may be None.
     """
@@ -87,7 +87,7 @@ def nan_scores(plan: Plan, s: Tensor, tile: Tile) -> Tensor:
 
 
 def nan_causal_rows(plan: Plan, out: Tensor, keys: int) -> Tensor:
-    """Return the output (B, H, L, E) of a causal mask, query 0 beside key 0, with NaN in the rows that attend to what is flagged.
+    """Set rows of the output (B, H, L, E) that attend to flagged keys to NaN, for a causal mask with query 0 at key 0.
 
     The plan is filled; `keys` is S.
     """
@@ -100,17 +100,17 @@ def nan_causal_rows(plan: Plan, out: Tensor, keys: int) -> Tensor:
 
 
 def any_flagged(plan: Plan, tensors: Sequence[Tensor]) -> bool:
-    """Whether any flag of a problem is set. Reads values of tensors."""
+    """Return whether any flag of a problem is set. Reads values of tensors."""
     if plan.nonfinite_q is None:
         return False
     return any(bool(tensors[slot.index].any()) for slot in (plan.nonfinite_q, plan.nonfinite_k))
 
 
 def are_finite(tensors: Sequence[Tensor], quick: AllFinite | None) -> bool:
-    """Whether q, k and v hold neither NaN nor inf; False where that is not cheap to know.
+    """Return whether q, k and v contain neither NaN nor inf; False if that is expensive to determine.
 
-    `quick` is asked first. Then one sum per tensor decides, since NaN and inf stay in it; a sum that overflows returns False,
-    which costs time and nothing else.
+    `quick` is tried first, then one sum per tensor, which NaN and inf propagate to. If a sum overflows, the result is
+    False; this costs time, but changes no result.
     """
     if quick is not None and quick(*tensors):
         return True
@@ -118,14 +118,12 @@ def are_finite(tensors: Sequence[Tensor], quick: AllFinite | None) -> bool:
         return False
     try:
         return all(math.isfinite(float(x.detach().sum())) for x in tensors)
-    except RuntimeError:  # inside torch.func.vmap no value can be read
+    except RuntimeError:  # torch.func.vmap does not allow reading values
         return False
 
 
-def _holds_nonfinite(x: Tensor) -> Tensor:
-    """Which vectors (..., D) hold NaN or inf. The largest absolute value decides: one pass, where asking each element takes
-    three.
-    """
+def _has_nonfinite(x: Tensor) -> Tensor:
+    """Return which vectors (..., D) contain NaN or inf, by their largest absolute value: one pass instead of three."""
     if not x.shape[-1]:
         return torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
     size: Tensor = torch.linalg.vector_norm(x, torch.inf, -1)

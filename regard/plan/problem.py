@@ -1,10 +1,10 @@
-"""A checked call: the plan, a frozen record, and its tensors.
+"""A checked call: a frozen plan and its tensors.
 
-The axis legend, used everywhere:
+Names of dimensions, used everywhere:
 
     B  batch rows            L  queries           D  width of a score (q and k)
     H  query heads           S  keys              E  width of a value
-    G  key/value heads       H is a multiple of G: H/G query heads share each of them (grouped queries)
+    G  key/value heads       H is a multiple of G: H/G query heads share a key/value head (grouped-query attention)
 
     q (B, H, L, D)    k (B, G, S, D)    v (B, G, S, E)    ->    output (B, H, L, E)
 """
@@ -38,9 +38,7 @@ class Plan:
     dropout: float
     seed: Any  # Slot, or int64 of shape () once filled; None without dropout
     summary: Summary
-    nonfinite_q: (
-        Any  # Slot, or bool (B, H, L): queries with NaN or inf, see `plan.nonfinite`; None where there are none
-    )
+    nonfinite_q: Any  # Slot, or bool (B, H, L) once filled: queries with NaN or inf, see `plan.nonfinite`; or None
     nonfinite_k: Any  # the same for keys and their values, (B, G, S)
 
     @property
@@ -49,7 +47,7 @@ class Plan:
         return ("out", *self.summary.outputs)
 
     def named(self, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Return the gradients of the outputs by name, without those that are zero; indices of keys have none."""
+        """Return the gradients of the outputs by name, without those that are None and that of `top_keys`."""
         pairs = zip(self.outputs, gradients, strict=True)
         return {name: g for name, g in pairs if g is not None and name != "top_keys"}
 
@@ -58,7 +56,7 @@ class Plan:
 
     @cached_property
     def _hash(self) -> int:
-        # Backends look up plans in every call: the components are hashed once.
+        # Backends look up plans in every call, so the hash is cached.
         return hash(tuple([getattr(self, name) for name in self.__dataclass_fields__]))
 
 
@@ -67,16 +65,16 @@ class Problem(NamedTuple):
 
     plan: Plan
     tensors: tuple[Tensor, ...]
-    lead: Sequence[int]  # the axes of the user's q before (L, D)
-    score_name: str  # the class of the score that was asked for, before it was reduced
+    lead: Sequence[int]  # the leading dimensions of the user's q, before (L, D)
+    score_name: str  # the class of the score before it was reduced
 
     def restore(self, x: Tensor) -> Tensor:
-        """Give an output (B, H, ...) the leading axes that q came with."""
+        """Reshape an output (B, H, ...) to the leading dimensions of the user's q."""
         if len(self.lead) == 2:
             return x
         return x.reshape(*self.lead, *x.shape[2:])
 
 
 def sizes(q: Tensor, k: Tensor) -> Sizes:
-    """Return the sizes of a problem in four axes."""
+    """Return the sizes of a problem from q (B, H, L, D) and k (B, G, S, D)."""
     return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])

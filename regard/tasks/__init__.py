@@ -1,1 +1,1 @@
-"""What attention is for, from files to predictions: sequence to sequence, a label a word, a label a text."""
+"""Tasks from files to predictions: sequence to sequence, one label per word, one label per text."""

@@ -1,4 +1,4 @@
-"""Classify: a label for a text, such as whether a review is good."""
+"""Text classification, such as the sentiment of reviews."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard import deprecated
 from regard.components.summary import Summary
 from regard.models.classifier import Classifier
-from regard.tasks import tag
-from regard.tasks.batch import deal
-from regard.tasks.data import DataError, Labelled
-from regard.tasks.task import Task, Tell, quiet
+from regard.tasks.batch import make_batches
+from regard.tasks.data import DataError, Labeled
+from regard.tasks.tag import TagSettings
+from regard.tasks.task import ProgressCallback, Task, ignore_progress
 from regard.tasks.tokens import Tokens
 from regard.tasks.words import learn_tokens, spell, words_of
 
@@ -23,96 +24,115 @@ _BATCH = 8192
 
 
 @dataclass(frozen=True)
-class Settings(tag.Settings):
-    """What fixes the model: the same as of `tag`."""
+class ClassifySettings(TagSettings):
+    """Configuration of the model, with the fields of `TagSettings`."""
 
     layers: int = 1
     dropout: float = 0.5
 
 
-class Encoded(NamedTuple):
-    """A text's words, and the number of its label."""
+class EncodedText(NamedTuple):
+    """The words of a text, and the index of its label."""
 
     words: list[str]
     label: int
 
 
 class Classification(NamedTuple):
-    """What the model makes of a text."""
+    """The prediction for a text."""
 
     label: str
-    chances: dict[str, float]  # of every label
+    chances: dict[str, float]  # probability of every label
     words: list[str]
-    weights: Tensor  # (words,) how much the model looked at each, the mean of its heads
+    weights: Tensor  # (words,), the attention weight of each word, averaged over heads
 
 
 class Classify(Task):
-    """A model that labels texts, and its vocabularies."""
+    """A text classifier and its vocabularies.
+
+    >>> import pathlib
+    >>> from regard.tasks.classify import Classify, ClassifySettings
+    >>> from regard.tasks.data import Labeled, Location
+    >>> reviews = [Labeled("A good film.", "+", Location(pathlib.Path("reviews.tsv"), 1))]
+    >>> task = Classify.begin(ClassifySettings(width=16, heads=2), reviews)
+    >>> task.encode(reviews)
+    [EncodedText(words=['A', 'good', 'film', '.'], label=0)]
+    >>> task.predict(["A bad film"])[0].weights.sum().round(decimals=4)
+    tensor(1.)
+    """
 
     kind = "classify"
-    settings_of = Settings
-    settings: Settings
+    settings_of = ClassifySettings
+    settings: ClassifySettings
 
     @property
     def metric(self) -> str:
-        """What is watched on the dev examples."""
+        """The metric that selects the best epoch."""
         return "accuracy"
 
     @classmethod
-    def learn_tokens(cls, settings: Settings, examples: Sequence[Labelled]) -> tuple[dict[str, Tokens], list[str]]:
-        """Words, letters, and the labels that there are."""
-        tokens = learn_tokens((words_of(one.text) for one in examples), settings.vocabulary, lowercase=True)
-        return tokens, sorted({one.label for one in examples})
+    def learn_tokens(
+        cls, settings: ClassifySettings, examples: Sequence[Labeled]
+    ) -> tuple[dict[str, Tokens], list[str]]:
+        """Return the vocabularies of words and letters, and the labels."""
+        tokens = learn_tokens((words_of(example.text) for example in examples), settings.vocabulary, lowercase=True)
+        return tokens, sorted({example.label for example in examples})
 
     def build(self) -> nn.Module:
-        """The model that the settings ask for."""
+        """Create the model."""
         words, letters = len(self.tokens["words"]), len(self.tokens["letters"])
         return Classifier(words, letters, len(self.labels), **self.settings.options())
 
-    def encode(self, examples: Sequence[Labelled]) -> list[Encoded]:
-        """Labels as numbers, and texts as words."""
-        numbers = {label: i for i, label in enumerate(self.labels)}
-        for one in examples:
-            if one.label not in numbers:
+    def encode(self, examples: Sequence[Labeled]) -> list[EncodedText]:
+        """Split texts into words, and convert labels to indices."""
+        index = {label: i for i, label in enumerate(self.labels)}
+        for example in examples:
+            if example.label not in index:
                 known = ", ".join(map(repr, self.labels))
-                raise DataError(f"{one.place}: the label {one.label!r} was not seen in training; it saw {known}")
-        return [Encoded(words_of(one.text) or ["_"], numbers[one.label]) for one in examples]
+                raise DataError(
+                    f"{example.place}: label is {example.label!r}; expected one of those in the training data: {known}"
+                )
+        return [EncodedText(words_of(example.text) or ["_"], index[example.label]) for example in examples]
 
-    def size(self, encoded: Encoded) -> int:
-        """Its words."""
+    def size(self, encoded: EncodedText) -> int:
+        """Return the number of words."""
         return len(encoded.words)
 
-    def loss(self, batch: Sequence[Encoded]) -> tuple[Tensor, int]:
-        """Cross entropy of the labels."""
-        scores = self.model(spell([one.words for one in batch], self.tokens))
-        return F.cross_entropy(scores, torch.tensor([one.label for one in batch])), len(batch)
+    def loss(self, batch: Sequence[EncodedText]) -> tuple[Tensor, int]:
+        """Return the cross entropy of the labels, and the number of texts."""
+        scores = self.model(spell([text.words for text in batch], self.tokens))
+        return F.cross_entropy(scores, torch.tensor([text.label for text in batch])), len(batch)
 
     @torch.no_grad()
-    def evaluate(self, examples: Sequence[Labelled], tell: Tell = quiet) -> dict[str, float]:
-        """The share of texts with the right label, in percent, and the mean of the labels' F1, each counted alike."""
+    def evaluate(self, examples: Sequence[Labeled], tell: ProgressCallback = ignore_progress) -> dict[str, float]:
+        """Return the accuracy and the macro-averaged F1 score, in percent."""
         self.model.eval()
         encoded = self.encode(examples)
-        counts = torch.zeros(len(self.labels), len(self.labels))  # right label, found label
+        confusion = torch.zeros(len(self.labels), len(self.labels))  # [true label, predicted label]
         done = 0
-        for batch in deal([self.size(one) for one in encoded], _BATCH):
-            found = self.model(spell([encoded[i].words for i in batch], self.tokens)).argmax(-1)
-            for i, best in zip(batch, found.tolist(), strict=True):
-                counts[encoded[i].label, best] += 1
+        for batch in make_batches([self.size(text) for text in encoded], _BATCH):
+            predicted = self.model(spell([encoded[i].words for i in batch], self.tokens)).argmax(-1)
+            for i, label in zip(batch, predicted.tolist(), strict=True):
+                confusion[encoded[i].label, label] += 1
             done += len(batch)
             tell(done, len(encoded))
-        right, there, said = counts.diag(), counts.sum(1), counts.sum(0)
-        f1 = (2 * right / (there + said).clamp(min=1))[(there + said) > 0]
-        return {"accuracy": 100.0 * float(right.sum() / counts.sum().clamp(min=1)), "F1": 100.0 * float(f1.mean())}
+        correct, actual, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+        f1 = (2 * correct / (actual + predicted).clamp(min=1))[(actual + predicted) > 0]
+        accuracy = 100.0 * float(correct.sum() / confusion.sum().clamp(min=1))
+        return {"accuracy": accuracy, "F1": 100.0 * float(f1.mean())}
 
     @torch.no_grad()
     def predict(self, texts: Sequence[str]) -> list[Classification]:
-        """Label texts, and tell which words the model looked at."""
+        """Classify texts. Each prediction has the attention weights of the words."""
         self.model.eval()
-        found = []
+        predictions = []
         for text in texts:
             words = words_of(text) or ["_"]
-            scores, seen = self.model(spell([words], self.tokens), summary=Summary(full=True))
+            scores, summary = self.model(spell([words], self.tokens), summary=Summary(full=True))
             chances = dict(zip(self.labels, scores[0].softmax(-1).tolist(), strict=True))
-            weights = seen.full[0].flatten(0, -2).mean(0)
-            found.append(Classification(max(chances, key=lambda label: chances[label]), chances, words, weights))
-        return found
+            weights = summary.full[0].flatten(0, -2).mean(0)
+            predictions.append(Classification(max(chances, key=lambda label: chances[label]), chances, words, weights))
+        return predictions
+
+
+__getattr__ = deprecated.getter("regard.tasks.classify")

@@ -1,4 +1,4 @@
-"""Open a directory that training left."""
+"""Loading of trained directories."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from regard.tasks.tag import Tag
 from regard.tasks.task import CONFIG, Task
 from regard.tasks.translate import Translate
 
-_KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Translate, Tag, Classify)}
+_TASKS: dict[str, type[Task]] = {task.kind: task for task in (Translate, Tag, Classify)}
 
 
 def is_task(folder: Path) -> bool:
-    """Did `regard train` make this directory?"""
+    """Return whether a directory was written by `regard train`."""
     try:
         return "task" in json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -24,15 +24,15 @@ def is_task(folder: Path) -> bool:
 
 
 def open_task(folder: Path) -> Any:
-    """The task in a directory, ready to predict."""
-    place = folder / CONFIG
+    """Load the task in a directory that `regard train` wrote."""
+    path = folder / CONFIG
     try:
-        config = json.loads(place.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{folder}: is no directory of a trained model ({CONFIG}: {error.strerror})") from error
+        raise DataError(f"{folder}: is not a directory of a trained model ({CONFIG}: {error.strerror})") from error
     except ValueError as error:
-        raise DataError(f"{place}: is no JSON ({error})") from error
+        raise DataError(f"{path}: is not valid JSON ({error})") from error
     kind = config.get("task") if isinstance(config, dict) else None
-    if kind not in _KINDS:
-        raise DataError(f"{place}: task is {kind!r}; expected one of {', '.join(_KINDS)}")
-    return _KINDS[kind].load(folder, config)
+    if kind not in _TASKS:
+        raise DataError(f"{path}: task is {kind!r}; expected one of {', '.join(_TASKS)}")
+    return _TASKS[kind].load(folder, config)

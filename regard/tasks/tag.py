@@ -1,4 +1,4 @@
-"""Tag: a label for every word of a sentence, such as its part of speech."""
+"""Sequence labeling: one label per word, such as its part of speech."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard import check
-from regard.models.reader import KINDS
+from regard import check, deprecated
+from regard.models.sentence_encoder import KINDS
 from regard.models.tagger import Tagger
-from regard.tasks.batch import deal
+from regard.tasks.batch import make_batches
 from regard.tasks.data import DataError, Tagged
-from regard.tasks.task import Task, Tell, quiet
+from regard.tasks.task import ProgressCallback, Task, ignore_progress
 from regard.tasks.tokens import Tokens
 from regard.tasks.words import learn_tokens, spell, words_of
 
@@ -23,10 +23,8 @@ _BATCH = 8192
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What fixes the model: see `models.Reader`, which these describe. `vocabulary` is how many words have a vector of their
-    own at most.
-    """
+class TagSettings:
+    """Configuration of a `models.sentence_encoder.SentenceEncoder`, in which at most `vocabulary` words have embeddings."""
 
     model: str = "recurrent"
     vocabulary: int = 20_000
@@ -37,25 +35,25 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.model not in KINDS:
-            raise check.wrong("settings: model", self.model, " or ".join(map(repr, KINDS)), True)
+            raise check.error("settings: model", self.model, " or ".join(map(repr, KINDS)), True)
         for name in ("vocabulary", "width", "layers", "heads"):
-            check.whole(f"settings: {name}", getattr(self, name), 1)
+            check.integer(f"settings: {name}", getattr(self, name), 1)
 
     def options(self) -> dict[str, object]:
-        """What `models.Reader` is told."""
+        """Return the keyword arguments of `models.sentence_encoder.SentenceEncoder`."""
         shape = {"width": self.width, "layers": self.layers, "heads": self.heads}
         return {"kind": self.model, "dropout": self.dropout, **shape}
 
 
-class Encoded(NamedTuple):
-    """A sentence, and the number of each word's label."""
+class EncodedSentence(NamedTuple):
+    """The words of a sentence, and the index of each word's label."""
 
     words: list[str]
     labels: list[int]
 
 
 class Tagging(NamedTuple):
-    """A sentence, the label of each word, and how sure the model is of it."""
+    """The words of a sentence, and the label of each word with its probability (`chances`)."""
 
     words: list[str]
     tags: list[str]
@@ -63,84 +61,102 @@ class Tagging(NamedTuple):
 
 
 class Tag(Task):
-    """A model that labels words, and its vocabularies."""
+    """A sequence labeling model and its vocabularies.
+
+    >>> import pathlib
+    >>> from regard.tasks.data import Location, Tagged
+    >>> from regard.tasks.tag import Tag, TagSettings
+    >>> sentences = [Tagged(["I", "see"], ["PRON", "VERB"], Location(pathlib.Path("train.conllu"), 1))]
+    >>> task = Tag.begin(TagSettings(width=16, heads=2), sentences)
+    >>> task.encode(sentences)
+    [EncodedSentence(words=['I', 'see'], labels=[0, 1])]
+    >>> task.predict(["I don't see"])[0].words
+    ['I', 'do', "n't", 'see']
+    """
 
     kind = "tag"
-    settings_of = Settings
-    settings: Settings
+    settings_of = TagSettings
+    settings: TagSettings
 
     @property
     def metric(self) -> str:
-        """What is watched on the dev examples."""
+        """The metric that selects the best epoch."""
         return "accuracy"
 
     @classmethod
-    def learn_tokens(cls, settings: Settings, examples: Sequence[Tagged]) -> tuple[dict[str, Tokens], list[str]]:
-        """Words, letters, and the tags that there are."""
-        tokens = learn_tokens((one.words for one in examples), settings.vocabulary, lowercase=False)
-        return tokens, sorted({tag for one in examples for tag in one.tags})
+    def learn_tokens(cls, settings: TagSettings, examples: Sequence[Tagged]) -> tuple[dict[str, Tokens], list[str]]:
+        """Return the vocabularies of words and letters, and the tags."""
+        tokens = learn_tokens((example.words for example in examples), settings.vocabulary, lowercase=False)
+        return tokens, sorted({tag for example in examples for tag in example.tags})
 
     def build(self) -> nn.Module:
-        """The model that the settings ask for."""
+        """Create the model."""
         words, letters = len(self.tokens["words"]), len(self.tokens["letters"])
         return Tagger(words, letters, len(self.labels), **self.settings.options())
 
-    def encode(self, examples: Sequence[Tagged]) -> list[Encoded]:
-        """Tags as numbers."""
-        numbers = {label: i for i, label in enumerate(self.labels)}
-        for one in examples:
-            for word, tag in zip(one.words, one.tags, strict=True):
-                if tag not in numbers:
+    def encode(self, examples: Sequence[Tagged]) -> list[EncodedSentence]:
+        """Convert tags to indices."""
+        index = {label: i for i, label in enumerate(self.labels)}
+        for example in examples:
+            for word, tag in zip(example.words, example.tags, strict=True):
+                if tag not in index:
                     known = ", ".join(self.labels)
                     raise DataError(
-                        f"{one.place}: {word!r} has the tag {tag!r}, which training did not see; it saw {known}"
+                        f"{example.place}: tag of {word!r} is {tag!r}; expected one of those in the training data: {known}"
                     )
-        return [Encoded(one.words, [numbers[tag] for tag in one.tags]) for one in examples]
+        return [EncodedSentence(example.words, [index[tag] for tag in example.tags]) for example in examples]
 
-    def size(self, encoded: Encoded) -> int:
-        """Its words."""
+    def size(self, encoded: EncodedSentence) -> int:
+        """Return the number of words."""
         return len(encoded.words)
 
-    def loss(self, batch: Sequence[Encoded]) -> tuple[Tensor, int]:
-        """Cross entropy of the tags."""
-        scores = self._scores([one.words for one in batch])
-        labels = torch.tensor([label for one in batch for label in one.labels])
+    def loss(self, batch: Sequence[EncodedSentence]) -> tuple[Tensor, int]:
+        """Return the cross entropy of the tags, and the number of words."""
+        scores = self._scores([sentence.words for sentence in batch])
+        labels = torch.tensor([label for sentence in batch for label in sentence.labels])
         return F.cross_entropy(scores, labels), len(labels)
 
     @torch.no_grad()
-    def evaluate(self, examples: Sequence[Tagged], tell: Tell = quiet) -> dict[str, float]:
-        """The share of words with the right tag, and of sentences in which every word has it, in percent."""
+    def evaluate(self, examples: Sequence[Tagged], tell: ProgressCallback = ignore_progress) -> dict[str, float]:
+        """Return the percentages of words with the correct tag, and of sentences in which all words have it."""
         self.model.eval()
         encoded = self.encode(examples)
-        right = words = whole = done = 0
-        for batch in deal([self.size(one) for one in encoded], _BATCH):
-            picked = [encoded[i] for i in batch]
-            best = torch.split(
-                self._scores([one.words for one in picked]).argmax(-1), [len(one.words) for one in picked]
-            )
-            for one, found in zip(picked, best, strict=True):
-                same = int((found == torch.tensor(one.labels)).sum())
-                right, words, whole = right + same, words + len(one.words), whole + (same == len(one.words))
+        correct_words = words = correct_sentences = done = 0
+        for batch in make_batches([self.size(sentence) for sentence in encoded], _BATCH):
+            sentences = [encoded[i] for i in batch]
+            scores = self._scores([sentence.words for sentence in sentences])
+            predictions = torch.split(scores.argmax(-1), [len(sentence.words) for sentence in sentences])
+            for sentence, predicted in zip(sentences, predictions, strict=True):
+                correct = int((predicted == torch.tensor(sentence.labels)).sum())
+                correct_words += correct
+                words += len(sentence.words)
+                correct_sentences += correct == len(sentence.words)
             done += len(batch)
             tell(done, len(encoded))
-        return {"accuracy": 100.0 * right / max(words, 1), "sentences": 100.0 * whole / max(len(encoded), 1)}
+        return {
+            "accuracy": 100.0 * correct_words / max(words, 1),
+            "sentences": 100.0 * correct_sentences / max(len(encoded), 1),
+        }
 
     @torch.no_grad()
     def predict(self, texts: Sequence[str]) -> list[Tagging]:
-        """Tag the words of texts."""
+        """Split texts into words, and tag these."""
         self.model.eval()
         sentences = [words_of(text) for text in texts]
-        found = []
+        predictions = []
         for words in sentences:
             chances, tags = (
                 self._scores([words]).softmax(-1).max(-1) if words else (torch.empty(0), torch.empty(0).long())
             )
-            found.append(Tagging(words, [self.labels[tag] for tag in tags.tolist()], chances.tolist()))
-        return found
+            predictions.append(Tagging(words, [self.labels[tag] for tag in tags.tolist()], chances.tolist()))
+        return predictions
 
     def _scores(self, sentences: Sequence[Sequence[str]]) -> Tensor:
-        """Scores of all words, one sentence after the other: (N, labels)."""
+        """Return the scores of the words of all sentences, concatenated: (N, labels)."""
         text = spell(sentences, self.tokens)
-        real = torch.arange(text.words.shape[1]) < text.lengths[:, None]
-        scores: Tensor = self.model(text)[real]
+        is_word = torch.arange(text.words.shape[1]) < text.lengths[:, None]
+        scores: Tensor = self.model(text)[is_word]
         return scores
+
+
+__getattr__ = deprecated.getter("regard.tasks.tag")

@@ -1,4 +1,4 @@
-"""What all tasks have in common: a model, its vocabularies, and how it learns, is measured, kept and loaded."""
+"""Base class of tasks: a model with its vocabularies, its loss and metrics, saving and loading."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from regard import deprecated
 from regard.tasks.data import DataError
 from regard.tasks.tokens import Tokens
 from regard.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-# Told how many of how many examples are done.
-Tell = Callable[[int, int], None]
+# Called with the number of processed examples and the total number.
+ProgressCallback = Callable[[int, int], None]
 
 
-def quiet(done: int, of: int) -> None:
-    """Tells nobody."""
+def ignore_progress(done: int, of: int) -> None:
+    """Do nothing (the default progress callback)."""
 
 
 class Task(ABC):
-    """A model with its vocabularies, for one kind of problem.
+    """A model with its vocabularies for one kind of problem.
 
-    A kind has a frozen dataclass of settings, which fixes the model; all else is learned from examples.
+    A frozen dataclass of settings determines the model; vocabularies, labels and parameters are learned from examples.
     """
 
     kind: ClassVar[str]
-    settings_of: ClassVar[type[Any]]  # a frozen dataclass
+    settings_of: ClassVar[type[Any]]  # the dataclass of settings
 
     def __init__(self, settings: Any, tokens: dict[str, Tokens], labels: Sequence[str] = ()) -> None:
         self.settings, self.tokens, self.labels = settings, tokens, list(labels)
@@ -41,70 +42,70 @@ class Task(ABC):
     @property
     @abstractmethod
     def metric(self) -> str:
-        """What is watched on the dev examples: the name of a measure that `evaluate` gives."""
+        """The metric that selects the best epoch: a key of the result of `evaluate`."""
 
     @property
     def fewer_is_better(self) -> bool:
-        """Is it an error?"""
+        """Whether lower values of the metric are better."""
         return False
 
     @classmethod
     def packages(cls, settings: Any) -> tuple[str, ...]:
-        """Packages that learning and measuring need, beside those of all tasks."""
+        """Return the packages that training and evaluation need, in addition to those of all tasks."""
         return ()
 
     @classmethod
     @abstractmethod
     def learn_tokens(cls, settings: Any, examples: Sequence[Any]) -> tuple[dict[str, Tokens], list[str]]:
-        """The vocabularies, by name, and the labels, that the examples need."""
+        """Build the vocabularies, by name, and the list of labels from examples."""
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The model that the settings and the sizes of the vocabularies ask for."""
+        """Create the model for the settings and the sizes of the vocabularies."""
 
     @abstractmethod
     def encode(self, examples: Sequence[Any]) -> list[Any]:
-        """Examples as numbers. Raises a DataError at what cannot be learned from."""
+        """Convert examples to integers. Raises a DataError for invalid examples."""
 
     @abstractmethod
     def size(self, encoded: Any) -> int:
-        """How many tokens an example counts for when batches are dealt."""
+        """Return the number of tokens of an example, which determines the batches."""
 
     @abstractmethod
     def loss(self, batch: Sequence[Any]) -> tuple[Tensor, int]:
-        """The mean loss of encoded examples, and how many predictions it is the mean of."""
+        """Return the mean loss of encoded examples, and the number of predictions it is averaged over."""
 
     @abstractmethod
-    def evaluate(self, examples: Sequence[Any], tell: Tell = quiet) -> dict[str, float]:
-        """Measures of the model on examples, by name."""
+    def evaluate(self, examples: Sequence[Any], tell: ProgressCallback = ignore_progress) -> dict[str, float]:
+        """Return the metrics of the model on examples, by name. `tell` is called with the progress."""
 
     @classmethod
     def begin(cls, settings: Any, examples: Sequence[Any], seed: int = 0) -> Any:
-        """A task with a fresh model, whose vocabularies come from these examples."""
+        """Create a task with a newly initialized model, and vocabularies from these examples."""
         tokens, labels = cls.learn_tokens(settings, examples)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(settings, tokens, labels)
 
     def better(self, measured: dict[str, float], than: dict[str, float] | None) -> bool:
-        """Is one measurement of the dev examples better than another? Where the metric is the same, as it is while a model
-        translates nothing yet, the other measures decide.
+        """Return whether the metrics `measured` are better than `than`. If `metric` is equal, as BLEU is in the first epochs
+        (0), the other metrics decide.
         """
         if than is None:
             return True
         names = sorted(measured, key=lambda name: name != self.metric)
-        new, old = ([one[name] for name in names] for one in (measured, than))
+        new, old = ([metrics[name] for name in names] for metrics in (measured, than))
         return new < old if self.fewer_is_better else new > old
 
     # -----------------------------------------------------------------------------------------------------------------
-    # A directory: config.json, model.safetensors, and a JSON file a vocabulary.
+    # The directory: config.json, model.safetensors, and one JSON file per vocabulary.
 
     def save(self, folder: Path) -> None:
-        """Write all that `load` needs. A file is there whole or not at all."""
+        """Write the files that `load` reads. Each file is written atomically."""
         from safetensors.torch import save_file
 
         for name, tokens in self.tokens.items():
-            write_whole(folder / f"{name}.json", tokens.save)
+            write_atomically(folder / f"{name}.json", tokens.save)
         config = {
             "regard": __version__,
             "task": self.kind,
@@ -112,67 +113,72 @@ class Task(ABC):
             "vocabularies": list(self.tokens),
             "labels": self.labels,
         }
-        write_whole(
+        write_atomically(
             folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         )
-        weights = {name: x.contiguous() for name, x in _once(self.model).items()}
-        write_whole(folder / WEIGHTS, lambda path: save_file(weights, path))
+        weights = {name: x.contiguous() for name, x in _unique_state(self.model).items()}
+        write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path))
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> Any:
-        """The task that `save` wrote. Nothing in the directory is trusted: it holds numbers and names, and no code."""
+        """Load a task that `save` wrote. The directory is not trusted: no code in it is executed."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        place = folder / CONFIG
+        config_path = folder / CONFIG
         try:
             settings = cls.settings_of(**config["settings"])
             names, labels = list(config["vocabularies"]), list(config["labels"])
             if not all(isinstance(name, str) and name.isidentifier() for name in names):
                 raise ValueError(f"vocabularies is {names!r}; expected plain names")
             tokens = {name: Tokens.load(folder / f"{name}.json") for name in names}
-            # No memory is taken before the file is seen to hold as much.
+            # Sizes in the configuration allocate no memory before they are compared with the file of weights.
             with torch.device("meta"):
                 task = cls(settings, tokens, labels)
         except DataError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{place}: is not what this version of regard writes ({error})") from error
+            raise DataError(
+                f"{config_path}: is not a valid configuration for this version of regard ({error})"
+            ) from error
         path = folder / WEIGHTS
         try:
             weights = load_file(path)
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
-        expected = {name: x.shape for name, x in _once(task.model).items()}
+        expected = {name: x.shape for name, x in _unique_state(task.model).items()}
         if expected != {name: x.shape for name, x in weights.items()}:
-            raise DataError(f"{path}: does not hold the weights of the model that {place} tells of")
+            raise DataError(f"{path}: does not contain the weights of the model in {config_path}")
         model: nn.Module = task.model
-        model.load_state_dict({**weights, **_twins(model, weights)}, assign=True)
+        model.load_state_dict({**weights, **_tied_state(model, weights)}, assign=True)
         model.eval()
         return task
 
 
-def _once(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a model; one that has several names, by its first."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
+def _unique_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model. Tied ones are listed once, by their first name."""
+    state: dict[str, Tensor] = {}
+    visited: set[int] = set()
     for name, x in model.state_dict(keep_vars=True).items():
-        if id(x) not in seen:
-            seen.add(id(x))
-            found[name] = x.detach()
-    return found
+        if id(x) not in visited:
+            visited.add(id(x))
+            state[name] = x.detach()
+    return state
 
 
-def _twins(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The other names of parameters that have several."""
+def _tied_state(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of all names, including the further names of tied parameters."""
     first: dict[int, str] = {}
     for name, x in model.state_dict(keep_vars=True).items():
         first.setdefault(id(x), name)
     return {name: weights[first[id(x)]] for name, x in model.state_dict(keep_vars=True).items()}
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place, and move it there once it is whole."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name, and rename it when it is complete."""
     part = path.with_name(f"{path.name}.part")
     write(part)
     part.replace(path)
+
+
+__getattr__ = deprecated.getter("regard.tasks.task")

@@ -1,4 +1,4 @@
-"""Texts as numbers and back: pieces of words, letters, or words, learned from examples."""
+"""Vocabularies of word pieces, letters or words, learned from examples."""
 
 from __future__ import annotations
 
@@ -9,52 +9,55 @@ from typing import Any
 
 from regard.tasks.data import DataError
 
-# The numbers of the tokens that every vocabulary has.
+# IDs of the special tokens of every vocabulary.
 PAD, UNKNOWN, START, END = range(4)
 _SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 
 
 class Tokens:
-    """A vocabulary, and how texts are cut into its tokens. Kept in one JSON file, that of the package `tokenizers`.
+    """A vocabulary, with the conversion between texts and token IDs. Saved as a JSON file of the package `tokenizers`.
 
     >>> tokens = Tokens.pieces(["a text", "another"], size=100)
     >>> tokens.decode(tokens.encode("a text"))
     'a text'
+    >>> letters = Tokens.letters(["abba"])
+    >>> letters.encode("ab?"), letters.names([4, 5, 1])  # 0 to 3 are special tokens, 1 is unknown
+    ([4, 5, 1], ['a', 'b', '<unk>'])
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        found = [tokenizer.token_to_id(name) for name in _SPECIAL]
-        if found != [PAD, UNKNOWN, START, END]:
-            raise DataError(f"the vocabulary numbers {', '.join(_SPECIAL)} as {found}; expected 0 to 3")
+        ids = [tokenizer.token_to_id(name) for name in _SPECIAL]
+        if ids != [PAD, UNKNOWN, START, END]:
+            raise DataError(f"the IDs of {', '.join(_SPECIAL)} are {ids}; expected 0 to 3")
 
     @classmethod
     def pieces(cls, texts: Iterable[str], size: int) -> Tokens:
-        """Pieces of words by byte-pair encoding, `size` of them at most; case and punctuation are kept.
+        """Learn at most `size` word pieces by byte-pair encoding. Case and punctuation are preserved.
 
         Source: Sennrich, Haddow, Birch, "Neural Machine Translation of Rare Words with Subword Units" (2016), section 3.2.
         """
         tk = _tokenizers()
-        made = tk.Tokenizer(tk.models.BPE(unk_token=_SPECIAL[UNKNOWN]))
-        made.normalizer = tk.normalizers.NFC()
-        # A piece does not reach over a punctuation mark: "man." would be another word than "man".
-        made.pre_tokenizer = tk.pre_tokenizers.Sequence(
+        tokenizer = tk.Tokenizer(tk.models.BPE(unk_token=_SPECIAL[UNKNOWN]))
+        tokenizer.normalizer = tk.normalizers.NFC()
+        # Pieces do not cross punctuation marks, so that "man" has the same pieces in "man.".
+        tokenizer.pre_tokenizer = tk.pre_tokenizers.Sequence(
             [tk.pre_tokenizers.Metaspace(), tk.pre_tokenizers.Punctuation("isolated")]
         )
-        made.decoder = tk.decoders.Metaspace()
+        tokenizer.decoder = tk.decoders.Metaspace()
         trainer = tk.trainers.BpeTrainer(vocab_size=size, special_tokens=list(_SPECIAL), show_progress=False)
-        made.train_from_iterator(texts, trainer)
-        return cls(made)
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
 
     @classmethod
     def words(cls, texts: Iterable[str], size: int, least: int = 1, lowercase: bool = False) -> Tokens:
-        """What white space divides, if it occurs at least so often; the `size` most frequent at most."""
+        """Collect the (at most) `size` most frequent whitespace-separated words that occur at least `least` times."""
         tk = _tokenizers()
         return cls._symbols(texts, tk.pre_tokenizers.WhitespaceSplit(), None, size, least, lowercase)
 
     @classmethod
     def letters(cls, texts: Iterable[str], size: int = 1000) -> Tokens:
-        """The characters of a text, white space too."""
+        """Collect the most frequent characters, including white space."""
         tk = _tokenizers()
         return cls._symbols(
             texts, tk.pre_tokenizers.Split(tk.Regex("(?m)."), "isolated"), tk.decoders.Fuse(), size, 1, False
@@ -62,33 +65,33 @@ class Tokens:
 
     @classmethod
     def _symbols(
-        cls, texts: Iterable[str], divided: Any, decoder: Any, size: int, least: int, lowercase: bool
+        cls, texts: Iterable[str], pre_tokenizer: Any, decoder: Any, size: int, least: int, lowercase: bool
     ) -> Tokens:
         tk = _tokenizers()
         normalizer = tk.normalizers.Sequence(
             [tk.normalizers.NFC(), *([tk.normalizers.Lowercase()] if lowercase else [])]
         )
         counts = Counter(
-            symbol for text in texts for symbol, _ in divided.pre_tokenize_str(normalizer.normalize_str(text))
+            symbol for text in texts for symbol, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text))
         )
-        # By frequency, then by the alphabet: the same texts give the same numbers.
+        # By frequency, then alphabetically: the same texts give the same IDs.
         ordered = sorted((x for x in counts if counts[x] >= least and x not in _SPECIAL), key=lambda x: (-counts[x], x))
-        numbers = {symbol: number for number, symbol in enumerate((*_SPECIAL, *ordered[: size - len(_SPECIAL)]))}
-        made = tk.Tokenizer(tk.models.WordLevel(numbers, unk_token=_SPECIAL[UNKNOWN]))
-        made.normalizer, made.pre_tokenizer = normalizer, divided
+        ids = {symbol: i for i, symbol in enumerate((*_SPECIAL, *ordered[: size - len(_SPECIAL)]))}
+        tokenizer = tk.Tokenizer(tk.models.WordLevel(ids, unk_token=_SPECIAL[UNKNOWN]))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
         if decoder is not None:
-            made.decoder = decoder
-        return cls(made)
+            tokenizer.decoder = decoder
+        return cls(tokenizer)
 
     @classmethod
     def load(cls, path: Path) -> Tokens:
-        """The vocabulary that `save` wrote."""
+        """Load a vocabulary that `save` wrote."""
         try:
             return cls(_tokenizers().Tokenizer.from_file(str(path)))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        except Exception as error:  # the package raises nothing more exact
-            raise DataError(f"{path}: is no vocabulary of the package tokenizers ({error})") from error
+        except Exception as error:  # the package raises nothing more specific
+            raise DataError(f"{path}: is not a vocabulary of the package tokenizers ({error})") from error
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON."""
@@ -98,27 +101,28 @@ class Tokens:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """The numbers of a text's tokens."""
-        return _plain(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Return the token IDs of a text. Special tokens in the text are unknown tokens."""
+        return _replace_special(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for many texts, side by side."""
-        return [_plain(found.ids) for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        """Return the token IDs of several texts."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [_replace_special(encoding.ids) for encoding in encodings]
 
     def decode(self, numbers: Sequence[int]) -> str:
-        """The text of tokens; those that mark a place are left out."""
+        """Return the text of token IDs, without padding, start and end tokens."""
         return str(
             self._tokenizer.decode([n for n in numbers if n not in (PAD, START, END)], skip_special_tokens=False)
         )
 
     def names(self, numbers: Sequence[int]) -> list[str]:
-        """The tokens themselves, as the vocabulary writes them."""
+        """Return the strings of token IDs."""
         return [str(self._tokenizer.id_to_token(number)) for number in numbers]
 
 
-def _plain(numbers: Iterable[int]) -> list[int]:
-    """A text that writes "</s>" ends nothing."""
-    return [UNKNOWN if number in (PAD, START, END) else number for number in numbers]
+def _replace_special(ids: Iterable[int]) -> list[int]:
+    """Replace special tokens by unknown tokens: "</s>" in a text does not end the sequence."""
+    return [UNKNOWN if i in (PAD, START, END) else i for i in ids]
 
 
 def _tokenizers() -> Any:

@@ -1,4 +1,4 @@
-"""Training: from examples to a directory with the model that did best on the dev examples."""
+"""Training: from examples to a directory with the model of the best epoch on the dev examples."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from regard import check
-from regard.tasks.batch import deal
+from regard.tasks.batch import make_batches
 from regard.tasks.data import DataError
-from regard.tasks.task import Task, write_whole
+from regard.tasks.task import CONFIG, Task, write_atomically
 from regard.tasks.workers import Workers
 
 METRICS, CURVES, _CHECKPOINT = "metrics.json", "curves.png", "checkpoint.pt"
@@ -27,19 +27,19 @@ METRICS, CURVES, _CHECKPOINT = "metrics.json", "curves.png", "checkpoint.pt"
 
 @dataclass(frozen=True)
 class Training:
-    """How to train.
+    """Configuration of training.
 
     Args:
-        epochs: how often the examples are gone through, at most.
-        batch: how many tokens a step learns from, padding included.
-        rate: the largest learning rate. It rises over `warmup` steps, and falls to 0 at the last epoch along a cosine.
-        decay: of the weights (AdamW).
-        average: the model that is kept is a mean over the steps, in which older ones count less by this factor each.
-        patience: training ends after so many epochs without a better result on the dev examples.
-        seed: fixes the first weights, the order of the examples and what is dropped: the same seed gives the same model on
-            the same machine with as many threads.
-        bf16: compute products in bfloat16.
-        workers: how many processes share each batch; the results of one number are not those of another.
+        epochs: maximum number of epochs.
+        batch: number of tokens per batch, padding included.
+        rate: maximum learning rate. It rises linearly over `warmup` steps, then falls to 0 along a cosine.
+        decay: weight decay of AdamW.
+        average: decay of the exponential moving average of the weights, which is evaluated and saved.
+        patience: number of epochs without improvement on the dev examples after which training stops.
+        seed: determines initial weights, order of examples and dropout. The same seed gives the same model on the same
+            machine with the same number of threads.
+        bf16: compute matrix products in bfloat16.
+        workers: number of processes that share each batch. Results depend on it.
     """
 
     epochs: int = 20
@@ -55,48 +55,48 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "patience", "workers"):
-            check.whole(f"training: {name}", getattr(self, name), 1)
-        check.whole("training: warmup", self.warmup, 0)
-        check.whole("training: seed", self.seed, 0)
+            check.integer(f"training: {name}", getattr(self, name), 1)
+        check.integer("training: warmup", self.warmup, 0)
+        check.integer("training: seed", self.seed, 0)
         check.positive("training: rate", self.rate)
         for name in ("decay", "average"):
             value = getattr(self, name)
             if not check.is_number(value) or not 0 <= value < 1:
-                raise check.wrong(f"training: {name}", value, "a number from 0 to 1, without 1", check.is_number(value))
+                raise check.error(f"training: {name}", value, "a number from 0 to 1, without 1", check.is_number(value))
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to."""
+    """The result of one epoch."""
 
     number: int  # from 1
-    loss: float  # the mean over its steps
-    dev: dict[str, float]
+    loss: float  # mean over the steps
+    dev: dict[str, float]  # metrics of the dev examples
     seconds: float
-    tokens: int  # learned from
-    best: bool  # better than every epoch before
+    tokens: int  # number of training tokens
+    best: bool  # better than all epochs before
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where training stands."""
+    """The state of training after one step."""
 
     epoch: int  # from 1
-    done: int  # steps of this epoch
-    steps: int  # of this epoch, in all
+    done: int  # finished steps of this epoch
+    steps: int  # total number of steps of this epoch
     loss: float  # of the last step
-    speed: float  # tokens a second
+    speed: float  # tokens per second
 
 
 @dataclass
 class History:
-    """All epochs of a run."""
+    """The results of all epochs of a run."""
 
     epochs: list[Epoch] = field(default_factory=list)
 
     @property
     def best(self) -> Epoch | None:
-        """The epoch whose model is kept."""
+        """The epoch whose model is saved."""
         return next((epoch for epoch in reversed(self.epochs) if epoch.best), None)
 
 
@@ -111,52 +111,63 @@ def train(
     tell: Callable[[Step | Epoch], None] = lambda _: None,
     limit: float = math.inf,
 ) -> tuple[Task, History]:
-    """Train a task, and leave it in a directory. A run that was interrupted goes on where its last epoch ended, to the same
-    results.
+    """Train a task, and save it in a directory. An interrupted run resumes after its last epoch, with the same results.
 
     Args:
-        kind: what to learn, such as `translate.Translate`.
-        settings: those of the kind.
-        training: how to train.
-        examples, dev: what to learn from, and what to choose the best epoch by.
-        out: the directory; made if it is not there.
-        tell: told of every step and epoch.
-        limit: seconds after which no further epoch begins.
+        kind: the task class, such as `translate.Translate`.
+        settings: the settings of the task.
+        training: the configuration of training.
+        examples, dev: training examples, and the examples that select the best epoch.
+        out: the directory; created if it does not exist.
+        tell: callback that receives every `Step` and `Epoch`.
+        limit: time in seconds after which no epoch starts.
 
     Returns:
-        The task, with the model of its best epoch, and what each epoch came to.
+        The task with the model of the best epoch, and the results of all epochs.
 
     Raises:
-        DataError: an example cannot be learned from, or `out` holds something else.
-        ImportError: a package is missing that is needed later on.
+        DataError: an example is invalid, or `out` contains other files.
+        ImportError: a package is missing.
+
+    >>> import pathlib, tempfile
+    >>> from regard.tasks.classify import Classify, ClassifySettings
+    >>> from regard.tasks.data import Labeled, Location
+    >>> from regard.tasks.train import Training, train
+    >>> location = Location(pathlib.Path("reviews.tsv"), 1)
+    >>> reviews = [Labeled(f"a {word} film", label, location) for word, label in [("good", "+"), ("bad", "-")] * 20]
+    >>> settings = ClassifySettings(model="conv", width=16, dropout=0.0)
+    >>> training = Training(epochs=2, batch=32, rate=0.05, warmup=1)
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     task, history = train(Classify, settings, training, reviews, reviews, pathlib.Path(out))
+    >>> [prediction.label for prediction in task.predict(["a bad film", "a good film"])], history.best.dev["accuracy"]
+    (['-', '+'], 100.0)
     """
-    # Not after an epoch, when it is first used.
+    # Check before training, not when a package is first used after an epoch.
     for package in ("safetensors", "tokenizers", "matplotlib", *kind.packages(settings)):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"training needs the package {package}: pip install 'regard[tasks]'")
-    began = time.monotonic()
-    wanted = {"task": kind.kind, "settings": dataclasses.asdict(settings), "training": dataclasses.asdict(training)}
-    saved = _resume(out, wanted)
+    start = time.monotonic()
+    config = {"task": kind.kind, "settings": dataclasses.asdict(settings), "training": dataclasses.asdict(training)}
+    saved = _load_checkpoint(out, config)
     task: Task = kind.begin(settings, examples, training.seed)
     encoded = task.encode(examples)
-    sizes = [task.size(one) for one in encoded]
+    sizes = [task.size(example) for example in encoded]
     history = History()
-    run = _Run(task, encoded, training, steps=len(deal(sizes, training.batch)) * training.epochs)
+    run = _Run(task, encoded, training, steps=len(make_batches(sizes, training.batch)) * training.epochs)
     if saved is not None:
         history.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
         run.load(saved)
     with closing(run.workers):
-        _go_on(run, history, sizes, dev, out, wanted, began + limit, tell)
+        _train_epochs(run, history, sizes, dev, out, config, start + limit, tell)
     (out / _CHECKPOINT).unlink(missing_ok=True)
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    return kind.load(out, config), history
+    return kind.load(out, json.loads((out / CONFIG).read_text(encoding="utf-8"))), history
 
 
-def _go_on(
-    run: _Run, history: History, sizes: Sequence[int], dev: Sequence[Any], out: Path, wanted: dict[str, Any], end: float,
+def _train_epochs(
+    run: _Run, history: History, sizes: Sequence[int], dev: Sequence[Any], out: Path, config: dict[str, Any], end: float,
     tell: Callable[[Step | Epoch], None],
 ) -> None:  # fmt: skip
-    """The epochs after those of the history."""
+    """Train the epochs after those in the history."""
     task, training = run.task, run.training
     for number in range(len(history.epochs) + 1, training.epochs + 1):
         best = history.best
@@ -165,9 +176,9 @@ def _go_on(
         if time.monotonic() > end:
             break
         started = time.monotonic()
-        # What is drawn in an epoch depends on its number alone, so that it can be begun anew.
+        # The random numbers of an epoch depend only on the seed and its number, so that it can be repeated.
         seed = training.seed * 1_000_003 + number
-        batches = deal(sizes, training.batch, torch.Generator().manual_seed(seed))
+        batches = make_batches(sizes, training.batch, torch.Generator().manual_seed(seed))
         total, tokens = 0.0, 0
         with run.workers.epoch(seed):
             for done, batch in enumerate(batches, 1):
@@ -175,59 +186,62 @@ def _go_on(
                 total, tokens = total + loss, tokens + sum(sizes[i] for i in batch)
                 tell(Step(number, done, len(batches), loss, tokens / (time.monotonic() - started)))
         with run.averaged():
-            measured = task.evaluate(dev)
-            better = task.better(measured, best.dev if best else None)
-            epoch = Epoch(number, total / len(batches), measured, time.monotonic() - started, tokens, better)
+            metrics = task.evaluate(dev)
+            is_best = task.better(metrics, best.dev if best else None)
+            epoch = Epoch(number, total / len(batches), metrics, time.monotonic() - started, tokens, is_best)
             history.epochs.append(epoch)
-            if better:
+            if is_best:
                 task.save(out)
-        run.save(out / _CHECKPOINT, {**wanted, "epochs": [dataclasses.asdict(one) for one in history.epochs]})
-        _write(out, wanted, history)
+        run.save(out / _CHECKPOINT, {**config, "epochs": [dataclasses.asdict(e) for e in history.epochs]})
+        _write_metrics(out, config, history)
         tell(epoch)
 
 
 class _Run:
-    """A model, its optimiser, and the mean of its weights."""
+    """A model in training: its worker processes, optimizer, schedule, and the moving average of its weights."""
 
     def __init__(self, task: Task, encoded: Sequence[Any], training: Training, steps: int) -> None:
         self.task, self.training = task, training
         self.workers = Workers(task, encoded, training.workers, training.bf16)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
-        # Vectors, such as biases and the scales of norms, are not drawn to 0.
-        matrices, vectors = ([p for p in self.parameters if (p.dim() > 1) == many] for many in (True, False))
+        # No weight decay for vectors, such as biases and the scales of norms.
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        vectors = [p for p in self.parameters if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": training.decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=training.rate, betas=(0.9, 0.98), fused=True)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda n: _share(n, training.warmup, steps))
+        self.optimizer = torch.optim.AdamW(groups, lr=training.rate, betas=(0.9, 0.98), fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: _rate_factor(step, training.warmup, steps)
+        )
         self.mean = [p.detach().clone() for p in self.parameters]
         self.steps = 0
 
     def step(self, batch: Sequence[int]) -> float:
-        """Learn from a batch, numbers of examples; give its loss."""
+        """Take one optimizer step on a batch, given as indices of examples. Return the loss."""
         self.task.model.train()
-        value = self.workers.differentiate(batch)
-        if not math.isfinite(value):
-            raise DataError(f"the loss is {value} after {self.steps} steps; try a smaller --rate")
+        loss = self.workers.differentiate(batch)
+        if not math.isfinite(loss):
+            raise DataError(f"the loss is {loss} after {self.steps} steps; try a smaller --rate")
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimiser.step()
+        self.optimizer.step()
         self.schedule.step()
         self.steps += 1
-        # A mean over few steps must not remember where they began.
-        keep = min(self.training.average, self.steps / (self.steps + 10))
-        torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - keep)
-        return value
+        # A shorter average in the first steps, so that the initial weights are forgotten.
+        decay = min(self.training.average, self.steps / (self.steps + 10))
+        torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - decay)
+        return loss
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """For the time of a block, the model has its mean weights, and drops nothing."""
-        kept = [p.detach().clone() for p in self.parameters]
-        self._set(self.mean)
+        """Use the averaged weights, in eval mode, within the context."""
+        weights = [p.detach().clone() for p in self.parameters]
+        self._set_weights(self.mean)
         self.task.model.eval()
         try:
             yield
         finally:
-            self._set(kept)
+            self._set_weights(weights)
 
-    def _set(self, weights: Sequence[Tensor]) -> None:
+    def _set_weights(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
             torch._foreach_copy_([*self.parameters], [*weights])
 
@@ -236,51 +250,48 @@ class _Run:
             "weights": [p.detach() for p in self.parameters],
             "mean": self.mean,
             "buffers": dict(self.task.model.named_buffers()),
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": self.optimizer.state_dict(),  # the spelling of version 0.1, whose checkpoints can be resumed
             "schedule": {"last_epoch": self.schedule.last_epoch},
             "steps": self.steps,
             **more,
         }
-        write_whole(path, lambda part: torch.save(state, part))
+        write_atomically(path, lambda part: torch.save(state, part))
 
     def load(self, saved: dict[str, Any]) -> None:
         with torch.no_grad():
-            for own, mean, weight, other in zip(
-                self.parameters, self.mean, saved["weights"], saved["mean"], strict=True
-            ):
-                own.copy_(weight)
-                mean.copy_(other)
+            self._set_weights(saved["weights"])
+            torch._foreach_copy_(self.mean, saved["mean"])
             for name, buffer in self.task.model.named_buffers():
                 buffer.copy_(saved["buffers"][name])
-        self.optimiser.load_state_dict(saved["optimiser"])
+        self.optimizer.load_state_dict(saved["optimiser"])
         self.schedule.last_epoch = saved["schedule"]["last_epoch"]
         self.steps = saved["steps"]
 
 
-def _share(step: int, warmup: int, steps: int) -> float:
-    """Which share of the largest rate a step has."""
+def _rate_factor(step: int, warmup: int, steps: int) -> float:
+    """Return the learning rate of a step as a fraction of the maximum."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
 
 
-def _resume(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint of a run that was interrupted, if there is one."""
+def _load_checkpoint(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the checkpoint of an interrupted run, or None if the directory is new or empty."""
     if out.exists() and not out.is_dir():
-        raise DataError(f"--out: {out} is a file; expected a directory, or a name for a new one")
+        raise DataError(f"--out: {out} is a file; expected a directory, or the name of a new one")
     out.mkdir(parents=True, exist_ok=True)
     path = out / _CHECKPOINT
     if path.exists():
         try:
             saved: dict[str, Any] = torch.load(path, weights_only=True)
-        except Exception as error:  # whatever a damaged file makes of the reader
-            raise DataError(f"{path}: is no checkpoint ({error}); remove it to begin anew") from error
+        except Exception as error:  # a damaged file can raise anything
+            raise DataError(f"{path}: is not a valid checkpoint ({error}); remove it to start over") from error
         for name in ("task", "settings", "training"):
-            if saved.get(name) != wanted[name]:
-                others = _difference(saved.get(name), wanted[name])
+            if saved.get(name) != config[name]:
+                difference = _describe_difference(saved.get(name), config[name])
                 raise DataError(
-                    f"--out: {out} holds an interrupted run with other settings ({others}); give the same to go on, or "
-                    f"another directory, or remove {path.name} to begin anew"
+                    f"--out: {out} contains an interrupted run with other settings ({difference}); use the same settings "
+                    f"to resume it, or another directory, or remove {path.name} to start over"
                 )
         return saved
     if any(out.iterdir()):
@@ -288,28 +299,30 @@ def _resume(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _difference(old: Any, new: Any) -> str:
+def _describe_difference(old: Any, new: Any) -> str:
     if not isinstance(old, dict) or not isinstance(new, dict):
         return f"{old!r} before, {new!r} now"
-    return ", ".join(f"{key} was {old.get(key)!r}, and is {new[key]!r}" for key in new if old.get(key) != new[key])
+    return ", ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in new if old.get(key) != new[key])
 
 
-def _write(out: Path, wanted: dict[str, Any], history: History) -> None:
-    """The measurements so far, for machines, and as curves for people."""
+def _write_metrics(out: Path, config: dict[str, Any], history: History) -> None:
+    """Write the metrics of all epochs as JSON, and plot them."""
     best = history.best
-    measured = {
-        **wanted,
+    metrics = {
+        **config,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "best": best.dev if best else None,
         "epochs": [dataclasses.asdict(epoch) for epoch in history.epochs],
     }
-    write_whole(out / METRICS, lambda path: path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8"))
+    write_atomically(
+        out / METRICS, lambda path: path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    )
     draw(history, out / CURVES)
 
 
 def draw(history: History, path: Path) -> None:
-    """Draw the loss and the measures of the dev examples, an epoch a point."""
+    """Plot the training loss and the metrics of the dev examples over epochs."""
     from matplotlib.figure import Figure
 
     names = list(history.epochs[0].dev)
@@ -330,4 +343,4 @@ def draw(history: History, path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    write_whole(path, lambda part: figure.savefig(part, dpi=120, format="png"))
+    write_atomically(path, lambda part: figure.savefig(part, dpi=120, format="png"))

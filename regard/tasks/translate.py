@@ -1,4 +1,4 @@
-"""Translate: from one sequence to another, such as from English to German, or from letters to sounds."""
+"""Sequence-to-sequence tasks, such as translation from English to German, or from letters to sounds."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard import check
-from regard.models.beam import Found, search
+from regard import check, deprecated
+from regard.models.beam import Hypothesis, beam_search
 from regard.models.cross_entropy import cross_entropy
 from regard.models.recurrent import Recurrent
 from regard.models.transformer import Transformer
-from regard.nn.cell import Kind
-from regard.tasks.batch import deal, pad
+from regard.nn.cell import CellKind
+from regard.tasks.batch import make_batches, pad
 from regard.tasks.data import Pair
-from regard.tasks.task import Task, Tell, quiet
+from regard.tasks.task import ProgressCallback, Task, ignore_progress
 from regard.tasks.tokens import END, PAD, START, UNKNOWN, Tokens
 
-# How many tokens of source and of target are decoded side by side.
+# Maximum number of tokens that are decoded in one batch.
 _BATCH = 4096
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What fixes the model.
+class TranslateSettings:
+    """Configuration of the model.
 
     Args:
         model: "transformer" or "recurrent".
-        units: "pieces" of words, one vocabulary for both sides; or "symbols": letters on the source side, and what white
-            space divides on the target side.
-        vocabulary: how many pieces there are at most.
-        width, heads, hidden, layers, dropout: as in `models.Transformer`; the recurrent model takes no heads.
-        cell: "gru" or "lstm", of the recurrent model.
-        smoothing: of the labels: what the other tokens get of each.
+        units: "pieces" (word pieces, with one vocabulary for both sides), or "symbols" (letters on the source side, and
+            whitespace-separated symbols on the target side).
+        vocabulary: maximum vocabulary size.
+        width, heads, hidden, layers, dropout: as in `models.transformer.Transformer`; the recurrent model ignores `heads`.
+        cell: "gru" or "lstm", for the recurrent model.
+        smoothing: label smoothing, the probability mass of the other tokens.
     """
 
     model: str = "transformer"
@@ -47,61 +47,74 @@ class Settings:
     hidden: int = 512
     layers: int = 3
     dropout: float = 0.2
-    cell: Kind = "gru"
+    cell: CellKind = "gru"
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        words = {"model": ("transformer", "recurrent"), "units": ("pieces", "symbols"), "cell": get_args(Kind)}
-        for name, known in words.items():
-            if getattr(self, name) not in known:
-                raise check.wrong(f"settings: {name}", getattr(self, name), " or ".join(map(repr, known)), True)
+        choices = {"model": ("transformer", "recurrent"), "units": ("pieces", "symbols"), "cell": get_args(CellKind)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise check.error(f"settings: {name}", getattr(self, name), " or ".join(map(repr, allowed)), True)
         for name in ("vocabulary", "width", "heads", "hidden", "layers"):
-            check.whole(f"settings: {name}", getattr(self, name), 1)
+            check.integer(f"settings: {name}", getattr(self, name), 1)
 
 
-class Encoded(NamedTuple):
-    """A pair as numbers; each side with the token that ends it."""
+class EncodedPair(NamedTuple):
+    """The token IDs of a pair; each side ends with `END`."""
 
     source: list[int]
     target: list[int]
 
 
 class Translation(NamedTuple):
-    """What the model makes of a text."""
+    """The translation of a text."""
 
     text: str
-    source: list[str]  # its tokens, the end included
-    target: list[str]  # those of the translation
-    numbers: list[int]  # and their numbers
-    weights: Tensor | None  # (target, source): how much each token looked at each source token; the last is the end's
+    source: list[str]  # tokens of the source, including the end token
+    target: list[str]  # tokens of the translation, without the end token
+    numbers: list[int]  # token IDs of the translation
+    weights: Tensor | None  # (len(target) + 1, len(source)), attention weights; the last row is that of the end token
 
 
 class Translate(Task):
-    """A model that translates, and its vocabularies."""
+    """A sequence-to-sequence model and its vocabularies.
+
+    >>> import pathlib
+    >>> from regard.tasks.data import Location, Pair
+    >>> from regard.tasks.translate import Translate, TranslateSettings
+    >>> pairs = [Pair("cab", "K AE B", Location(pathlib.Path("words.tsv"), 1))]
+    >>> settings = TranslateSettings(model="recurrent", units="symbols", width=16, hidden=16, layers=1)
+    >>> task = Translate.begin(settings, pairs)
+    >>> task.encode(pairs)  # 3 is the end token
+    [EncodedPair(source=[6, 4, 5, 3], target=[6, 4, 5, 3])]
+    >>> prediction = task.predict(["bac"])[0]
+    >>> prediction.source, prediction.weights.shape == (len(prediction.target) + 1, 4)
+    (['b', 'a', 'c', '</s>'], True)
+    """
 
     kind = "translate"
-    settings_of = Settings
-    settings: Settings
+    settings_of = TranslateSettings
+    settings: TranslateSettings
     model: Transformer | Recurrent
 
     @property
     def metric(self) -> str:
-        """What is watched on the dev examples."""
+        """The metric that selects the best epoch."""
         return "BLEU" if self.settings.units == "pieces" else "word error"
 
     @property
     def fewer_is_better(self) -> bool:
-        """Is it an error?"""
+        """Whether the metric is an error rate."""
         return self.settings.units == "symbols"
 
     @classmethod
-    def packages(cls, settings: Settings) -> tuple[str, ...]:
-        """What BLEU comes from."""
+    def packages(cls, settings: TranslateSettings) -> tuple[str, ...]:
+        """Return the package that computes BLEU, if it is the metric."""
         return ("sacrebleu",) if settings.units == "pieces" else ()
 
     @classmethod
-    def learn_tokens(cls, settings: Settings, examples: Sequence[Pair]) -> tuple[dict[str, Tokens], list[str]]:
-        """One vocabulary of pieces for both sides, or one of letters and one of symbols."""
+    def learn_tokens(cls, settings: TranslateSettings, examples: Sequence[Pair]) -> tuple[dict[str, Tokens], list[str]]:
+        """Build one vocabulary of word pieces for both sides, or one of letters and one of symbols."""
         if settings.units == "pieces":
             texts = (text for pair in examples for text in (pair.source, pair.target))
             return {"tokens": Tokens.pieces(texts, settings.vocabulary)}, []
@@ -119,7 +132,7 @@ class Translate(Task):
         return self.tokens["tokens" if self.settings.units == "pieces" else "target"]
 
     def build(self) -> Transformer | Recurrent:
-        """The model that the settings ask for."""
+        """Create the model."""
         s, sizes = self.settings, (len(self.source), len(self.target))
         shared = s.units == "pieces"
         if s.model == "recurrent":
@@ -130,102 +143,110 @@ class Translate(Task):
             *sizes, width=s.width, heads=s.heads, hidden=s.hidden, layers=s.layers, dropout=s.dropout, shared=shared
         )
 
-    def encode(self, examples: Sequence[Pair]) -> list[Encoded]:
-        """Pairs as numbers."""
+    def encode(self, examples: Sequence[Pair]) -> list[EncodedPair]:
+        """Convert pairs to token IDs."""
         sources = self.source.encode_all([pair.source for pair in examples])
         targets = self.target.encode_all([pair.target for pair in examples])
-        return [Encoded([*s, END], [*t, END]) for s, t in zip(sources, targets, strict=True)]
+        return [EncodedPair([*s, END], [*t, END]) for s, t in zip(sources, targets, strict=True)]
 
-    def size(self, encoded: Encoded) -> int:
-        """The longer of the two sides."""
+    def size(self, encoded: EncodedPair) -> int:
+        """Return the length of the longer side."""
         return max(len(encoded.source), len(encoded.target))
 
-    def loss(self, batch: Sequence[Encoded]) -> tuple[Tensor, int]:
-        """Cross entropy of the next token, with smoothed labels."""
+    def loss(self, batch: Sequence[EncodedPair]) -> tuple[Tensor, int]:
+        """Return the cross entropy of the next tokens, with label smoothing, and the number of tokens."""
         source, lengths = pad([pair.source for pair in batch])
-        target, real = pad([pair.target for pair in batch])
-        given = F.pad(target[:, :-1], (1, 0), value=START)
-        hidden = self.model.hidden(source, lengths, given)
-        # Scores of the whole vocabulary are most of the work: none for padding.
-        kept = torch.arange(target.shape[1]) < real[:, None]
-        loss = cross_entropy(hidden[kept], self.model.target.weight, target[kept], self.settings.smoothing)
-        return loss, int(kept.sum())
+        target, target_lengths = pad([pair.target for pair in batch])
+        shifted = F.pad(target[:, :-1], (1, 0), value=START)
+        hidden = self.model.hidden(source, lengths, shifted)
+        # Logits over the vocabulary are most of the work, so they are not computed for padding.
+        is_token = torch.arange(target.shape[1]) < target_lengths[:, None]
+        loss = cross_entropy(hidden[is_token], self.model.target.weight, target[is_token], self.settings.smoothing)
+        return loss, int(is_token.sum())
 
-    def evaluate(self, examples: Sequence[Pair], tell: Tell = quiet, beams: int = 1) -> dict[str, float]:
-        """BLEU and chrF of sacrebleu, cased and detokenised; or, of symbols, the share of sequences that are not as they
-        should be, and the share of symbols to change, in percent.
+    def evaluate(
+        self, examples: Sequence[Pair], tell: ProgressCallback = ignore_progress, beams: int = 1
+    ) -> dict[str, float]:
+        """Return BLEU and chrF of sacrebleu, cased and detokenized; or, for symbols, the percentages of wrong sequences and
+        of symbol edits.
         """
-        texts = [self.target.decode(found.tokens) for found in self._search([p.source for p in examples], beams, tell)]
-        wanted = [pair.target for pair in examples]
+        hypotheses = self._search([pair.source for pair in examples], beams, tell)
+        texts = [self.target.decode(hypothesis.tokens) for hypothesis in hypotheses]
+        references = [pair.target for pair in examples]
         if self.settings.units == "symbols":
-            return _errors(texts, wanted)
+            return _error_rates(texts, references)
         try:
             import sacrebleu
         except ImportError as error:
             raise ImportError("BLEU needs the package sacrebleu: pip install 'regard[tasks]'") from error
         return {
-            "BLEU": float(sacrebleu.corpus_bleu(texts, [wanted]).score),
-            "chrF": float(sacrebleu.corpus_chrf(texts, [wanted]).score),
+            "BLEU": float(sacrebleu.corpus_bleu(texts, [references]).score),
+            "chrF": float(sacrebleu.corpus_chrf(texts, [references]).score),
         }
 
     def predict(
-        self, texts: Sequence[str], beams: int = 5, align: bool = True, tell: Tell = quiet
+        self, texts: Sequence[str], beams: int = 5, align: bool = True, tell: ProgressCallback = ignore_progress
     ) -> list[Translation]:
-        """Translate texts; with `align`, tell which source tokens each target token looked at."""
-        found = self._search(texts, beams, tell)
-        return [self._told(text, one.tokens, align) for text, one in zip(texts, found, strict=True)]
+        """Translate texts by beam search. With `align`, the translations have attention weights."""
+        hypotheses = self._search(texts, beams, tell)
+        return [self._translation(text, h.tokens, align) for text, h in zip(texts, hypotheses, strict=True)]
 
     @torch.no_grad()
-    def _told(self, text: str, tokens: list[int], align: bool) -> Translation:
-        given = self.inputs(text, tokens)
-        weights = self.model.align(*given)[0] if align else None
-        names = self.source.names(given[0][0].tolist()), self.target.names(tokens)
+    def _translation(self, text: str, tokens: list[int], align: bool) -> Translation:
+        inputs = self.inputs(text, tokens)
+        weights = self.model.align(*inputs)[0] if align else None
+        names = self.source.names(inputs[0][0].tolist()), self.target.names(tokens)
         return Translation(self.target.decode(tokens), *names, tokens, weights)
 
     def inputs(self, text: str, tokens: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the model is called with to make these tokens of a text: source (1, S), its length, target (1, L + 1)."""
+        """Return the inputs with which the model predicts the L tokens of a translation: source (1, S), its length (1,), and
+        target (1, L + 1).
+        """
         source = [*self.source.encode(text), END]
         return torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([[START, *tokens]])
 
     @torch.no_grad()
-    def _search(self, texts: Sequence[str], beams: int, tell: Tell) -> list[Found]:
-        """The most likely translation of each text."""
+    def _search(self, texts: Sequence[str], beams: int, tell: ProgressCallback) -> list[Hypothesis]:
+        """Return the best hypothesis for each text."""
         self.model.eval()
-        encoded = [[*numbers, END] for numbers in self.source.encode_all(texts)]
-        found: list[Found] = [Found([], 0.0)] * len(texts)
+        encoded = [[*ids, END] for ids in self.source.encode_all(texts)]
+        hypotheses: list[Hypothesis] = [Hypothesis([], 0.0)] * len(texts)
         done = 0
-        for batch in deal([len(row) for row in encoded], max(_BATCH // beams, 1)):
+        for batch in make_batches([len(row) for row in encoded], max(_BATCH // beams, 1)):
             source, lengths = pad([encoded[i] for i in batch])
             state = self.model.start(source, lengths)
-            best = search(self._step, state, 2 * lengths + 10, start=START, end=END, beams=beams)
+            best = beam_search(self._step, state, 2 * lengths + 10, start=START, end=END, beams=beams)
             for i, row in zip(batch, best, strict=True):
-                found[i] = row[0]
+                hypotheses[i] = row[0]
             done += len(batch)
             tell(done, len(texts))
-        return found
+        return hypotheses
 
     def _step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """A step of the model, which says nothing that is no text."""
+        """Run one decoding step of the model, in which padding, unknown and start tokens have probability 0."""
         scores, state = self.model.step(tokens, state)
         scores[:, [PAD, UNKNOWN, START]] = -torch.inf
         return scores, state
 
 
-def _errors(texts: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """Sequences of symbols that are not as they should be, and symbols to change."""
-    pairs = [(text.split(), right.split()) for text, right in zip(texts, wanted, strict=True)]
-    changes = sum(_distance(a, b) for a, b in pairs)
+def _error_rates(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Return the percentages of wrong sequences, and of symbol edits relative to the length of the references."""
+    pairs = [(text.split(), reference.split()) for text, reference in zip(texts, references, strict=True)]
+    edits = sum(_edit_distance(a, b) for a, b in pairs)
     return {
         "word error": 100.0 * sum(a != b for a, b in pairs) / max(len(pairs), 1),
-        "symbol error": 100.0 * changes / max(sum(len(b) for _, b in pairs), 1),
+        "symbol error": 100.0 * edits / max(sum(len(b) for _, b in pairs), 1),
     }
 
 
-def _distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many symbols must be put in, left out or changed: Levenshtein (1966)."""
+def _edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the minimum number of insertions, deletions and substitutions (Levenshtein, 1966)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
         for j, y in enumerate(b, 1):
             before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]
+
+
+__getattr__ = deprecated.getter("regard.tasks.translate")

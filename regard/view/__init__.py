@@ -1,5 +1,6 @@
-"""Draw what was watched: `regard.view.page.page` writes a page, `regard.view.terminal.terminal` a brief for the
-terminal.
+"""Views of recorded attention: `regard.view.page.page` returns an HTML page, `regard.view.terminal.terminal` a
+summary for the terminal.
 
-Nothing is imported here: `page` and `terminal` are both modules and functions, and a re-export would hide the modules.
+This package re-exports nothing: `page` and `terminal` are names of modules as well as functions, and a re-export
+would hide the modules.
 """

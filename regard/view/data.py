@@ -1,7 +1,8 @@
-"""What a page holds of records: an overview of every head, and as many heads in detail as fit.
+"""The data of a page: an overview of every head, and the details of as many heads as fit.
 
-A head in detail has all weights that its record lists; one in overview has a picture of 32 x 32 cells, each the largest
-weight in it, and its sums in 256 parts. A page of a short text holds every head in detail.
+The details of a head are all weights that its record lists. Its overview is an image of 32 x 32 cells, each the largest
+weight in it, and its received attention and entropy, max-pooled to 256 values. A page of a short text holds the details
+of every head.
 """
 
 from __future__ import annotations
@@ -16,18 +17,22 @@ from torch import Tensor
 
 from regard.deprecated import getter
 from regard.view import pack
-from regard.view.brief import HABITS, Brief, briefs
+from regard.view.describe import HABITS, HeadDescription, describe_heads
 from regard.view.record import Record, Rows, Sides, check, label, rows
 from regard.view.token import Reading, read
 
-_ENTRIES = 4_000_000  # weights a page holds, about 6 MB; beyond, a row keeps its largest and the page states the rest
-_LEAST = 8  # but so many of each row, if need be of fewer heads
-_CELLS, _PARTS = 32, 256
+_MAX_ENTRIES = 4_000_000  # weights per page, about 6 MB; beyond it, rows keep their largest weights only
+_MIN_PER_ROW = 8  # at least this many weights per row; fewer heads have details then
+_CELLS, _BINS = 32, 256  # cells per side of the overview, values of received attention and entropy
 
 
 @dataclass(frozen=True)
 class PageInput:
-    """What a model attended to in a text: the records, the tokens as `page` takes them, and a name to tell it by."""
+    """The attention of one model on one text: its name, its records, and the tokens, with the arguments of `page`.
+
+    >>> PageInput("translator", [], ["le", "chat"], ["the", "cat"]).texts
+    [['le', 'chat'], ['the', 'cat']]
+    """
 
     name: str
     records: Sequence[Record]
@@ -36,29 +41,42 @@ class PageInput:
 
     @property
     def texts(self) -> list[list[str]]:
-        """Its texts, that of the queries first."""
+        """Its texts: that of the queries, then that of the keys of cross attention."""
         return [list(self.tokens)] if self.key_tokens is None else [list(self.tokens), list(self.key_tokens)]
 
 
 class Data:
-    """What was seen, in one model and text or in several, and what is told of each head; `batch` is the entry of B that is
-    shown.
+    """The records of one or several models and texts, with a description of each head.
+
+    Args:
+        inputs: the models and their texts.
+        batch: the index in B that is shown.
+
+    >>> from regard.watch import watch
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as records:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> data = Data([PageInput("a layer", records, ["the", "cat", "sat"])]).to_json(budget=10000)
+    >>> data["texts"], [len(layer["heads"]) for layer in data["layers"]]
+    ([[['the', 0, 0], ['cat', 0, 0], ['sat', 0, 0]]], [2])
     """
 
-    def __init__(self, seen: Sequence[PageInput], batch: int = 0) -> None:
-        self.records = [record for one in seen for record in one.records]
+    def __init__(self, inputs: Sequence[PageInput], batch: int = 0) -> None:
+        self.records = [record for one in inputs for record in one.records]
         self._batch = batch
-        self._most = max(_LEAST, _ENTRIES // max(1, sum(record.heads * record.queries for record in self.records)))
+        self._limit = max(
+            _MIN_PER_ROW, _MAX_ENTRIES // max(1, sum(record.heads * record.queries for record in self.records))
+        )
         self._texts: list[list[Reading]] = []
         self._names: list[str] = []  # of the texts
-        self.told: list[list[Brief]] = []
+        self.descriptions: list[list[HeadDescription]] = []
         self._layers: list[dict[str, Any]] = []
-        for one in seen:
-            self._add(one, base=self._read(one, seen), name=f"{one.name}: " if len(seen) > 1 else "")
+        for one in inputs:
+            self._add_layers(one, base=self._add_texts(one, inputs), name=f"{one.name}: " if len(inputs) > 1 else "")
 
-    def _read(self, one: PageInput, seen: Sequence[PageInput]) -> int:
-        """Take up the texts of one, and give the number of the first; two models that read the same text share it."""
-        shared = all(other.texts == seen[0].texts for other in seen)
+    def _add_texts(self, one: PageInput, inputs: Sequence[PageInput]) -> int:
+        """Add the texts of an input and return the index of the first; inputs with equal texts share them."""
+        shared = all(other.texts == inputs[0].texts for other in inputs)
         if shared and self._texts:
             return 0
         base = len(self._texts)
@@ -67,29 +85,29 @@ class Data:
         self._names += names[: len(one.texts)]
         return base
 
-    def _add(self, one: PageInput, base: int, name: str) -> None:
+    def _add_layers(self, one: PageInput, base: int, name: str) -> None:
         for record, side in zip(one.records, check(one.records, one.tokens, one.key_tokens, self._batch), strict=True):
-            found = rows(record, self._batch)
-            told = briefs(record, found, side)
-            layer = _layer(record, side, found, told, self._most)
+            entries = rows(record, self._batch)
+            descriptions = describe_heads(record, entries, side)
+            layer = _layer(record, side, entries, descriptions, self._limit)
             layer["label"] = name + layer["label"]
             layer["queryText"] += base
             layer["keyText"] += base
-            self.told.append(told)
+            self.descriptions.append(descriptions)
             self._layers.append(layer)
 
-    def whole(self, budget: int) -> dict[str, Any]:
-        """All of it as JSON has it, with heads in detail until their text is so many bytes."""
-        order, short = self._by_interest(), self._is_short(budget)
+    def to_json(self, budget: int) -> dict[str, Any]:
+        """Return the data as a JSON object, with details of heads until it has `budget` bytes."""
+        order, is_short = self._by_interest(), self._is_short(budget)
         start = order[0]
         details: dict[tuple[int, int], dict[str, Any]] = {}
         size = sum(len(reading.text) + len(reading.raw) + 12 for text in self._texts for reading in text)
-        size += sum(len(layer["heads"]) for layer in self._layers) * (_CELLS**2 * 4 // 3 + 2 * _PARTS * 2 + 300)
+        size += sum(len(layer["heads"]) for layer in self._layers) * (_CELLS**2 * 4 // 3 + 2 * _BINS * 2 + 300)
         layers = [self._layers[n] | {"heads": list(self._layers[n]["heads"])} for n in range(len(self._layers))]
         for layer, head in order:
             if (layer, head) not in details:
-                # Those of a layer are packed together as long as everything is likely to fit.
-                together = range(self.records[layer].heads) if short else [head]
+                # All heads of a layer are packed in one call if everything is likely to fit.
+                together = range(self.records[layer].heads) if is_short else [head]
                 for n, packed in zip(together, self.details(layer, list(together)), strict=True):
                     details[layer, n] = packed
             packed = details[layer, head]
@@ -108,56 +126,59 @@ class Data:
         }
 
     def details(self, layer: int, heads: Sequence[int]) -> list[dict[str, Any]]:
-        """Some heads of a layer, with all weights that are listed."""
+        """Return the details of some heads of a layer: all weights that are listed."""
         record = self.records[layer]
-        seen = rows(record, self._batch, heads)
-        packed = pack.heads(seen, self._most)
-        rest = (1 - seen.weights[..., : self._most].sum(-1)).clamp(0, 1)
-        entropy = None if seen.entropy is None else pack.quantised(seen.entropy, pack.THOUSAND)
+        entries = rows(record, self._batch, heads)
+        packed = pack.encode_rows(entries, self._limit)
+        rest = (1 - entries.weights[..., : self._limit].sum(-1)).clamp(0, 1)
+        entropy = None if entries.entropy is None else pack.quantize(entries.entropy, pack.THOUSAND)
         return [
             {
                 "rows": packed[n],
-                "rest": pack.varints(pack.quantised(rest[n], pack.ONE)),
-                "entropy": None if entropy is None else pack.varints(entropy[n]),
-                "received": pack.varints(pack.quantised(seen.received[n], pack.THOUSAND)),
+                "rest": pack.encode_varints(pack.quantize(rest[n], pack.ONE)),
+                "entropy": None if entropy is None else pack.encode_varints(entropy[n]),
+                "received": pack.encode_varints(pack.quantize(entries.received[n], pack.THOUSAND)),
                 "cells": None,
             }
             for n in range(len(heads))
         ]
 
     def _is_short(self, budget: int) -> bool:
-        entries = sum(r.heads * r.queries * min(r.top.keys.shape[-1], self._most) for r in self.records)
+        entries = sum(r.heads * r.queries * min(r.top.keys.shape[-1], self._limit) for r in self.records)
         return 3 * entries < budget
 
     def _by_interest(self) -> list[tuple[int, int]]:
-        """All heads: the sharpest link across the text first, in cross attention if there is any; then a head of each
-        layer in turns.
+        """Return (layer, head) of all heads in the order of inclusion: the most interesting head first, of cross
+        attention if there is any; then one head per layer in turn, by decreasing interest.
         """
-        places = [(layer, head) for layer, heads in enumerate(self.told) for head in range(len(heads))]
-        if not places:
+        pairs = [(layer, head) for layer, heads in enumerate(self.descriptions) for head in range(len(heads))]
+        if not pairs:
             return [(0, 0)]
-        first = max(places, key=self._interest)
+        first = max(pairs, key=self._interest)
         turn: dict[tuple[int, int], int] = {}
-        for layer, heads in enumerate(self.told):
+        for layer, heads in enumerate(self.descriptions):
             order = sorted(range(len(heads)), key=lambda head: -self._interest((layer, head)))
             turn |= {(layer, head): n for n, head in enumerate(order)}
-        return sorted(places, key=lambda place: (place != first, turn[place], place))
+        return sorted(pairs, key=lambda pair: (pair != first, turn[pair], pair))
 
-    def _interest(self, place: tuple[int, int]) -> float:
-        brief = self.told[place[0]][place[1]]
-        cross = 1.0 if self.records[place[0]].kind == "cross" else 0.0
-        if brief.pattern == "pair" and brief.pair is not None:
-            near = not cross and abs(brief.pair.query - brief.pair.key) < 3  # a neighbour tells less of the text
-            sharp = brief.pair.weight * (0.6 if near else 1.0)
-            return cross + 1 + sharp - 0.5 * (brief.entropy or 0.0) / max(brief.room, 1e-9)
-        return cross + brief.telling
+    def _interest(self, head: tuple[int, int]) -> float:
+        description = self.descriptions[head[0]][head[1]]
+        cross = 1.0 if self.records[head[0]].kind == "cross" else 0.0
+        if description.pattern == "pair" and description.pair is not None:
+            # Links between neighbors are less informative.
+            near = not cross and abs(description.pair.query - description.pair.key) < 3
+            sharpness = description.pair.weight * (0.6 if near else 1.0)
+            return cross + 1 + sharpness - 0.5 * (description.entropy or 0.0) / max(description.max_entropy, 1e-9)
+        return cross + description.interest
 
 
-def _layer(record: Record, side: Sides, seen: Rows, told: list[Brief], most: int) -> dict[str, Any]:
-    """A layer with its heads in overview."""
-    cells = _cells(seen, record.queries, record.keys)
-    received, entropy = _pooled(seen.received), None if seen.entropy is None else _pooled(seen.entropy)
-    distance = _distance(record, seen)
+def _layer(
+    record: Record, side: Sides, entries: Rows, descriptions: list[HeadDescription], limit: int
+) -> dict[str, Any]:
+    """Return a layer with the overviews of its heads."""
+    cells = _cells(entries, record.queries, record.keys)
+    received, entropy = _max_pool(entries.received), None if entries.entropy is None else _max_pool(entries.entropy)
+    distance = _distance(record, entries)
     return {
         "label": label(record, side),
         "name": record.name,
@@ -166,61 +187,64 @@ def _layer(record: Record, side: Sides, seen: Rows, told: list[Brief], most: int
         "keyText": side.key_text,
         "queries": record.queries,
         "keys": record.keys,
-        "offset": seen.offset,  # of the first query in its text
+        "offset": entries.offset,  # position of the first query in its text
         "causal": record.causal,
-        "top": min(int(seen.keys.shape[-1]), most),
-        "receivedExact": seen.received_exact,
+        "top": min(int(entries.keys.shape[-1]), limit),
+        "receivedExact": entries.received_exact,
         "heads": [
             {
                 "rows": None,
                 "rest": None,
                 "cells": base64.b64encode(bytes(cells[head].flatten().tolist())).decode("ascii"),
-                "entropy": None if entropy is None else pack.varints(pack.quantised(entropy[head], pack.THOUSAND)),
-                "received": pack.varints(pack.quantised(received[head], pack.THOUSAND)),
+                "entropy": None
+                if entropy is None
+                else pack.encode_varints(pack.quantize(entropy[head], pack.THOUSAND)),
+                "received": pack.encode_varints(pack.quantize(received[head], pack.THOUSAND)),
                 "distance": None if distance is None else round(float(distance[head]), 2),
-                "pattern": brief.pattern,
-                "words": brief.words,
-                "sentence": brief.sentence,
-                "meanEntropy": None if brief.entropy is None else round(brief.entropy, 3),
-                "room": round(brief.room, 3),
-                "pair": brief.pair and [brief.pair.query, brief.pair.key, round(brief.pair.weight, 3)],
+                "pattern": description.pattern,
+                "words": description.text,
+                "sentence": description.sentence,
+                "meanEntropy": None if description.entropy is None else round(description.entropy, 3),
+                "room": round(description.max_entropy, 3),
+                "pair": description.pair
+                and [description.pair.query, description.pair.key, round(description.pair.weight, 3)],
             }
-            for head, brief in enumerate(told)
+            for head, description in enumerate(descriptions)
         ],
     }
 
 
-def _cells(seen: Rows, queries: int, keys: int) -> Tensor:
-    """The largest listed weight of each cell (H, h, w), as bytes: 0 where nothing is listed, else 1 + 254 sqrt(weight)."""
+def _cells(entries: Rows, queries: int, keys: int) -> Tensor:
+    """Max-pool the listed weights to cells (H, h, w), uint8: 0 where nothing is listed, else 1 + 254 sqrt(weight)."""
     high, wide = min(_CELLS, queries), min(_CELLS, keys)
     down = torch.arange(queries)[:, None] * high // max(queries, 1)
-    place = (down * wide + seen.keys.clamp(min=0) * wide // max(keys, 1)).flatten(1)
-    shades = 1 + (254 * seen.weights.clamp(0, 1).sqrt()).round()
-    shades = shades.masked_fill(~seen.listed, 0).flatten(1)
-    out = torch.zeros(len(shades), high * wide).scatter_reduce_(1, place, shades, "amax")
+    cell = (down * wide + entries.keys.clamp(min=0) * wide // max(keys, 1)).flatten(1)
+    shades = 1 + (254 * entries.weights.clamp(0, 1).sqrt()).round()
+    shades = shades.masked_fill(~entries.listed, 0).flatten(1)
+    out = torch.zeros(len(shades), high * wide).scatter_reduce_(1, cell, shades, "amax")
     return out.view(-1, high, wide).to(torch.uint8)
 
 
-def _pooled(numbers: Tensor) -> Tensor:
-    """The largest number (H, n) of each of at most 256 parts."""
+def _max_pool(numbers: Tensor) -> Tensor:
+    """Max-pool (H, n) to at most 256 values per head."""
     size = numbers.shape[-1]
-    if size <= _PARTS:
+    if size <= _BINS:
         return numbers
-    place = (torch.arange(size) * _PARTS // size).expand_as(numbers)
-    return numbers.new_zeros(len(numbers), _PARTS).scatter_reduce_(1, place, numbers, "amax")
+    bins = (torch.arange(size) * _BINS // size).expand_as(numbers)
+    return numbers.new_zeros(len(numbers), _BINS).scatter_reduce_(1, bins, numbers, "amax")
 
 
-def _distance(record: Record, seen: Rows) -> Tensor | None:
-    """How many tokens lie between a query and what it looks at, on average over the weight that is listed (H,)."""
+def _distance(record: Record, entries: Rows) -> Tensor | None:
+    """Return the mean distance in tokens between queries and keys, weighted by the listed weights (H,)."""
     if record.kind == "cross":
         return None
-    own = torch.arange(record.queries)[:, None] + seen.offset
-    apart = (seen.weights * (seen.keys - own).abs() * seen.listed).sum((-1, -2))
-    return apart / seen.weights.sum((-1, -2)).clamp(min=1e-9)
+    own = torch.arange(record.queries)[:, None] + entries.offset
+    total = (entries.weights * (entries.keys - own).abs() * entries.listed).sum((-1, -2))
+    return total / entries.weights.sum((-1, -2)).clamp(min=1e-9)
 
 
 def _token(reading: Reading) -> list[str | int]:
-    """[text, 1 if it continues a word, 1 if a marker, raw where that differs], cut short at the end where it can be."""
+    """Return [text, 1 if it continues a word, 1 if it is a marker], plus the raw token if it differs from the text."""
     token: list[str | int] = [reading.text, int(reading.continues), int(reading.marker)]
     return token if reading.raw == reading.text else [*token, reading.raw]
 

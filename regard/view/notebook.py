@@ -1,4 +1,4 @@
-"""The page in a notebook, by anywidget: the same view in a frame of its own, and the chosen head in Python."""
+"""The page as a notebook widget (anywidget): the page in a frame, with the selected head available in Python."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 from regard.view.page import BUDGET, page
 from regard.view.record import Record
 
-# The page keeps to its frame: it has no way to the notebook but to say which head is chosen, and to be told.
+# The frame is sandboxed: page and notebook exchange messages about the selected head, and nothing else.
 _ESM = """
 function render({ model, el }) {
   const frame = document.createElement("iframe");
-  frame.title = "What the heads look at";
+  frame.title = "Attention heads";
   frame.sandbox = "allow-scripts allow-downloads";
   frame.style.cssText = "display: block; width: 100%; border: 1px solid #8884; border-radius: 8px";
   frame.style.height = `${model.get("height")}px`;
   frame.srcdoc = model.get("document");
-  const heard = (event) => {
+  const onMessage = (event) => {
     if (event.source !== frame.contentWindow || !Array.isArray(event.data?.regardHead)) return;
     const [layer, head] = event.data.regardHead.map(Number);
     model.set("head", [layer, head]);
     model.save_changes();
   };
-  const told = () => frame.contentWindow?.postMessage({ regardHead: model.get("head") }, "*");
-  const resized = () => (frame.style.height = `${model.get("height")}px`);
-  addEventListener("message", heard);
-  model.on("change:head", told);
-  model.on("change:height", resized);
+  const sendHead = () => frame.contentWindow?.postMessage({ regardHead: model.get("head") }, "*");
+  const resize = () => (frame.style.height = `${model.get("height")}px`);
+  addEventListener("message", onMessage);
+  model.on("change:head", sendHead);
+  model.on("change:height", resize);
   el.append(frame);
   return () => {
-    removeEventListener("message", heard);
-    model.off("change:head", told);
-    model.off("change:height", resized);
+    removeEventListener("message", onMessage);
+    model.off("change:head", sendHead);
+    model.off("change:height", resize);
   };
 }
 export default { render };
@@ -49,30 +49,36 @@ def widget(
     height: int = 760,
     budget: int = BUDGET,
 ) -> Any:
-    """A widget that shows what every head of `records` attends to; the arguments are those of `page`.
-
-    `head` of the widget is the pair (layer, head) that is chosen, as they stand in the overview: read, observe or set it.
+    """Return a widget with the page of `records`. Its attribute `head` is the selected (layer, head), as indexed in the
+    overview; it can be read, observed and set.
 
     Args:
-        height: of the view, in pixels.
+        records, tokens, title, batch, key_tokens, budget: as in `page`.
+        height: the height of the widget in pixels.
 
     Raises:
-        ImportError: anywidget is missing.
-        ValueError: as `page` does.
+        ImportError: anywidget is not installed.
+        ValueError: the arguments do not match, as in `page`.
 
-    >>> view = widget(seen, tokens)
-    >>> view.head = (5, 11)
+    >>> from regard.watch import watch
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as records:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> view = widget(records, ["the", "cat", "sat"], height=600)
+    >>> view.head = [0, 1]
+    >>> view.height, view.head, "cat" in view.document
+    (600, [0, 1], True)
     """
     try:
         import anywidget
         import traitlets
     except ImportError as error:
-        raise ImportError("the view in a notebook needs anywidget: pip install 'regard[notebook]'") from error
+        raise ImportError("the notebook widget needs anywidget: pip install 'regard[notebook]'") from error
     if not isinstance(height, int) or height < 1:
-        raise ValueError(f"height: {height!r}; expected a whole number of pixels > 0")
+        raise ValueError(f"height: {height!r}; expected an integer of pixels > 0")
 
     class View(anywidget.AnyWidget):  # type: ignore[misc]
-        """The page, and what is chosen in it."""
+        """The page and its selected head."""
 
         _esm = _ESM
         document = traitlets.Unicode().tag(sync=True)

@@ -1,8 +1,7 @@
-"""The page: one HTML document that shows what every head attends to, with all it needs inside it.
+"""The page: one self-contained HTML document that shows what every head attends to.
 
-The assets beside this file (page.html, page.css and the scripts) are inlined as they are; the data goes in as one JSON
-block. A token cannot leave that block, and the policy in the page's head forbids every script but ours and every
-request.
+The assets beside this file (page.html, page.css and page.js) are inlined, and the data is one JSON block. A token cannot
+end that block, and the content security policy of the page forbids all other scripts and all requests.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from regard.view.data import Data, PageInput
 from regard.view.picture import Picture
 from regard.view.record import Record
 
-BUDGET = 20_000_000  # bytes of data: a browser takes that in a second
+BUDGET = 20_000_000  # bytes of data, which a browser parses in about a second
 
 
 def page(
@@ -34,26 +33,38 @@ def page(
     picture: Picture | None = None,
     other: PageInput | None = None,
 ) -> str:
-    """A whole HTML document, as text, that shows what every head of `records` attends to.
+    """Return a self-contained HTML document that shows what every head of `records` attends to.
 
-    `records` are calls of attention (see `regard.view.record.Record`), with top weights and keys `(B,H,L,k)`, received
-    `(B,H,S)` and entropy `(B,H,L)` in nats; entry `batch` of B is shown. `tokens` are the L tokens of the queries,
-    `key_tokens` the S tokens of the keys of cross attention (`tokens` by default). The page is self-contained and makes
-    no request.
+    Weights are exact to 0.00003. Where the records list fewer than all keys of a row, or more than a page can hold, the
+    page states the total weight that it does not show. The overview shows every head; details are included for as many
+    heads as fit in `budget` bytes, the most informative ones first (`regard serve` shows all of them).
 
-    Weights are kept to 0.00003. Where the records hold fewer than all keys of a row, or more than a page can, the page
-    states the weight it does not show. Every head is in the overview; in detail, as many as fit in `budget` bytes, the
-    most telling first (`regard serve` shows them all).
+    Args:
+        records: attention calls (see `regard.view.record.Record`), with top weights and keys (B, H, L, k), received
+            (B, H, S) and entropy (B, H, L) in nats.
+        tokens: the L tokens of the queries.
+        title, subtitle: the headings of the page.
+        batch: the index in B that is shown.
+        key_tokens: the S tokens of the keys of cross attention; `tokens` by default.
+        budget: the size of the data in bytes.
+        picture: for vision models, the picture whose patches are the last tokens of the keys.
+        other: the attention of another model, or of the same model on another text; its heads follow under its name.
 
-    `picture` is what the text that is looked at was cut from, for vision models: its patches are shaded as words are.
+    Raises:
+        ValueError: `records` is empty, or the tokens or the picture do not match them.
 
-    `other` is what another model attended to, or the same one in another text: its heads stand below, under its name.
-
-    Raises ValueError where `records` is empty, the tokens do not fit them, or the picture does not fit the tokens.
+    >>> import re
+    >>> from regard.watch import watch
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as records:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> document = page(records, ["the", "cat", "sat"], title="A layer")
+    >>> re.findall("<title>(.*)</title>", document), '["cat",0,0]' in document
+    (['A layer · regard'], True)
     """
     patches = None if picture is None else picture.describe(len(tokens if key_tokens is None else key_tokens))
-    seen = [PageInput(title or "first", records, tokens, key_tokens), *([] if other is None else [other])]
-    return document(Data(seen, batch), title, subtitle, budget, picture=patches)
+    inputs = [PageInput(title or "first", records, tokens, key_tokens), *([] if other is None else [other])]
+    return document(Data(inputs, batch), title, subtitle, budget, picture=patches)
 
 
 def document(
@@ -64,11 +75,20 @@ def document(
     served: bool = False,
     picture: dict[str, Any] | None = None,
 ) -> str:
-    """The same of data, and of a picture as `Picture.describe` gives it; one that is `served` asks for the heads that it
-    does not hold.
+    """Return the HTML document of `data`, with a picture as returned by `Picture.describe`. A `served` page fetches the
+    details that it does not hold.
+
+    >>> from regard.view.data import Data
+    >>> from regard.watch import watch
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as records:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> data = Data([PageInput("a layer", records, ["the", "cat", "sat"])])
+    >>> ["connect-src" in document(data, served=served) for served in (False, True)]
+    [False, True]
     """
-    whole = {"title": title, "subtitle": subtitle, "served": served, "picture": picture, **data.whole(budget)}
-    return _document(title or "What the heads look at", whole, served)
+    payload = {"title": title, "subtitle": subtitle, "served": served, "picture": picture, **data.to_json(budget)}
+    return _document(title or "Attention heads", payload, served)
 
 
 def _document(title: str, data: dict[str, Any], served: bool) -> str:
@@ -90,7 +110,7 @@ def _document(title: str, data: dict[str, Any], served: bool) -> str:
     }
     document = assets.joinpath("page.html").read_text("utf-8")
     out = []
-    while document:  # one pass, so that a title that reads {{data}} stays a title
+    while document:  # a single pass, so that a placeholder in a title is not replaced
         start = document.find("{{")
         if start < 0:
             break
@@ -98,7 +118,7 @@ def _document(title: str, data: dict[str, Any], served: bool) -> str:
         out += [document[:start], fields[document[start:end]]]
         document = document[end:]
     out.append(document)
-    # half a surrogate pair could not be written to a file
+    # a lone surrogate could not be written to a file
     return "".join(out).encode("utf-8", "replace").decode("utf-8")
 
 
@@ -107,7 +127,7 @@ def _digest(text: str) -> str:
 
 
 def _json(data: dict[str, Any]) -> str:
-    """JSON that no HTML parser can take for markup: every <, >, & and line separator is escaped."""
+    """Return JSON that cannot be parsed as markup: <, >, & and line separators are escaped."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for c in "<>&\u2028\u2029":
         text = text.replace(c, f"\\u{ord(c):04x}")

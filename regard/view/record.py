@@ -1,6 +1,6 @@
-"""What the views read: one record of what a call of attention paid attention to, and which text its two sides are.
+"""The interface between records and views: the record of one attention call, and the texts of its queries and keys.
 
-Axes: B batch, H heads, L queries, S keys, k recorded keys a query.
+Axes: B batch, H heads, L queries, S keys, k recorded keys per query.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 
 class Top(Protocol):
-    """The largest weights of every row and the keys they fall on."""
+    """The largest weights of every row, and their keys."""
 
     @property
-    def weights(self) -> Tensor: ...  # (B,H,L,k), largest first, filled up with 0
+    def weights(self) -> Tensor: ...  # (B,H,L,k), in descending order, padded with 0
 
     @property
-    def keys(self) -> Tensor: ...  # (B,H,L,k) int64, filled up with -1
+    def keys(self) -> Tensor: ...  # (B,H,L,k) int64, padded with -1
 
 
 class Record(Protocol):
-    """One call of attention in one module, as the views need it."""
+    """One attention call of one module, as the views need it."""
 
     @property
     def name(self) -> str: ...
@@ -52,22 +52,31 @@ class Record(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """One batch entry of a record, on the CPU in fp32, with what the recorded top says and what it leaves open."""
+    """One batch entry of a record, on the CPU in fp32, with what follows from its top-k weights."""
 
     weights: Tensor  # (H,L,k)
     keys: Tensor  # (H,L,k)
-    listed: Tensor  # (H,L,k) bool: the entry is a key, not filling
-    allowed: Tensor  # (L,) how many keys the causal rule permits
+    listed: Tensor  # (H,L,k) bool: the entry is a key, not padding
+    allowed: Tensor  # (L,) number of keys that the causal mask permits
     complete: Tensor  # (H,L) bool: every key that may be attended is listed
-    rest: Tensor  # (H,L) the weight outside the list
-    entropy: Tensor | None  # (H,L) nats; None where it was not recorded and cannot be told from the list
+    rest: Tensor  # (H,L) total weight of the keys that are not listed
+    entropy: Tensor | None  # (H,L) nats; None if it was not recorded and cannot be computed from the list
     received: Tensor  # (H,S)
-    received_exact: bool  # False where `received` is a lower bound, summed from the list
-    offset: int  # the place of the first query in its text
+    received_exact: bool  # False if `received` is a lower bound, summed from the list
+    offset: int  # position of the first query in its text
 
 
 def rows(record: Record, batch: int, heads: Sequence[int] | None = None) -> Rows:
-    """The rows of one batch entry, of some heads or all. Queries stand at the end of the keys where a cache makes L < S."""
+    """Return the rows of one batch entry, of some heads or all. With a cache, the L queries are the last of the S keys.
+
+    >>> from regard.watch import watch
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as records:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> entries = rows(records[0], 0)
+    >>> entries.weights.shape, bool(entries.complete.all()), entries.received.sum(-1).round(decimals=4).tolist()
+    (torch.Size([2, 3, 3]), True, [3.0, 3.0])
+    """
     some = slice(None) if heads is None else list(heads)
     keys = record.top.keys[batch][some].detach().cpu().long()
     listed = keys >= 0
@@ -95,7 +104,7 @@ def rows(record: Record, batch: int, heads: Sequence[int] | None = None) -> Rows
 
 @dataclass(frozen=True)
 class Sides:
-    """Which text the queries and the keys of a record belong to (0: `tokens`, 1: `key_tokens`), and their tokens."""
+    """The texts of the queries and the keys of a record (0: `tokens`, 1: `key_tokens`), and their tokens."""
 
     query_text: int
     key_text: int
@@ -106,15 +115,29 @@ class Sides:
 def check(
     records: Sequence[Record], tokens: Sequence[str], key_tokens: Sequence[str] | None, batch: int
 ) -> list[Sides]:
-    """The sides of every record. Raises ValueError, naming the argument, where texts, batch and records do not fit."""
+    """Return the sides of every record.
+
+    Raises:
+        ValueError: the tokens or the batch index do not match the records; the message names the argument.
+
+    >>> from regard.watch import watch
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as records:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> check(records, ["the", "cat", "sat"], None, 0)[0].queries
+    ['the', 'cat', 'sat']
+    >>> check(records, ["the", "cat"], None, 0)
+    Traceback (most recent call last):
+    ValueError: tokens has 2 entries: expected 3, the keys of record '' (layer 0, self, L=3, S=3)
+    """
     if len(records) == 0:
-        raise ValueError("records is empty: expected at least one record of a call of attention")
+        raise ValueError("records is empty: expected at least one record of an attention call")
     for name, text in (("tokens", tokens), ("key_tokens", key_tokens)):
         if text is not None and len(text) == 0:
             raise ValueError(f"{name} is empty: expected at least one token")
     for record in records:
-        size, most = record.top.weights.shape[0], record.top.weights.shape[-1]
-        if most == 0:
+        size, k = record.top.weights.shape[0], record.top.weights.shape[-1]
+        if k == 0:
             raise ValueError(f"record {record.name!r} holds no weights: expected top.weights (B,H,L,k) with k >= 1")
         if not 0 <= batch < size:
             raise ValueError(f"batch is {batch}: expected 0 <= batch < {size}, the batch of record {record.name!r}")
@@ -123,26 +146,34 @@ def check(
 
 def _sides(record: Record, tokens: Sequence[str], key_tokens: Sequence[str] | None) -> Sides:
     length, size = record.queries, record.keys
-    where = f"record {record.name!r} (layer {record.layer}, {record.kind}, L={length}, S={size})"
+    description = f"record {record.name!r} (layer {record.layer}, {record.kind}, L={length}, S={size})"
     if record.kind == "cross":
         sources = tokens if key_tokens is None else key_tokens
         if len(tokens) != length:
-            raise ValueError(f"tokens has {len(tokens)} entries: expected {length}, the queries of {where}")
+            raise ValueError(f"tokens has {len(tokens)} entries: expected {length}, the queries of {description}")
         if len(sources) != size:
             name = "tokens" if key_tokens is None else "key_tokens"
-            raise ValueError(f"{name} has {len(sources)} entries: expected {size}, the keys of {where}")
+            raise ValueError(f"{name} has {len(sources)} entries: expected {size}, the keys of {description}")
         return Sides(0, 0 if key_tokens is None else 1, tokens, sources)
     texts = [(0, tokens)] if key_tokens is None else [(0, tokens), (1, key_tokens)]
     if key_tokens is not None and "encoder" in record.name.split("."):
-        texts.reverse()  # two texts: an encoder reads the source, which is the text of the cross attention's keys
+        texts.reverse()  # with two texts, an encoder reads the source: the keys of cross attention
     for index, text in texts:
         if len(text) == size and length <= size:
             return Sides(index, index, text[size - length :], text)
     lengths = " and ".join(f"{('tokens', 'key_tokens')[i]} has {len(t)} entries" for i, t in sorted(texts))
-    raise ValueError(f"{lengths}: expected {size}, the keys of {where}")
+    raise ValueError(f"{lengths}: expected {size}, the keys of {description}")
 
 
 def label(record: Record, sides: Sides) -> str:
-    """What a record is called in the views: "layer 3", "encoder layer 3", "cross layer 3", "layer 3, call 1"."""
+    """Return the name of a record in the views: "layer 3", "encoder layer 3", "cross layer 3", "layer 3, call 1".
+
+    >>> from regard.watch import watch
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as records:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> label(records[0], check(records, ["the", "cat", "sat"], None, 0)[0])
+    'layer 0'
+    """
     part = "cross " if record.kind == "cross" else "encoder " if sides.key_text == 1 else ""
     return f"{part}layer {record.layer}" + (f", call {record.call}" if record.call else "")

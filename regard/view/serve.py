@@ -1,7 +1,7 @@
-"""A server for records that are too large for a page: this machine alone, read only, and nothing but the record.
+"""A read-only server for records that are too large for a page, reachable from this machine only.
 
-It answers two kinds of request: `/`, the page, and `/head/LAYER/HEAD`, the weights of one head. It reads no path from a
-request, so none can lead out of the record.
+It answers two kinds of requests: `/`, the page, and `/head/LAYER/HEAD`, the details of one head. It never opens a file
+named by a request.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from regard.view.data import Data
 from regard.view.page import document
 
 _HEAD = re.compile(r"/head/(\d{1,5})/(\d{1,5})")
-_BUDGET = 6_000_000  # bytes that the first page holds; the rest is asked for, a head at a time
+_BUDGET = 6_000_000  # bytes of data in the page; it fetches the details of other heads one by one
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers the two kinds of request, for `server.data`."""
+    """Answers the two kinds of requests."""
 
     server: _Server
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # noqa: N802: the name is http.server's
-        # A page of another site, whose name leads here, would come with its own name.
+    def do_GET(self) -> None:
+        # Protection against DNS rebinding: the name of another site that resolves to this machine is refused.
         host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
         if host not in ("127.0.0.1", "localhost"):
-            self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this server answers to this machine alone")
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this server answers requests to localhost only")
         elif self.path == "/":
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
-        elif (found := _HEAD.fullmatch(self.path)) and (told := self.server.head(int(found[1]), int(found[2]))):
-            self._answer(HTTPStatus.OK, "application/json", told)
+        elif (match := _HEAD.fullmatch(self.path)) and (details := self.server.head(int(match[1]), int(match[2]))):
+            self._answer(HTTPStatus.OK, "application/json", details)
         else:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"there is nothing here but / and /head/LAYER/HEAD")
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"not found; the paths are / and /head/LAYER/HEAD")
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -50,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nobody reads along."""
+        """Silence request logging."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -61,19 +61,36 @@ class _Server(ThreadingHTTPServer):
         self._data, self.page = data, page
 
     def head(self, layer: int, head: int) -> bytes | None:
-        """One head in detail, or None where there is no such head."""
+        """Return the details of a head as JSON, or None if there is no such head."""
         records = self._data.records
         if layer >= len(records) or head >= records[layer].heads:
             return None
-        (told,) = self._data.details(layer, [head])
-        return json.dumps(told).encode()
+        (details,) = self._data.details(layer, [head])
+        return json.dumps(details).encode()
 
 
 @contextmanager
 def serving(data: Data, title: str = "", subtitle: str = "", port: int = 0, budget: int = _BUDGET) -> Iterator[str]:
-    """Serve a page of `data` on this machine while the block runs, and give its address; port 0 is any that is free.
+    """Serve a page of `data` on this machine while the block runs, and yield its address.
 
-    Raises OSError where the port is taken.
+    Args:
+        data: the records.
+        title, subtitle: the headings of the page.
+        port: 0 selects a free port.
+        budget: the size of the data in the page, in bytes; the details of other heads are fetched on demand.
+
+    Raises:
+        OSError: the port is in use.
+
+    >>> import urllib.request
+    >>> from regard.view.data import PageInput
+    >>> from regard.watch import watch
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as records:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> with serving(Data([PageInput("a layer", records, ["the", "cat", "sat"])])) as address:
+    ...     urllib.request.urlopen(address + "head/0/1").status
+    200
     """
     server = _Server(port, data, document(data, title, subtitle, budget, served=True).encode("utf-8"))
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,6 +1,7 @@
-"""The brief for the terminal: what every head does in a few words, and the text shaded by the attention it received.
- Small models get a cell a head; models of many heads one line a layer, with a sign for every head and the most telling
-ones in words.
+"""The summary for the terminal: a short description of every head, and the text shaded by the attention it received.
+
+Small models have one cell per head. Models with many heads have one line per layer, with a symbol for every head and
+the most informative heads in words.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from regard.view.brief import HABITS, Brief, briefs
+from regard.view.describe import HABITS, HeadDescription, describe_heads
 from regard.view.record import Record, check, label, rows
 from regard.view.token import Reading, read
 
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.text import Text
 
-_MANY = 96  # more heads than this, and a layer becomes one line
-_CELL = 26  # a cell of this many columns holds most briefs: three in 80 columns, four in 120
-_LINES = 2  # a text that fills more lines than this is shaded once, not in every layer
-_COLOURS = {  # a colour a habit, from Okabe and Ito's set: told apart without red against green
+_MAX_CELLS = 96  # with more heads than this, a layer is one line
+_CELL_WIDTH = 26  # columns per cell, which fit most descriptions: three in 80 columns, four in 120
+_MAX_LINES = 2  # a text with more lines than this is shaded once, not in every layer
+_COLORS = {  # one color per pattern, from the palette of Okabe and Ito, which is safe for color-blind readers
     "previous": "#56b4e9",
     "next": "#4fd1c5",
     "itself": "#f0e442",
@@ -36,7 +37,7 @@ _COLOURS = {  # a colour a habit, from Okabe and Ito's set: told apart without r
     "pair": "#e69f00",
     "none": "#8a8f99",
 }
-# Shades from nothing to all: lightness rises evenly, so the order survives any kind of colour sight.
+# Shades from 0 to 1 with evenly rising lightness, so their order is visible with any kind of color vision.
 _SHADES = ("", "#1d2a4d", "#234077", "#2a5a9e", "#3a7cb8", "#5fa3c7", "#97c9d0", "#d9ecd4")
 _BARS = " ▁▂▃▄▅▆▇"
 _ASCII = str.maketrans(
@@ -50,22 +51,39 @@ _ASCII = str.maketrans(
 class _Layer:
     label: str
     kind: str
-    briefs: list[Brief]
-    text: int  # which text its keys are
-    received: Tensor  # (S,) attention received, the mean of the heads; 1 is an even share where L = S
+    descriptions: list[HeadDescription]
+    text: int  # index of the text of its keys
+    received: Tensor  # (S,) attention received, mean over heads; 1 under uniform attention with L = S
     exact: bool
 
 
 def terminal(
     records: Sequence[Record], tokens: Sequence[str], *, batch: int = 0, key_tokens: Sequence[str] | None = None
 ) -> RenderableType:
-    """A rich renderable that tells what every head attends to.
-     `records` are calls of attention (see `regard.view.record.Record`), with top weights and keys `(B,H,L,k)`, received
-    `(B,H,S)` and entropy `(B,H,L)` in nats; entry `batch` of B is shown. `tokens` are the L tokens of the queries,
-    `key_tokens` the S tokens of the keys of cross attention
-    (`tokens` by default). It fits itself to the width of the console, and to one without colours or without Unicode.
+    """Return a rich renderable that summarizes what every head attends to. It adapts to the width of the console, and to
+    consoles without colors or Unicode.
 
-        Raises ValueError where `records` is empty or the tokens do not fit them, ImportError where rich is missing.
+    Args:
+        records: attention calls (see `regard.view.record.Record`), with top weights and keys (B, H, L, k), received
+            (B, H, S) and entropy (B, H, L) in nats.
+        tokens: the L tokens of the queries.
+        batch: the index in B that is shown.
+        key_tokens: the S tokens of the keys of cross attention; `tokens` by default.
+
+    Raises:
+        ValueError: `records` is empty, or the tokens do not match them.
+        ImportError: rich is not installed.
+
+    >>> import io
+    >>> from regard.watch import watch
+    >>> from rich.console import Console
+    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> with watch(layer, top=3) as records:
+    ...     _ = layer(*torch.rand(3, 1, 3, 8))
+    >>> console = Console(file=io.StringIO(), width=100)
+    >>> console.print(terminal(records, ["the", "cat", "sat"]))
+    >>> console.file.getvalue().splitlines()[0]
+    '1 layer × 2 heads over 3 tokens: what each head attends to, and what each token receives.'
     """
     try:
         import rich  # noqa: F401
@@ -73,16 +91,18 @@ def terminal(
         raise ImportError("the terminal view needs rich: pip install 'regard[look]'") from error
     layers, sides = [], check(records, tokens, key_tokens, batch)
     for record, side in zip(records, sides, strict=True):
-        seen = rows(record, batch)
-        received = seen.received.mean(0)
-        told = briefs(record, seen, side)
-        layers.append(_Layer(label(record, side), record.kind, told, side.key_text, received, seen.received_exact))
+        entries = rows(record, batch)
+        received = entries.received.mean(0)
+        descriptions = describe_heads(record, entries, side)
+        layers.append(
+            _Layer(label(record, side), record.kind, descriptions, side.key_text, received, entries.received_exact)
+        )
     texts = [read(tokens)] + ([] if key_tokens is None else [read(key_tokens)])
-    return _Glance(layers, texts)
+    return _Overview(layers, texts)
 
 
-class _Glance:
-    """Lays itself out when it is printed, for only then the width and the colours are known."""
+class _Overview:
+    """Computes its layout when it is printed, since the width and the colors depend on the console."""
 
     def __init__(self, layers: list[_Layer], texts: list[list[Reading]]) -> None:
         self.layers, self.texts = layers, texts
@@ -90,72 +110,76 @@ class _Glance:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.text import Text
 
-        page = _Sheet(options.max_width, console.color_system is not None and not console.no_color, options.ascii_only)
-        heads = sum(len(layer.briefs) for layer in self.layers)
-        yield page.plain(self._intro(heads))
-        yield page.plain("")
-        if heads > _MANY:
-            yield from page.strips(self.layers)
-            yield page.plain("")
-            yield from self._ends(page)
+        renderer = _Renderer(
+            options.max_width, console.color_system is not None and not console.no_color, options.ascii_only
+        )
+        heads = sum(len(layer.descriptions) for layer in self.layers)
+        yield renderer.plain(self._intro(heads))
+        yield renderer.plain("")
+        if heads > _MAX_CELLS:
+            yield from renderer.lines_of_layers(self.layers)
+            yield renderer.plain("")
+            yield from self._received(renderer)
         else:
-            short = all(page.lines(text) <= _LINES for text in self.texts)
+            short = all(renderer.lines(text) <= _MAX_LINES for text in self.texts)
             for layer in self.layers:
-                yield page.rule(layer.label)
+                yield renderer.rule(layer.label)
                 if short:
-                    yield page.shaded(self.texts[layer.text], layer.received)
-                yield from page.cells(layer.briefs)
-                yield page.most(self.texts[layer.text], layer)
+                    yield renderer.shaded(self.texts[layer.text], layer.received)
+                yield from renderer.cells(layer.descriptions)
+                yield renderer.largest(self.texts[layer.text], layer)
                 yield Text()
             if not short:
-                yield from self._ends(page)
-        yield from page.legend({brief.pattern for layer in self.layers for brief in layer.briefs})
+                yield from self._received(renderer)
+        yield from renderer.legend({head.pattern for layer in self.layers for head in layer.descriptions})
 
     def _intro(self, heads: int) -> str:
-        counts = {len(layer.briefs) for layer in self.layers}
+        counts = {len(layer.descriptions) for layer in self.layers}
         many = len(self.layers)
         shape = f"{many} layer{'s' * (many > 1)}" + (
             f" × {counts.pop()} heads" if len(counts) == 1 else f", {heads} heads"
         )
         length = " and ".join(str(len(text)) for text in self.texts)
-        return f"{shape} over {length} tokens: what each head looks at, and how much attention each token received."
+        return f"{shape} over {length} tokens: what each head attends to, and what each token receives."
 
-    def _ends(self, page: _Sheet) -> Iterator[Text]:
-        """The text as the first, the middle and the last layer attend to it; all layers together where it is long."""
+    def _received(self, renderer: _Renderer) -> Iterator[Text]:
+        """Yield the text shaded by the attention it receives in the first, the middle and the last layer; a long text is
+        shaded once, for all layers.
+        """
         for index, text in enumerate(self.texts):
             layers = [layer for layer in self.layers if layer.text == index]
             if not layers:
                 continue
-            if page.lines(text) > 2 * _LINES or len(layers) < 4:
+            if renderer.lines(text) > 2 * _MAX_LINES or len(layers) < 4:
                 total = sum((layer.received for layer in layers[1:]), start=layers[0].received)
-                yield page.rule(f"attention received, {len(layers)} layers together")
-                yield page.shaded(text, total)
-                yield page.plain("")
+                yield renderer.rule(f"attention received, sum of {len(layers)} layers")
+                yield renderer.shaded(text, total)
+                yield renderer.plain("")
                 continue
             for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
-                yield page.rule(f"attention received in {layer.label}")
-                yield page.shaded(text, layer.received)
-                yield page.plain("")
+                yield renderer.rule(f"attention received in {layer.label}")
+                yield renderer.shaded(text, layer.received)
+                yield renderer.plain("")
 
 
 @dataclass(frozen=True)
-class _Sheet:
-    """What the console can show. Text goes in as rich Text, never as markup, so a token in brackets stays one."""
+class _Renderer:
+    """Renders for the capabilities of a console. Tokens become rich Text and never markup, so brackets are kept."""
 
     width: int
-    colour: bool
+    color: bool
     ascii: bool
 
     @property
-    def cut(self) -> Literal["crop", "ellipsis"]:
+    def overflow(self) -> Literal["crop", "ellipsis"]:
         return "crop" if self.ascii else "ellipsis"
 
     def plain(self, text: str, style: str = "") -> Text:
         from rich.text import Text
 
-        return Text(self.said(text), style=style)
+        return Text(self.encodable(text), style=style)
 
-    def said(self, text: str) -> str:
+    def encodable(self, text: str) -> str:
         if not self.ascii:
             return text
         plain = text.replace(" → ", " -> ").translate(_ASCII)
@@ -163,110 +187,112 @@ class _Sheet:
 
     def rule(self, name: str) -> Text:
         line = self.plain(name, "bold")
-        line.append(self.said(" " + "─" * max(0, self.width - line.cell_len - 1)), style="not bold dim default")
+        line.append(self.encodable(" " + "─" * max(0, self.width - line.cell_len - 1)), style="not bold dim default")
         return line
 
     def lines(self, text: list[Reading]) -> int:
         from rich.cells import cell_len
 
-        extra = 1 if self.colour else 2
+        extra = 1 if self.color else 2
         return math.ceil(sum(cell_len(r.text) + extra * (not r.continues) for r in text) / max(1, self.width - 2))
 
     def shaded(self, text: list[Reading], amount: Tensor) -> Text:
-        """The text, each token on a background by its amount; without colours, with a bar behind it."""
+        """Return the text with each token shaded by its amount; without colors, each is followed by a bar."""
         from rich.text import Text
 
         line = Text(overflow="fold")
-        # Special tokens often take ten times what any word does: the scale ends at the greatest word.
-        words_only = [max(0.0, a) for a, r in zip(amount.tolist(), text, strict=True) if not r.marker]
-        most = max(words_only, default=0.0) or max(float(amount.max()), 1e-9)
+        # Special tokens often receive ten times as much as any word: the scale is relative to the largest word.
+        amounts = [max(0.0, a) for a, r in zip(amount.tolist(), text, strict=True) if not r.marker]
+        most = max(amounts, default=0.0) or max(float(amount.max()), 1e-9)
         for n, reading in enumerate(text):
             share = min(1.0, max(0.0, float(amount[n])) / most)
             level = round(share * (len(_SHADES) - 1))
             if n and not reading.continues:
                 line.append(" ")
-            word = self.said(reading.text)
-            if self.colour:
+            word = self.encodable(reading.text)
+            if self.color:
                 line.append(word, style=_shade(level) if level else "")
             else:
-                line.append(word + self.said(_BARS[level]).strip())
+                line.append(word + self.encodable(_BARS[level]).strip())
         return line
 
-    def cells(self, told: list[Brief]) -> Iterator[Text]:
-        """A cell a head, in the same columns for every layer, read line by line."""
+    def cells(self, descriptions: list[HeadDescription]) -> Iterator[Text]:
+        """Yield lines of cells, one per head, in row-major order; the columns are the same in every layer."""
         from rich.text import Text
 
-        columns = max(1, min(self.width // _CELL, len(told), 6))
-        columns = math.ceil(len(told) / math.ceil(len(told) / columns))  # as few, as long as it costs no line
-        room = self.width // columns
-        for start in range(0, len(told), columns):
-            line = Text(no_wrap=True, overflow=self.cut)
-            for head in range(start, min(start + columns, len(told))):
-                cell = self.cell(head, told[head], room - 1)
-                cell.pad_right(room - cell.cell_len)
+        columns = max(1, min(self.width // _CELL_WIDTH, len(descriptions), 6))
+        columns = math.ceil(
+            len(descriptions) / math.ceil(len(descriptions) / columns)
+        )  # as few as possible without another line
+        width = self.width // columns
+        for start in range(0, len(descriptions), columns):
+            line = Text(no_wrap=True, overflow=self.overflow)
+            for head in range(start, min(start + columns, len(descriptions))):
+                cell = self.cell(head, descriptions[head], width - 1)
+                cell.pad_right(width - cell.cell_len)
                 line.append_text(cell)
             line.rstrip()
             yield line
 
-    def cell(self, head: int, brief: Brief, room: int) -> Text:
-        words = brief.words
-        if brief.pattern == "wide" and brief.entropy is not None and len(words) + 5 > room:
-            words = f"spread wide {brief.entropy:.1f}/{brief.room:.1f}"
+    def cell(self, head: int, description: HeadDescription, width: int) -> Text:
+        text = description.text
+        if description.pattern == "wide" and description.entropy is not None and len(text) + 5 > width:
+            text = f"broad {description.entropy:.1f}/{description.max_entropy:.1f}"
         cell = self.plain(f"{head:>2} ")
         cell.stylize("dim")
-        cell.append(self.said(brief.sign), style=f"bold {_COLOURS[brief.pattern]}")
-        quiet = brief.pattern in ("separator", "first", "punctuation", "wide", "none")
-        what = self.plain(f" {words}")
-        if cell.cell_len + what.cell_len > room:  # a long token loses its end, the number stays
-            name, number = what.plain.rsplit(" ", 1)
-            what = self.plain(name)
-            what.truncate(max(1, room - cell.cell_len - len(number) - 1), overflow=self.cut)
-            what.append(f" {number}")
-        what.stylize("dim" if quiet else "not dim")
-        return cell.append_text(what)
+        cell.append(self.encodable(description.symbol), style=f"bold {_COLORS[description.pattern]}")
+        quiet = description.pattern in ("separator", "first", "punctuation", "wide", "none")
+        rest = self.plain(f" {text}")
+        if cell.cell_len + rest.cell_len > width:  # cut a long token, and keep the number
+            name, number = rest.plain.rsplit(" ", 1)
+            rest = self.plain(name)
+            rest.truncate(max(1, width - cell.cell_len - len(number) - 1), overflow=self.overflow)
+            rest.append(f" {number}")
+        rest.stylize("dim" if quiet else "not dim")
+        return cell.append_text(rest)
 
-    def most(self, text: list[Reading], layer: _Layer) -> Text:
+    def largest(self, text: list[Reading], layer: _Layer) -> Text:
         count = min(4 if self.width < 100 else 6, len(text))
-        amounts, places = layer.received.topk(count)
+        amounts, positions = layer.received.topk(count)
         sign = "" if layer.exact else "≥"
-        told = [f"{text[p].text} {sign}{a:.1f}" for a, p in zip(amounts.tolist(), places.tolist(), strict=True)]
-        line = self.plain("   received most: " + " · ".join(told), "dim")
-        line.no_wrap, line.overflow = True, self.cut
+        entries = [f"{text[p].text} {sign}{a:.1f}" for a, p in zip(amounts.tolist(), positions.tolist(), strict=True)]
+        line = self.plain("   received most: " + " · ".join(entries), "dim")
+        line.no_wrap, line.overflow = True, self.overflow
         return line
 
-    def strips(self, layers: list[_Layer]) -> Iterator[Text]:
-        """A line a layer: its name, a sign for every head, then the most telling heads in words, as many as fit."""
+    def lines_of_layers(self, layers: list[_Layer]) -> Iterator[Text]:
+        """Yield one line per layer: its name, a symbol for every head, and descriptions of the most informative heads."""
         from rich.text import Text
 
         names = [layer.label.replace("layer ", "") if layer.kind != "cross" else layer.label for layer in layers]
-        wide = max(len(name) for name in names)
-        strip = min(max(len(layer.briefs) for layer in layers), self.width // 3)
+        name_width = max(len(name) for name in names)
+        symbols = min(max(len(layer.descriptions) for layer in layers), self.width // 3)
         for name, layer in zip(names, layers, strict=True):
-            line = Text(no_wrap=True, overflow=self.cut)
-            line.append(self.said(name).rjust(wide) + " ", style="dim")
-            for brief in layer.briefs[:strip]:
-                line.append(self.said(brief.sign), style=_COLOURS[brief.pattern])
-            line.pad_right(wide + 1 + strip - line.cell_len)
-            for head, brief in _telling(layer.briefs):
+            line = Text(no_wrap=True, overflow=self.overflow)
+            line.append(self.encodable(name).rjust(name_width) + " ", style="dim")
+            for description in layer.descriptions[:symbols]:
+                line.append(self.encodable(description.symbol), style=_COLORS[description.pattern])
+            line.pad_right(name_width + 1 + symbols - line.cell_len)
+            for head, description in _most_informative(layer.descriptions):
                 words = self.plain("  ")
                 words.append(f"{head} ", style="dim")
-                words.append(self.said(brief.words))
+                words.append(self.encodable(description.text))
                 if line.cell_len + words.cell_len > self.width:
                     continue
                 line.append_text(words)
             yield line
 
     def legend(self, patterns: set[str]) -> Iterator[Text]:
-        """What the signs and the shades mean, broken between entries and never inside one."""
+        """Yield the legend of symbols and shades, wrapped between entries."""
         from rich.text import Text
 
         line = Text()
-        for pattern, (sign, name) in HABITS.items():
+        for pattern, (symbol, name) in HABITS.items():
             if pattern not in patterns:
                 continue
-            name = {"pair": "strongest link", "wide": "spread wide, entropy in nats"}.get(pattern, name)
-            entry = self.plain(sign, f"bold {_COLOURS[pattern]}")
-            entry.append(self.said(f" {name}   "), style="not bold dim default")
+            name = {"pair": "strongest link", "wide": "broad, entropy in nats"}.get(pattern, name)
+            entry = self.plain(symbol, f"bold {_COLORS[pattern]}")
+            entry.append(self.encodable(f" {name}   "), style="not bold dim default")
             if line.cell_len + entry.cell_len - 3 > self.width:
                 yield line
                 line = Text()
@@ -274,14 +300,18 @@ class _Sheet:
         yield line
         scale = self.plain("attention received: less ", "dim")
         for level in range(1, len(_SHADES)):
-            block = "  " if self.colour else self.said(_BARS[level])
-            scale.append(block, style=f"not dim {_shade(level)}" if self.colour else "")
+            block = "  " if self.color else self.encodable(_BARS[level])
+            scale.append(block, style=f"not dim {_shade(level)}" if self.color else "")
         scale.append(" more")
         yield scale
 
 
 def shade(share: float) -> str:
-    """The style of a ground that shows a share from 0 to 1."""
+    """Return the rich style whose background shows a share from 0 to 1.
+
+    >>> shade(0.0), shade(1.0)
+    ('', '#10141f on #d9ecd4')
+    """
     level = round(min(max(share, 0.0), 1.0) * (len(_SHADES) - 1))
     return _shade(level) if level else ""
 
@@ -290,14 +320,14 @@ def _shade(level: int) -> str:
     return f"{'#10141f' if level >= 5 else '#ffffff'} on {_SHADES[level]}"
 
 
-def _telling(told: list[Brief]) -> list[tuple[int, Brief]]:
-    """Heads with their briefs, the most telling first; a habit that heads share is told once, by the strongest."""
-    ranked = sorted(enumerate(told), key=lambda pair: -pair[1].telling)
+def _most_informative(descriptions: list[HeadDescription]) -> list[tuple[int, HeadDescription]]:
+    """Return (head, description) by decreasing interest, with the first head of each pattern only."""
+    ranked = sorted(enumerate(descriptions), key=lambda pair: -pair[1].interest)
     seen: set[str] = set()
     chosen = []
-    for head, brief in ranked:
-        habit = brief.words.rsplit(" ", 1)[0] if brief.pattern != "wide" else "wide"
-        if habit not in seen:
-            seen.add(habit)
-            chosen.append((head, brief))
+    for head, description in ranked:
+        name = description.text.rsplit(" ", 1)[0] if description.pattern != "wide" else "wide"
+        if name not in seen:
+            seen.add(name)
+            chosen.append((head, description))
     return chosen

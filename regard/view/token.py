@@ -1,7 +1,8 @@
-"""How a token reads: the tokenizer's marks taken off, what cannot be seen made visible, special tokens recognised.
- A vocabulary writes word borders in one of several ways: `##ing` (WordPiece), `Ġthe` (byte-level BPE), `▁the`
-(SentencePiece), `walk@@` (subword-nmt), `the</w>` (CLIP). All become the same two facts: the text of the piece, and
-whether it continues a word.
+"""Readable tokens: marks of the tokenizer removed, invisible characters made visible, special tokens recognized.
+
+Vocabularies mark word boundaries in one of several ways: `##ing` (WordPiece), `Ġthe` (byte-level BPE), `▁the`
+(SentencePiece), `walk@@` (subword-nmt), `the</w>` (CLIP). All are reduced to the text of the piece, and whether it
+continues a word.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-# Markers that stand for a place in the text (start, end, separator, padding), not for a word. `[UNK]` and `[MASK]`
-# stand for words and `<0x0A>` is a byte, so they are left out.
+# Markers of a position in the text (start, end, separator, padding). `[UNK]` and `[MASK]` stand for words, and `<0x0A>`
+# is a byte, so they are not markers.
 _MARKER = re.compile(
     r"\[(?:CLS|SEP|PAD|BOS|EOS|START|END)\]|</?[sS]>|<\|[^<>|]+\|>"
     r"|<(?:pad|bos|eos|cls|sep|sos|go|start|end|start_of_\w+|end_of_\w+)>"
@@ -24,7 +25,7 @@ _WHITE = {" ": "␣", "\n": "↵", "\r": "↵", "\t": "⇥", "\u00a0": "␣", "\
 
 @dataclass(frozen=True)
 class Reading:
-    """A token as a person reads it: its text, whether it continues a word, whether it is a marker such as [SEP]."""
+    """A readable token: its text, the raw token, whether it continues a word, whether it is a marker such as [SEP]."""
 
     text: str
     raw: str
@@ -33,11 +34,15 @@ class Reading:
 
 
 def read(tokens: Sequence[str]) -> list[Reading]:
-    """Readings of `tokens`, in order. The way of marking word borders is told from the tokens themselves."""
+    """Return the readable tokens, in order. The marks of word boundaries are inferred from the tokens.
+
+    >>> [(reading.text, reading.continues) for reading in read(["[CLS]", "un", "##like", "[SEP]"])]
+    [('[CLS]', False), ('un', False), ('like', True), ('[SEP]', False)]
+    """
     style = _style(tokens)
     readings: list[Reading] = []
-    open_word = False  # only for the styles that mark the end of a piece: did the piece before leave its word open?
-    started = False  # a byte or SentencePiece piece without a mark right after a marker starts a word all the same
+    open_word = False  # for styles that mark the end of a piece: the previous piece left its word open
+    started = False  # right after a marker, an unmarked byte-level or SentencePiece piece starts a word too
     for raw in tokens:
         if is_marker(raw):
             readings.append(Reading(_visible(raw), raw, False, True))
@@ -68,13 +73,21 @@ def read(tokens: Sequence[str]) -> list[Reading]:
 
 
 def is_marker(token: str) -> bool:
-    """Whether a token marks a place ([CLS], [SEP], <s>, </s>, <|endoftext|>, ...) instead of standing for text."""
+    """Return whether a token is a marker ([CLS], [SEP], <s>, </s>, <|endoftext|>, ...) instead of text.
+
+    >>> is_marker("[SEP]"), is_marker("[MASK]")
+    (True, False)
+    """
     return _MARKER.fullmatch(token) is not None
 
 
 @lru_cache(1 << 16)
 def is_punctuation(text: str) -> bool:
-    """Whether a token's text is punctuation alone."""
+    """Return whether a text consists of punctuation only.
+
+    >>> is_punctuation("..."), is_punctuation("U.S.")
+    (True, False)
+    """
     return bool(text) and all(unicodedata.category(c).startswith("P") for c in text)
 
 
@@ -94,7 +107,7 @@ def _style(tokens: Sequence[str]) -> str:
 
 @cache
 def _byte_of() -> dict[str, int]:
-    """The letters byte-level BPE writes for bytes (GPT-2's): printable ones for themselves, the rest from U+0100."""
+    """The characters of bytes in byte-level BPE (GPT-2): printable ones stand for themselves, others start at U+0100."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in set(plain)]
     return {chr(b): b for b in plain} | {chr(0x100 + n): b for n, b in enumerate(rest)}
@@ -110,19 +123,19 @@ def _bytes_to_text(raw: str) -> str:
 
 @lru_cache(1 << 16)
 def _visible(text: str) -> str:
-    """White space and control characters as signs: as they are they would vanish, or steer a terminal or the layout."""
+    """Replace white space and control characters by symbols: they would be invisible, or control the terminal or layout."""
     if not text:
         return "∅"
     if text.isspace():
         return "".join(_WHITE.get(c, "␣") for c in text)
-    signs = []
+    symbols = []
     for c in text:
         if c in "\n\r\t":
-            signs.append(_WHITE[c])
+            symbols.append(_WHITE[c])
         elif unicodedata.category(c) == "Cc":
-            signs.append(chr(0x2400 + ord(c)) if ord(c) < 32 else "\ufffd")
+            symbols.append(chr(0x2400 + ord(c)) if ord(c) < 32 else "\ufffd")
         elif c in "\u2028\u2029" or (unicodedata.category(c) == "Cf" and c not in "\u200c\u200d"):
-            signs.append("\ufffd")
+            symbols.append("\ufffd")
         else:
-            signs.append(c)
-    return "".join(signs)
+            symbols.append(c)
+    return "".join(symbols)

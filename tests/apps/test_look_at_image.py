@@ -1,4 +1,4 @@
-"""Pictures, as vision transformers see them."""
+"""Recording the attention of vision transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 from PIL import Image, ImageDraw
 from support.browser import Opener
 from support.page import block
-from support.records import dense
+from support.records import dense_weights
 
 from regard.apps.look import look
 from regard.apps.look_at_image import look_at_image
@@ -27,12 +27,12 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def saved(folder: Path, config: transformers.PreTrainedConfig, processor: str = "ViTImageProcessorPil") -> str:
-    """A model of random weights as users save theirs, with what prepares its pictures."""
+    """Save a model of random weights with its image processor, and return its path."""
     torch.manual_seed(0)
     transformers.AutoModel.from_config(config).save_pretrained(folder)
-    words = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
-    words = words if "ViT" not in processor else {"size": {"height": 32, "width": 32}}
-    getattr(transformers, processor)(**words).save_pretrained(folder)
+    options = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    options = options if "ViT" not in processor else {"size": {"height": 32, "width": 32}}
+    getattr(transformers, processor)(**options).save_pretrained(folder)
     return str(folder)
 
 
@@ -50,7 +50,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A house, wider than high."""
+    """A picture of a house, wider than tall."""
     house = Image.new("RGB", (90, 60), "#87b5e8")
     draw = ImageDraw.Draw(house)
     draw.polygon([(20, 30), (40, 8), (60, 30)], fill="#a4493d")
@@ -61,29 +61,29 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(document: str) -> Image.Image:
-    """The picture in a page."""
+    """Return the picture of a page."""
     kind, content = block(document)["picture"]["source"].split(",")
     assert kind == "data:image/png;base64"
     return Image.open(io.BytesIO(base64.b64decode(content)))
 
 
-def test_the_weights_are_those_of_eager_attention(vit: str, picture: Path) -> None:
+def test_weights_match_eager_attention(vit: str, picture: Path) -> None:
     looked = look_at_image(picture, vit)
-    assert looked.tokens == ["[CLS]", *NAMES] == looked.watched.tokens
+    assert looked.tokens == ["[CLS]", *NAMES] == looked.recording.tokens
     assert (looked.text, looked.note) == ("house.png", "")
     processor = transformers.ViTImageProcessorPil.from_pretrained(vit)
     eager = transformers.AutoModel.from_pretrained(vit, attn_implementation="eager").eval()
     with torch.no_grad():
         inputs = processor(Image.open(picture), return_tensors="pt")
-        truth = eager(**inputs, output_attentions=True).attentions
-    assert len(looked.watched) == len(truth) == 2
-    for record, weights in zip(looked.watched, truth, strict=True):
-        assert (dense(record) - weights).abs().max() <= 32 * EPS
+        reference = eager(**inputs, output_attentions=True).attentions
+    assert len(looked.recording) == len(reference) == 2
+    for record, weights in zip(looked.recording, reference, strict=True):
+        assert (dense_weights(record) - weights).abs().max() <= 32 * EPS
 
 
-def test_the_page_shows_the_picture_as_the_model_saw_it(vit: str, picture: Path, opened: Opener) -> None:
+def test_page_shows_the_processed_picture(vit: str, picture: Path, opened: Opener) -> None:
     looked = look_at_image(picture, vit)
-    document = page(looked.watched, looked.tokens, title=looked.model, picture=looked.picture)
+    document = page(looked.recording, looked.tokens, title=looked.model, picture=looked.picture)
     expected = Image.open(picture).resize((32, 32), Image.Resampling.BILINEAR)
     assert shown(document).tobytes() == expected.tobytes()
     tab = opened(document, at="#0.0")
@@ -99,42 +99,42 @@ FAMILIES = {
         ["[CLS]", "<|reg 0|>", "<|reg 1|>"],
     ),
     "ijepa": (transformers.IJepaConfig(**SMALL, **GRID), []),
-    "siglip": (transformers.SiglipVisionConfig(**SMALL, **GRID), []),  # it pools by a query of its own
+    "siglip": (transformers.SiglipVisionConfig(**SMALL, **GRID), []),  # pools with a query of its own
     "clip": (transformers.CLIPConfig(text_config=SMALL, vision_config={**SMALL, **GRID}), ["[CLS]"]),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_stands_before_the_patches(family: str, picture: Path, tmp_path: Path) -> None:
-    """And a picture of which the model sees the middle alone."""
+def test_tokens_before_the_patches(family: str, picture: Path, tmp_path: Path) -> None:
+    """Each family has its own extra tokens; the processor crops the center of the picture."""
     config, own = FAMILIES[family]
     looked = look_at_image(picture, saved(tmp_path, config, "BitImageProcessorPil"))
     assert looked.tokens == [*own, *NAMES]
-    assert {(record.queries, record.keys) for record in looked.watched} == {(len(own) + 16,) * 2}
-    document = page(looked.watched, looked.tokens, picture=looked.picture)
+    assert {(record.queries, record.keys) for record in looked.recording} == {(len(own) + 16,) * 2}
+    document = page(looked.recording, looked.tokens, picture=looked.picture)
     assert block(document)["picture"]["first"] == len(own)
     middle = Image.open(picture).resize((54, 36), Image.Resampling.BICUBIC).crop((11, 2, 43, 34))
     assert shown(document).tobytes() == middle.tobytes()
 
 
-def test_patches_that_do_not_fill_the_picture(picture: Path, tmp_path: Path) -> None:
-    """A model that takes any size leaves out what is beyond the last whole patch: so does the page."""
+def test_picture_is_cropped_to_whole_patches(picture: Path, tmp_path: Path) -> None:
+    """A model that takes any size ignores what is beyond the last whole patch, and so does the page."""
     model = saved(tmp_path, transformers.Dinov2Config(**SMALL, image_size=36, patch_size=12))
     looked = look_at_image(picture, model, top=3)
     assert looked.tokens == ["[CLS]", "0,0", "0,1", "1,0", "1,1"]
-    assert looked.watched[0].top.weights.shape[-1] == 3
-    assert shown(page(looked.watched, looked.tokens, picture=looked.picture)).size == (24, 24)
+    assert looked.recording[0].top.weights.shape[-1] == 3
+    assert shown(page(looked.recording, looked.tokens, picture=looked.picture)).size == (24, 24)
 
 
-def test_without_a_preparation_it_is_said_what_is_done(vit: str, picture: Path, tmp_path: Path) -> None:
-    """It is what ViT's own preparation does by default."""
+def test_missing_processor_config_uses_defaults_and_says_so(vit: str, picture: Path, tmp_path: Path) -> None:
+    """The defaults are those of the image processor of ViT."""
     for file in Path(vit).iterdir():
         if file.name != "preprocessor_config.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     looked, prepared = look_at_image(picture, str(tmp_path)), look_at_image(picture, vit)
-    assert "There is no preprocessor_config.json beside the model: the picture is made 32 x 32" in looked.note
-    for a, b in zip(looked.watched, prepared.watched, strict=True):
-        assert (dense(a) - dense(b)).abs().max() <= 32 * EPS
+    assert "The model has no preprocessor_config.json: the picture was resized to 32 x 32" in looked.note
+    for a, b in zip(looked.recording, prepared.recording, strict=True):
+        assert (dense_weights(a) - dense_weights(b)).abs().max() <= 32 * EPS
 
 
 def run(*arguments: str) -> None:
@@ -143,21 +143,21 @@ def run(*arguments: str) -> None:
     assert not stop.value.code, "the command failed"
 
 
-def test_the_command(vit: str, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, kept = tmp_path / "page.html", tmp_path / "seen.safetensors"
-    run("--image", str(picture), "--model", vit, "--out", str(out), "--save", str(kept))
-    told = capsys.readouterr().out
-    assert "2 layers × 4 heads over 17 tokens" in told
-    assert "[CLS]" in told
-    assert "3,3" in told
+def test_look_command_with_image(vit: str, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, saved_recording = tmp_path / "page.html", tmp_path / "seen.safetensors"
+    run("--image", str(picture), "--model", vit, "--out", str(out), "--save", str(saved_recording))
+    output = capsys.readouterr().out
+    assert "2 layers × 4 heads over 17 tokens" in output
+    assert "[CLS]" in output
+    assert "3,3" in output
     document = out.read_text(encoding="utf-8")
     assert shown(document).size == (32, 32)
     assert block(document)["subtitle"] == "house.png"
-    assert Recording.load(kept).tokens == ["[CLS]", *NAMES]
+    assert Recording.load(saved_recording).tokens == ["[CLS]", *NAMES]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["a text", "--image", "PICTURE", "--model", "VIT"],
@@ -166,19 +166,19 @@ def test_the_command(vit: str, picture: Path, tmp_path: Path, capsys: pytest.Cap
         (["--image", "PICTURE"], "model: is not given; expected a vision transformer, such as ViT, DeiT or DINOv2"),
         (["--image", "PICTURE", "--model", "READER"], "reads texts; expected a vision transformer"),
         (["--image", "nowhere.png", "--model", "VIT"], "image: nowhere.png cannot be read; expected a picture"),
-        (["a text", "--model", "VIT"], "looks at pictures; expected a model that reads texts, or --image PICTURE"),
-        ([], "TEXT: 0 arguments are given; expected one text, in quotes, or --image PICTURE"),
+        (["a text", "--model", "VIT"], "reads pictures; expected a model that reads texts, or --image PICTURE"),
+        ([], "TEXT: got 0 arguments; expected one text, in quotes, or --image PICTURE"),
     ],
 )
-def test_the_command_tells_what_is_wrong(
-    arguments: list[str], told: str, vit: str, reader: str, picture: Path, tmp_path: Path,
+def test_look_command_errors(
+    arguments: list[str], message: str, vit: str, reader: str, picture: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     names = {"PICTURE": str(picture), "VIT": vit, "READER": reader}
     with pytest.raises(SystemExit) as stop:
-        main(["look", *(names.get(word, word) for word in arguments), "--out", str(tmp_path / "p.html")])
+        main(["look", *(names.get(argument, argument) for argument in arguments), "--out", str(tmp_path / "p.html")])
     assert stop.value.code == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def damaged(picture: Path, kind: str) -> bytes:
@@ -189,7 +189,7 @@ def damaged(picture: Path, kind: str) -> bytes:
         return whole[: len(whole) // 2]
     if kind == "postscript":
         return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-    if kind == "huge":  # 10,000 x 10,000 points in a few kilobytes: Pillow would warn and go on
+    if kind == "huge":  # 10,000 x 10,000 pixels in a few kilobytes: Pillow would only warn
         Image.new("1", (10_000, 10_000)).save(out, "PNG")
     if kind == "broken":
         return whole[:40] + bytes(9) + whole[49:]
@@ -197,18 +197,18 @@ def damaged(picture: Path, kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["empty", "cut", "postscript", "huge", "broken"])
-def test_a_file_is_not_believed(kind: str, vit: str, picture: Path, tmp_path: Path) -> None:
+def test_damaged_pictures_are_rejected(kind: str, vit: str, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(damaged(picture, kind))
     with pytest.raises(ValueError, match=r"^image: .*a\.png cannot be read; expected a picture \(PNG, JPEG"):
         look_at_image(tmp_path / "a.png", vit)
 
 
-def test_pictures_of_other_kinds(vit: str, tmp_path: Path) -> None:
-    """Grey, with a palette, see-through, lying on its side, of one point, of another format: all become colours."""
+def test_pictures_of_other_modes_and_formats(vit: str, tmp_path: Path) -> None:
+    """Gray, palette, transparent, rotated and 1 x 1 pictures are converted to RGB."""
     house = Image.new("RGB", (40, 20), "#204060")
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    house.save(tmp_path / "turned.jpg", exif=turned)
+    rotation = Image.Exif()
+    rotation[0x0112] = 6
+    house.save(tmp_path / "rotated.jpg", exif=rotation)
     for mode, name in (("L", "a.gif"), ("P", "b.png"), ("RGBA", "c.webp"), ("1", "d.tif"), ("CMYK", "e.jpg")):
         house.convert(mode).save(tmp_path / name)
     house.resize((1, 1)).save(tmp_path / "f.bmp")
@@ -216,8 +216,8 @@ def test_pictures_of_other_kinds(vit: str, tmp_path: Path) -> None:
         assert look_at_image(path, vit).tokens[-1] == "3,3"
 
 
-def models_that_see_otherwise(folder: Path) -> dict[str, tuple[str, str]]:
-    """Models, and what is told of each."""
+def unsupported_models(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return models and the error message for each."""
     hidden = transformers.ViTMAEConfig(**SMALL, **GRID)
     windows = transformers.SwinConfig(
         embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, **GRID | {"patch_size": 4}
@@ -230,19 +230,19 @@ def models_that_see_otherwise(folder: Path) -> dict[str, tuple[str, str]]:
             saved(folder / "windows", windows),
             r"4 tokens in 16 windows.*; expected 8 x 8 patches in all of them",
         ),
-        "bare": (saved(folder / "bare", bare), "bare cuts no patches; expected a vision transformer"),
-        "other": (saved(folder / "other", other), "does not take pictures prepared as 32 x 32: Input image size"),
+        "bare": (saved(folder / "bare", bare), "bare has no patches; expected a vision transformer"),
+        "other": (saved(folder / "other", other), "does not accept pictures of 32 x 32 pixels: Input image size"),
     }
 
 
 @pytest.mark.parametrize("kind", ["hidden", "windows", "bare", "other"])
-def test_models_that_see_otherwise(kind: str, picture: Path, tmp_path: Path) -> None:
-    model, told = models_that_see_otherwise(tmp_path)[kind]
-    with pytest.raises(ValueError, match=rf"^model: .*{told}"):
+def test_unsupported_models_are_rejected(kind: str, picture: Path, tmp_path: Path) -> None:
+    model, message = unsupported_models(tmp_path)[kind]
+    with pytest.raises(ValueError, match=rf"^model: .*{message}"):
         look_at_image(picture, model)
 
 
-def test_a_damaged_preparation_is_told(vit: str, picture: Path, tmp_path: Path) -> None:
+def test_damaged_processor_config_is_rejected(vit: str, picture: Path, tmp_path: Path) -> None:
     for file in Path(vit).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "preprocessor_config.json").write_text("{")
@@ -250,6 +250,6 @@ def test_a_damaged_preparation_is_told(vit: str, picture: Path, tmp_path: Path) 
         look_at_image(picture, str(tmp_path))
 
 
-def test_a_text_stays_a_text(vit: str) -> None:
-    with pytest.raises(ValueError, match=r"^text: .* looks at pictures; expected a model that reads texts"):
+def test_look_rejects_vision_models(vit: str) -> None:
+    with pytest.raises(ValueError, match=r"^text: .* reads pictures; expected a model that reads texts"):
         look("a cat", vit)

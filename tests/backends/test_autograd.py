@@ -1,4 +1,4 @@
-"""Derivatives of every order and direction, and the transforms of torch.func, on the kernels that promise them."""
+"""Derivatives of every order and direction, and the transforms of torch.func, on the backends that support them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _inputs(seed: int = 0) -> list[Tensor]:
 
 
 def _word(word: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-    """The parameters of a word as leaves in float64, and the word made of any others in their place."""
+    """Return the parameters of a component as float64 leaves, and a function that makes the component of other tensors."""
     fields = {name: x for name, x in vars(word).items()}
     names = [name for name, x in fields.items() if isinstance(x, Tensor)]
     tensors = [fields[name].detach().double().requires_grad_() for name in names]
@@ -95,7 +95,7 @@ def test_first_derivatives(kernel: str, name: str) -> None:
 @pytest.mark.parametrize("kernel", _KERNELS)
 @pytest.mark.parametrize("name", _CASES)
 def test_second_derivatives(kernel: str, name: str) -> None:
-    """Those of `tiled` are taken by `reference`."""
+    """Second derivatives of `tiled` are those of `reference`."""
     tensors, function = _case(name, kernel)
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
@@ -106,7 +106,7 @@ def test_forward_mode(name: str) -> None:
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True, check_forward_ad=True, check_backward_ad=False)
 
 
-def test_forward_mode_is_refused_by_a_kernel_with_a_backward_of_its_own() -> None:
+def test_forward_mode_raises_for_fused_backends() -> None:
     q, k, v = (x.detach() for x in _inputs())
     with pytest.raises(NotImplementedError, match="jvp"):
         jvp(lambda q: regard.attention(q, k, v, backend="tiled"), (q,), (q,))
@@ -127,7 +127,7 @@ def test_third_derivatives(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", _KERNELS)
-def test_only_what_wants_a_gradient_gets_one(kernel: str) -> None:
+def test_gradients_are_computed_only_where_required(kernel: str) -> None:
     q, k, v = (x.detach() for x in _inputs())
     W = torch.randn(_D, _D, dtype=torch.float64, requires_grad=True)
     out = regard.attention(q, k, v.requires_grad_(), score=score.Bilinear(W.detach()), backend=kernel)
@@ -140,8 +140,8 @@ def test_only_what_wants_a_gradient_gets_one(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", _KERNELS)
 @pytest.mark.parametrize("sink", [None, 0.0])
-def test_the_gradient_of_a_large_log_sum_exp_is_no_less_exact(kernel: str, sink: float | None) -> None:
-    """It is the softmax, wherever the scores lie: what it sums to is not rounded as they are."""
+def test_gradient_of_large_log_sum_exp_is_accurate(kernel: str, sink: float | None) -> None:
+    """The gradient is the softmax, whose sum has no rounding error of the size of the scores'."""
     k = 1000 + torch.randn(9, 31, 1, generator=torch.Generator().manual_seed(0))
     words = {"score": score.Dot(), "normalizer": normalizer.Softmax(sink), "summary": Summary(lse=True)}
     _, seen = regard.attention(k.new_ones(9, 1, 1), k.requires_grad_(), k.detach(), backend=kernel, **words)
@@ -149,7 +149,7 @@ def test_the_gradient_of_a_large_log_sum_exp_is_no_less_exact(kernel: str, sink:
     torch.testing.assert_close(found, k.detach().softmax(1), rtol=1e-6, atol=0.0)
 
 
-# Words of one number each.
+# Components with one scalar each.
 _OF_A_NUMBER: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "sink": lambda x: {"normalizer": normalizer.Softmax(x)},
     "bias of the sigmoid": lambda x: {"normalizer": normalizer.Sigmoid(x)},
@@ -163,13 +163,13 @@ _OF_A_NUMBER: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 @pytest.mark.parametrize("kernel", _KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", _OF_A_NUMBER)
-def test_a_gradient_is_summed_up_before_it_is_rounded(
+def test_gradients_are_accumulated_before_rounding(
     name: str, dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of one number comes from many strips, and here they pull against one another."""
+    """The gradient of a scalar is a sum over many row blocks whose terms nearly cancel."""
     if name == "function" and torch.finfo(dtype).bits == 16:
         pytest.skip("a function computes with its own tensor, whose gradient autograd rounds strip by strip")
-    monkeypatch.setattr("regard.backends.tiled.strip._STRIP", 2000)
+    monkeypatch.setattr("regard.backends.tiled.row_block._BLOCK_SIZE", 2000)
     L, wide = 512, torch.promote_types(dtype, torch.float32)
     q, k, v = (torch.randn(2, 4, n, 5, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((L, 96, 96)))
     pull = torch.where(torch.arange(L) < L // 2, 1.0, -1.0)
@@ -183,7 +183,7 @@ def test_a_gradient_is_summed_up_before_it_is_rounded(
 
     found, told = gradient(kernel, dtype, wide), gradient("reference", torch.float64, torch.float64)
     assert found.dtype == dtype
-    # Once to `dtype`; and the sum, which is far smaller than its terms, in the precision of the kernel.
+    # One rounding to `dtype`, and the sum, which is far smaller than its terms, in the precision of the backend.
     rounded = 0.5 * torch.finfo(dtype).eps + 2000 * torch.finfo(wide).eps
     torch.testing.assert_close(found.double(), told, rtol=rounded, atol=0.0)
 
@@ -220,7 +220,7 @@ def test_vmap(kernel: str, name: str, axes: tuple[int | None, ...]) -> None:
         return [x if axis is None else x.select(axis, i) for x, axis in zip(given, axes, strict=True)]
 
     torch.testing.assert_close(vmap(function, axes)(*given), torch.stack([function(*one(i)) for i in range(5)]))
-    # The gradient of each, mapped, and the gradient of all that is mapped.
+    # vmap of each gradient, and the gradient of the vmapped function.
     gradient = grad(lambda *x: function(*x).square().sum(), (0, 1, 2))
     expected = [torch.stack(parts) for parts in zip(*(gradient(*one(i)) for i in range(5)), strict=True)]
     for got, told in zip(vmap(gradient, axes)(*given), expected, strict=True):
@@ -278,7 +278,7 @@ def test_jacobians_and_hessians(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_functional_gradients_are_those_of_autograd(name: str) -> None:
+def test_functional_gradients_equal_autograd(name: str) -> None:
     for kernel in _KERNELS:
         tensors, function = _case(name, kernel)
         places = tuple(range(len(tensors)))
@@ -289,7 +289,7 @@ def test_functional_gradients_are_those_of_autograd(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a user's function closes over, under torch.func.
+# Tensors that a user's function closes over, under torch.func.
 
 
 _TRANSFORMS: dict[str, Callable[[Function, Tensor], Any]] = {
@@ -302,8 +302,8 @@ _TRANSFORMS: dict[str, Callable[[Function, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", _TRANSFORMS)
-def test_a_captured_tensor_that_is_transformed(name: str) -> None:
-    """A backward of its own cannot see it: `reference` is chosen, and says so; `tiled` refuses, and does not give 0."""
+def test_captured_tensor_under_transform(name: str) -> None:
+    """A fused backward pass does not see the tensor: `reference` serves, with a warning, and `tiled` refuses."""
     q, k, v = (x.detach() for x in _inputs())
     w = torch.randn(_D, _D, dtype=torch.float64)
 
@@ -322,7 +322,7 @@ def test_a_captured_tensor_that_is_transformed(name: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", _KERNELS)
-def test_a_captured_tensor_that_is_not_transformed(kernel: str) -> None:
+def test_captured_tensor_outside_transform(kernel: str) -> None:
     q, k, v = (x.detach() for x in _inputs())
     w = torch.randn(_D, _D, dtype=torch.float64, requires_grad=True)
 

@@ -1,4 +1,4 @@
-"""Every kernel against the oracle: outputs, summaries and gradients, for every word by name, and for random problems."""
+"""Every backend against the oracle: outputs, summaries and gradients, of every component by name, and of random problems."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from support import oracle
-from support.cases import CASES, PLAIN
-from support.compare import KERNELS, Truth, judge, truth
-from support.problems import Problem, decided, make, problems
+from support.cases import BASE, CASES
+from support.compare import BACKENDS, Reference, compare, compute_reference
+from support.problems import Problem, fixed_choices, make_problem, problems
 
 import regard
 
 
 @functools.cache
-def _case(name: str) -> tuple[Problem, Truth]:
-    problem = make(decided({**PLAIN, **CASES[name]}))
-    return problem, truth(problem)
+def _case(name: str) -> tuple[Problem, Reference]:
+    problem = make_problem(fixed_choices({**BASE, **CASES[name]}))
+    return problem, compute_reference(problem)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_word(kernel: str, name: str) -> None:
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_component(kernel: str, name: str) -> None:
     problem, told = _case(name)
-    judge(problem, kernel, told)
+    compare(problem, kernel, told)
 
 
 def _judge_all(problem: Problem) -> None:
-    told = truth(problem)
-    for kernel in KERNELS:
-        judge(problem, kernel, told)
+    told = compute_reference(problem)
+    for kernel in BACKENDS:
+        compare(problem, kernel, told)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("word", [regard.normalizer.Sparsemax(), regard.normalizer.Entmax(1.5)])
-def test_one_large_weight_among_thousands_of_small_ones(
+def test_one_large_weight_among_thousands_of_small_weights(
     word: regard.normalizer.Normalizer, dtype: torch.dtype, kernel: str
 ) -> None:
-    """What the small ones are off, together, is not put upon the large one."""
+    """The accumulated rounding error of the small weights does not change the large one."""
     s = torch.randn(9, 3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e-4
     s[:, 0] = torch.linspace(0.3, 0.9, 9)
     s = s.to(dtype)
@@ -72,10 +72,10 @@ def test_random_at_length(problem: Problem) -> None:
 @pytest.mark.parametrize("strip", [1, 50, 700])
 @settings(max_examples=15, derandomize=True, **_COMMON)  # type: ignore[arg-type]
 @given(problem=problems())
-def test_short_strips(strip: int, problem: Problem) -> None:
-    """Strips and segments so short that heads of one group are taken apart, and rows, and batch rows."""
+def test_small_row_blocks(strip: int, problem: Problem) -> None:
+    """Row blocks and segments so small that groups of heads, rows and batch rows are split."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regard.backends.tiled.strip._STRIP", strip)
-        patch.setattr("regard.backends.tiled.strip._SEGMENT", 40 * strip)
-        patch.setattr("regard.backends.tiled.strip._TILE", 16)
-        judge(problem, "tiled", truth(problem))
+        patch.setattr("regard.backends.tiled.row_block._BLOCK_SIZE", strip)
+        patch.setattr("regard.backends.tiled.row_block._SEGMENT_SIZE", 40 * strip)
+        patch.setattr("regard.backends.tiled.row_block._TILE", 16)
+        compare(problem, "tiled", compute_reference(problem))

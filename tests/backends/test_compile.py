@@ -28,7 +28,7 @@ _H, _D = 4, 8
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    # In double precision, what is the same differs by next to nothing, in whatever order it is summed.
+    # In double precision, equal results differ by rounding only, in whatever order they are summed.
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -75,7 +75,7 @@ def _matched(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _words() -> dict[str, dict[str, Any]]:
-    """Calls that are compiled, by name; every word of the tables is in one of them."""
+    """Return compiled calls by name; every component of the tables is in one of them."""
     torch.manual_seed(7)
     words: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -103,7 +103,7 @@ def _words() -> dict[str, dict[str, Any]]:
     return words
 
 
-# Those that hold a Python function. No operator holds one: where no kernel is named, `reference` is traced.
+# Those with a Python function. No operator can hold one: without a named backend, `reference` is traced.
 _FUNCTIONS = ("where", "function")
 
 
@@ -133,7 +133,7 @@ def test_gradients_of_parameters(kernel: str) -> None:
 
 
 class Layer(nn.Module):
-    """Attention as it is used: maps, a mask made of an input, a learned sink and a summary."""
+    """A layer with linear maps, a mask made from an input, a learned sink and a summary."""
 
     def __init__(self, kernel: str | None = "tiled") -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Layer(nn.Module):
 
 @pytest.mark.parametrize("kernel", _KERNELS)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_layer(kernel: str, backend: str) -> None:
+def test_compiled_layer(kernel: str, backend: str) -> None:
     layer = Layer(kernel)
     x, n = torch.randn(2, 70, 16), torch.tensor([70, 13])
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
@@ -179,7 +179,7 @@ def test_no_compilation_per_length(kernel: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", _KERNELS)
-def test_dropout_without_a_seed_draws_a_new_one_each_time(kernel: str) -> None:
+def test_compiled_dropout_draws_new_seeds(kernel: str) -> None:
     compiled = torch.compile(
         lambda *x: regard.attention(*x, dropout=0.5, backend=kernel), fullgraph=True, backend="aot_eager"
     )
@@ -191,7 +191,7 @@ def test_dropout_without_a_seed_draws_a_new_one_each_time(kernel: str) -> None:
     assert not torch.equal(first, second)
 
 
-def test_nan_that_is_masked_does_not_leak() -> None:
+def test_masked_nan_does_not_leak_in_compiled_call() -> None:
     q, k, v = (x.detach() for x in _qkv())
     k[1, :, 20:], v[1, :, 20:] = torch.nan, torch.inf
 
@@ -204,7 +204,7 @@ def test_nan_that_is_masked_does_not_leak() -> None:
 
 
 class Matched(nn.Module):
-    """A layer whose score is a small network, and is written down where it is used."""
+    """A layer whose score is an inline function that calls a submodule."""
 
     def __init__(self, kernel: str | None, normalizer: normalizer.Normalizer | None = None) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Matched(nn.Module):
 
 @pytest.mark.parametrize("kernel", [None, "reference"])
 @pytest.mark.parametrize("name", _NORMALIZERS)
-def test_what_a_function_closes_over_is_not_forgotten(kernel: str | None, name: str) -> None:
+def test_compiled_function_keeps_its_closure(kernel: str | None, name: str) -> None:
     layer = Matched(kernel, _NORMALIZERS[name].example(_H))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     _same(compiled, layer, *_qkv(), parameters=tuple(layer.parameters()))
@@ -225,15 +225,15 @@ def test_what_a_function_closes_over_is_not_forgotten(kernel: str | None, name: 
     _same(program.module(), layer, *(x.detach() for x in _qkv()))
 
 
-def test_a_kernel_that_would_forget_it_says_so() -> None:
+def test_forced_fused_backend_rejects_compiled_function() -> None:
     layer = Matched("tiled")
     with pytest.raises(Exception, match=r"the Python function .* cannot be an operand of an operator"):
         torch.compile(layer, fullgraph=True, backend="aot_eager")(*_qkv())
 
 
 @pytest.mark.parametrize("kernel", [None, "reference"])
-def test_a_cache_of_compiled_calls_notices_other_functions(kernel: str | None) -> None:
-    """Two functions, one after the other, through the same compiled code."""
+def test_compiled_call_recompiles_for_other_function(kernel: str | None) -> None:
+    """Two functions in turn go through the same compiled function."""
 
     def eager(q: Tensor, k: Tensor, v: Tensor, function: Callable[..., Tensor]) -> Any:
         return regard.attention(q, k, v, score=function, backend=kernel)
@@ -249,7 +249,7 @@ def test_a_cache_of_compiled_calls_notices_other_functions(kernel: str | None) -
 
 
 class Called(nn.Module):
-    """A call, as a module."""
+    """A call as a module."""
 
     def __init__(self, kernel: str | None, words: dict[str, Any]) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class Called(nn.Module):
         return tuple(_flat(regard.attention(q, k, v, backend=self.kernel, **self.words)))
 
 
-# Every word by the kernel that is chosen, and some by the other, and some traced by the compiler (`strict`).
+# Every component by the default backend, some by the other, and some traced by the compiler (`strict`).
 _EXPORTED = [("tiled", False, name) for name in _words() if name not in ("where", "function")]
 _EXPORTED += [("reference", False, "summaries"), ("tiled", True, "summaries"), ("tiled", True, "window and lengths")]
 
@@ -278,7 +278,7 @@ def test_export_save_load(kernel: str, strict: bool, name: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_export_of_a_layer_with_open_sizes() -> None:
+def test_export_of_layer_with_dynamic_shapes() -> None:
     layer = Layer().eval()
     batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=4096)
     x, n = torch.randn(2, 70, 16), torch.tensor([70, 13])
@@ -298,7 +298,7 @@ torch.save(program.module()(*x), sys.argv[2])
 """
 
 
-def test_a_saved_program_runs_in_another_process(tmp_path: Path) -> None:
+def test_exported_program_runs_in_another_process(tmp_path: Path) -> None:
     words = {"mask": mask.causal() & mask.window(9, None), "score": score.Additive(torch.randn(_D)), "softcap": 3.0}
     torch.manual_seed(0)
     x = (torch.randn(2, 4, 70, 8), torch.randn(2, 2, 70, 8), torch.randn(2, 2, 70, 5))
@@ -306,7 +306,7 @@ def test_a_saved_program_runs_in_another_process(tmp_path: Path) -> None:
 
 
 def _check_saved(module: nn.Module, x: tuple[Tensor, ...], tmp_path: Path) -> None:
-    """Exported, saved, and run in another process, a module gives what it gives here, for x drawn from seed 0."""
+    """A module that is exported, saved and loaded in another process gives the same outputs, for x drawn from seed 0."""
     torch.export.save(torch.export.export(module, x), tmp_path / "program.pt2")
     paths = [str(tmp_path / "program.pt2"), str(tmp_path / "out.pt")]
     subprocess.run([sys.executable, "-c", _LOAD, *paths], check=True, timeout=120, cwd=ROOT)
@@ -314,8 +314,8 @@ def _check_saved(module: nn.Module, x: tuple[Tensor, ...], tmp_path: Path) -> No
         torch.testing.assert_close(got, expected)
 
 
-def test_a_saved_function_runs_in_another_process(tmp_path: Path) -> None:
-    """A Python function is traced, and so is part of the program."""
+def test_exported_function_runs_in_another_process(tmp_path: Path) -> None:
+    """A Python function is traced into the program."""
     module = Called(None, {"score": _matched})
     x = (torch.randn(2, 4, 70, 8), torch.randn(2, 2, 70, 8), torch.randn(2, 2, 70, 5))
     _check_saved(module, x, tmp_path)

@@ -58,7 +58,7 @@ def _near(b: Tensor, h: Tensor, i: Tensor, j: Tensor, reach: int = 1) -> Tensor:
 
 
 def _tempered(factor: float) -> normalizer.Normalizer:
-    """A class of its own for each value: it bears a name of ours, and closes over the value."""
+    """Return an object of a new class per value, which closes over the value and has the name of a class of the package."""
 
     @dataclass(frozen=True)
     class Softmax(normalizer.Normalizer):
@@ -70,7 +70,7 @@ def _tempered(factor: float) -> normalizer.Normalizer:
 
 @dataclass(frozen=True)
 class Applied(normalizer.Normalizer):
-    """Softmax of what a function makes of the scores."""
+    """Softmax of a function of the scores."""
 
     function: Callable[[Tensor], Tensor]
 
@@ -108,7 +108,7 @@ def _learned(value: float) -> Tensor:
 
 # By name: from a value to the arguments of a call, and the values, one compiled function after the other.
 _CLOSURES: dict[str, tuple[Callable[[Any], dict[str, Any]], Sequence[Any]]] = {
-    "mask over an int": (lambda n: {"mask": mask.where(lambda b, h, i, j: (i - j).abs() <= n)}, (1, 2, 3, 5)),
+    "mask over an integer": (lambda n: {"mask": mask.where(lambda b, h, i, j: (i - j).abs() <= n)}, (1, 2, 3, 5)),
     "mask over documents": (
         lambda ids: {"mask": mask.where(lambda b, h, i, j: ids[b, i] == ids[b, j])},
         [(torch.arange(_L) // n).expand(_B, -1) for n in (2, 3, 7)],
@@ -120,7 +120,7 @@ _CLOSURES: dict[str, tuple[Callable[[Any], dict[str, Any]], Sequence[Any]]] = {
         (1, 2, 3),
     ),
     "mask class": (lambda n: {"mask": Dilated(n)}, (1, 2, 3)),
-    "score over an int": (lambda n: {"score": lambda q, k: q @ k.mT * n}, (1, 2, 3)),
+    "score over an integer": (lambda n: {"score": lambda q, k: q @ k.mT * n}, (1, 2, 3)),
     "score over a float": (lambda x: {"score": lambda q, k: q @ k.mT * x}, (0.1, 0.5, 0.7)),
     "score over a tensor": (lambda x: {"score": lambda q, k: q @ k.mT * x}, [torch.tensor(x) for x in (0.1, 0.5, 0.7)]),
     "score over a leaf": (lambda x: {"score": lambda q, k: q @ k.mT * x}, [_learned(x) for x in (0.1, 0.5, 0.7)]),
@@ -179,7 +179,7 @@ def _check(name: str, backend: str, dynamic: bool | None, most: int = 9) -> None
 
 
 @pytest.mark.parametrize("name", _CLOSURES)
-def test_closures_are_not_those_of_an_earlier_call(name: str) -> None:
+def test_closures_of_successive_calls(name: str) -> None:
     _check(name, "eager", None)
 
 
@@ -201,7 +201,7 @@ def test_closures_in_every_backend(name: str, backend: str, dynamic: bool | None
 
 
 def test_inline_lambda_is_compiled() -> None:
-    """The README's own example: the function is made anew in each call."""
+    """The function is created in each call, as in the README."""
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return regard.attention(q, k, v, score=lambda q, k: -torch.cdist(q, k, p=1))
@@ -213,7 +213,7 @@ def test_inline_lambda_is_compiled() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_reference_is_chosen_with_one_warning_that_names_the_bytes(dynamic: bool) -> None:
+def test_reference_warns_once_with_bytes(dynamic: bool) -> None:
     def eager(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
         return regard.attention(q, k, v, mask=mask.where(lambda b, h, i, j: i - j <= n))
 
@@ -231,8 +231,8 @@ def test_reference_is_chosen_with_one_warning_that_names_the_bytes(dynamic: bool
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "tiled"])
-@pytest.mark.parametrize("name", ["mask over an int", "score over a float", "normalizer class of a closure"])
-def test_forced_kernel_that_would_hold_a_function_raises(name: str, kernel: str) -> None:
+@pytest.mark.parametrize("name", ["mask over an integer", "score over a float", "normalizer class of a closure"])
+def test_forced_fused_backend_raises(name: str, kernel: str) -> None:
     make, values = _CLOSURES[name]
     q, arguments = torch.randn(1, 2, 7, 4), make(values[0])
 

@@ -1,4 +1,4 @@
-"""The contract that every kernel keeps: flags, empty rows, NaN, bits, axes of size zero and other leading axes."""
+"""The contract that every backend keeps: flags, empty rows, NaN, bits, axes of size zero and other leading axes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.compare import KERNELS, ask, fresh, gradients_of, judge, truth
-from support.components import normalizer_names, score_names, unknown
-from support.problems import Problem, decided, make
+from support.compare import BACKENDS, compare, compute_reference, gradients_of, new_leaves, run_backend
+from support.components import normalizer_names, score_names, scores_without_oracle
+from support.problems import Problem, fixed_choices, make_problem
 from torch import Tensor
 
 import regard
@@ -20,16 +20,16 @@ from regard import Summary, mask, normalizer, score, summary
 
 _PLAIN: dict[str, Any] = {
     "dtype": torch.float32, "L": 67, "S": 79, "B": 2, "heads": (2, 2), "D": 7, "E": 5, "softcap": None, "align": 2,
-    "wild": None, "layout of q": "plain", "layout of k": "plain", "layout of v": "plain", "size": 1.0, "shift": 0.0,
+    "nonfinite": None, "layout of q": "plain", "layout of k": "plain", "layout of v": "plain", "size": 1.0, "shift": 0.0,
 }  # fmt: skip
 
 
 def _problem(**choices: Any) -> Problem:
-    return make(decided({**_PLAIN, **choices}, seed=3))
+    return make_problem(fixed_choices({**_PLAIN, **choices}, seed=3))
 
 
 def _run(kernel: str, *x: Tensor, **words: Any) -> Any:
-    """One call, and proof that this kernel ran."""
+    """Call attention, and check that this backend ran."""
     with regard.record_backends() as ran:
         answer = regard.attention(*x, backend=kernel, **words)
     assert ran == [kernel]
@@ -58,13 +58,13 @@ _SUMMARIES = {
 
 
 @pytest.mark.parametrize("name", _SUMMARIES)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("which", normalizer_names())
-def test_a_summary_leaves_the_output_as_it_is(kernel: str, name: str, which: str) -> None:
+def test_summary_does_not_change_output(kernel: str, name: str, which: str) -> None:
     problem = _problem(score="scaled_dot", normalizer=which, mask="a & b", summary=None, dropout=0.0)
-    leaves = fresh(problem)
-    plain = ask(problem, kernel, leaves)["out"]
-    asked = regard.attention(**{**problem.ask(leaves), "summary": _SUMMARIES[name]}, backend=kernel)[0]
+    leaves = new_leaves(problem)
+    plain = run_backend(problem, kernel, leaves)["out"]
+    asked = regard.attention(**{**problem.arguments(leaves), "summary": _SUMMARIES[name]}, backend=kernel)[0]
     assert torch.equal(plain, asked)
     for x, y in zip(
         *(torch.autograd.grad(out.sum(), [leaves[n] for n in "qkv"]) for out in (plain, asked)), strict=True
@@ -72,8 +72,8 @@ def test_a_summary_leaves_the_output_as_it_is(kernel: str, name: str, which: str
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_recording_gradients_leaves_the_output_as_it_is(kernel: str) -> None:
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_requires_grad_does_not_change_output(kernel: str) -> None:
     q, k, v = _qkv((2, 4, 67, 7), (2, 2, 79, 7), (2, 2, 79, 5))
     with torch.no_grad():
         plain = _run(kernel, q, k, v)
@@ -81,18 +81,18 @@ def test_recording_gradients_leaves_the_output_as_it_is(kernel: str) -> None:
 
 
 @pytest.mark.usefixtures("several_threads")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("name", [*score_names(), "dropout"])
-def test_the_same_bits_every_time(kernel: str, name: str) -> None:
+def test_repeated_calls_are_bitwise_equal(kernel: str, name: str) -> None:
     choices = (
         {"score": name, "dropout": 0.0} if name != "dropout" else {"score": "scaled_dot", "dropout": 0.3, "seed": 7}
     )
-    small = {"L": 13, "S": 31, "heads": (1, 1)} if name in (*unknown(), "dropout") else {}
+    small = {"L": 13, "S": 31, "heads": (1, 1)} if name in (*scores_without_oracle(), "dropout") else {}
     problem = _problem(**choices, **small, summary="all", mask="a & b")
     answers = []
     for _ in range(3):
-        leaves = fresh(problem)
-        found = ask(problem, kernel, leaves)
+        leaves = new_leaves(problem)
+        found = run_backend(problem, kernel, leaves)
         weights = {n: torch.ones_like(x) for n, x in found.items() if x.requires_grad}
         answers.append([*found.values(), *gradients_of(found, weights, leaves).values()])
     for first, *others in zip(*answers, strict=True):
@@ -102,18 +102,18 @@ def test_the_same_bits_every_time(kernel: str, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows that may attend to nothing, and NaN.
 
-# Batch row 0 has no keys at all, row 1 has 50; in head 1, nobody may attend to the first 40.
+# Batch row 0 has no keys at all, row 1 has 50; in head 1, no query may attend to the first 40.
 _HIDDEN = mask.lengths(torch.tensor([0, 50])) & ~(mask.prefix(40) & mask.where(lambda b, h, i, j: (h == 1) | (i < 0)))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("which", normalizer_names())
-@pytest.mark.parametrize("name", [n for n in score_names() if n not in unknown()])
-def test_rows_that_may_attend_to_nothing(kernel: str, which: str, name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in score_names() if n not in scores_without_oracle()])
+def test_empty_rows(kernel: str, which: str, name: str) -> None:
     problem = _problem(score=name, normalizer=which, mask=None, summary=None, dropout=0.0, **{"with a sink": False})
-    leaves = fresh(problem)
+    leaves = new_leaves(problem)
     everything = Summary(True, True, True, 5, True, summary.groups(torch.arange(79) % 3), (0, -1), True)
-    asked = {**problem.ask(leaves), "mask": _HIDDEN, "summary": everything}
+    asked = {**problem.arguments(leaves), "mask": _HIDDEN, "summary": everything}
     out, seen = regard.attention(**asked, backend=kernel)
     assert bool((out[0] == 0).all())
     assert bool((seen.lse[0] == -torch.inf).all())
@@ -131,9 +131,9 @@ def test_rows_that_may_attend_to_nothing(kernel: str, which: str, name: str) -> 
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_gradient_of_minus_infinity_is_zero(kernel: str) -> None:
-    """The log-sum-exp of an empty row may be given any gradient."""
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_gradient_of_minus_infinity_lse_is_zero(kernel: str) -> None:
+    """Any gradient of the log-sum-exp of an empty row gives 0."""
     q, k, v = _qkv((1, 2, 5, 3), (1, 2, 7, 3), (1, 2, 7, 3))
     nobody = mask.lengths(torch.tensor([0]))
     _, seen = _run(kernel, q, k, v, mask=nobody, summary=Summary(lse=True))
@@ -141,10 +141,10 @@ def test_a_gradient_of_minus_infinity_is_zero(kernel: str) -> None:
         assert gradient is None or bool((gradient == 0).all())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("sink", [0.0, torch.tensor(0.5), torch.tensor([0.1, 0.2, 0.3, 0.4])])
-def test_a_sink_without_keys(kernel: str, sink: float | Tensor) -> None:
-    """Rows without keys, whole tiles of them, have the log-sum-exp of the sink, and give it a gradient."""
+def test_sink_without_keys(kernel: str, sink: float | Tensor) -> None:
+    """Rows without keys, and tiles of such rows, have the log-sum-exp of the sink, and its gradient."""
     q, k, v = _qkv((2, 4, 67, 7), (2, 2, 79, 7), (2, 2, 79, 5))
     sink = sink.clone().requires_grad_() if isinstance(sink, Tensor) else sink
     everything = Summary(True, True, True, 5, True, summary.groups(torch.arange(79) % 3), (0, -1), True)
@@ -159,21 +159,23 @@ def test_a_sink_without_keys(kernel: str, sink: float | Tensor) -> None:
         assert torch.allclose(gradient.sum(), torch.tensor(4.0 * 67))
 
 
-@pytest.mark.parametrize("wild", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("name", [n for n in score_names() if n not in unknown()])
-def test_what_is_masked_out_never_leaks(kernel: str, name: str, wild: float) -> None:
-    """NaN and inf in keys and values that nobody may attend to, and in queries that may attend to nothing."""
+@pytest.mark.parametrize("nonfinite", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kernel", BACKENDS)
+@pytest.mark.parametrize("name", [n for n in score_names() if n not in scores_without_oracle()])
+def test_masked_nonfinite_values_do_not_leak(kernel: str, name: str, nonfinite: float) -> None:
+    """NaN and inf in masked keys and values, and in queries of empty rows."""
     problem = _problem(score=name, normalizer="softmax", mask=None, summary=None, dropout=0.0)
     answers = []
-    for fill in (0.0, wild):
-        leaves = fresh(problem)
+    for fill in (0.0, nonfinite):
+        leaves = new_leaves(problem)
         with torch.no_grad():
             # Keys from 50 on are masked out in batch row 1, and all of them in row 0.
             leaves["k"][1, :, 50:, 0], leaves["v"][1, :, 60:] = fill, fill
             leaves["k"][0], leaves["q"][0], leaves["v"][0, :, 3] = fill, fill, fill
         everything = Summary(True, True, True, 5, True, None, (0, -1), True)
-        out, seen = regard.attention(**{**problem.ask(leaves), "mask": _HIDDEN, "summary": everything}, backend=kernel)
+        out, seen = regard.attention(
+            **{**problem.arguments(leaves), "mask": _HIDDEN, "summary": everything}, backend=kernel
+        )
         outputs = (out, seen.max, seen.entropy, seen.top.weights, seen.received, seen.rows, seen.full, seen.lse)
         weights = [torch.ones_like(x) for x in outputs]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True)
@@ -183,8 +185,8 @@ def test_what_is_masked_out_never_leaks(kernel: str, name: str, wild: float) -> 
         torch.testing.assert_close(got, clean, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_nan_reaches_the_rows_that_attend_to_it_and_no_others(kernel: str) -> None:
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_nan_propagates_to_attending_rows_only(kernel: str) -> None:
     q, k, v = _qkv((1, 2, 67, 7), (1, 2, 79, 7), (1, 2, 79, 5))
     with torch.no_grad():
         k[0, 0, 30, 2] = torch.nan
@@ -197,8 +199,8 @@ def test_nan_reaches_the_rows_that_attend_to_it_and_no_others(kernel: str) -> No
     assert torch.equal(out[0].isnan().any(-1), expected)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_without_a_mask_nan_is_not_hidden(kernel: str) -> None:
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_nan_propagates_without_mask(kernel: str) -> None:
     q, k, v = _qkv((1, 1, 5, 7), (1, 1, 9, 7), (1, 1, 9, 5))
     with torch.no_grad():
         v[0, 0, 3, 1] = torch.nan
@@ -210,9 +212,9 @@ def test_without_a_mask_nan_is_not_hidden(kernel: str) -> None:
 # Axes.
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("axis", "BHLSDE")
-@pytest.mark.parametrize("name", [n for n in score_names() if n not in unknown()])
+@pytest.mark.parametrize("name", [n for n in score_names() if n not in scores_without_oracle()])
 def test_axes_of_size_zero(kernel: str, axis: str, name: str) -> None:
     for which, hidden, rate, groups in itertools.product(normalizer_names(), (False, True), (0.0, 0.5), (0, 2)):
         size = dict(zip("BHLSDE", (2, 4, 5, 3, 7, 6), strict=True)) | {axis: 0}
@@ -251,10 +253,10 @@ def _score(name: str, heads: int, width: int) -> Any:
     return lambda q, k: q @ k.mT
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 4), (2, 3, 4), (2, 1, 3, 4)])
 def test_leading_axes(kernel: str, lead: tuple[int, ...]) -> None:
-    """(L, D), (B, L, D) and more batch axes are the same as one batch axis and heads."""
+    """(L, D), (B, L, D) and more batch axes equal one batch axis and heads."""
     q, k, v = _qkv((*lead, 5, 3), (*lead, 7, 3), (*lead, 7, 6))
     everything = Summary(True, True, True, 2, True, torch.ones(2, 7, dtype=torch.bool), (1, -1), True)
     out, seen = _run(kernel, q, k, v, summary=everything, mask=mask.causal("end"))
@@ -266,11 +268,11 @@ def test_leading_axes(kernel: str, lead: tuple[int, ...]) -> None:
         assert torch.equal(x, y.reshape(*lead, *y.shape[2:]))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize(
     "shapes", [((3, 2), (1, 1)), ((3, 2), (1, 2)), ((3, 2), (3, 1)), ((3,), (1,)), ((2, 3, 2), (1, 3, 1))]
 )
-def test_keys_and_values_broadcast_over_the_batch(kernel: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+def test_keys_and_values_broadcast_over_batch(kernel: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     full, one = shapes
     q, k, v = _qkv((*full, 5, 3), (*one, 7, 3), (*one, 7, 6))
     gradients = []
@@ -286,16 +288,16 @@ def _grouped(heads: tuple[int, int]) -> tuple[Problem, Any]:
     problem = _problem(
         heads=heads, score="additive", maps="both", w_k="per head", w_q="per head", summary="all", mask="a"
     )
-    return problem, truth(problem)
+    return problem, compute_reference(problem)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("heads", [(1, 1), (1, 3), (3, 1), (3, 2)])
 def test_grouped_queries(kernel: str, heads: tuple[int, int]) -> None:
-    judge(_grouped(heads)[0], kernel, _grouped(heads)[1])
+    compare(_grouped(heads)[0], kernel, _grouped(heads)[1])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(kernel: str, dtype: torch.dtype) -> None:
     q, k, v = _qkv((1, 2, 5, 3), (1, 2, 7, 3), (1, 2, 7, 4), dtype=dtype)
@@ -307,11 +309,11 @@ def test_dtypes(kernel: str, dtype: torch.dtype) -> None:
     assert all(g.dtype == dtype for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 @pytest.mark.parametrize("of", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("inputs", [torch.float32, torch.float64, torch.bfloat16])
-def test_parameters_of_another_dtype(kernel: str, of: torch.dtype, inputs: torch.dtype) -> None:
-    """They are taken in the precision that the kernel works in, and get a gradient in their own dtype."""
+def test_parameters_of_other_dtype(kernel: str, of: torch.dtype, inputs: torch.dtype) -> None:
+    """Parameters are converted to the accumulation precision, and their gradients have their own dtype."""
     q, k, v = _qkv((2, 4, 67, 7), (2, 2, 79, 7), (2, 2, 79, 5), dtype=inputs)
     wide = torch.float64 if inputs == torch.float64 else torch.float32
     tables = ((regard.score._SCORES, "score"), (regard.normalizer._NORMALIZERS, "normalizer"))
@@ -337,10 +339,10 @@ def test_parameters_of_another_dtype(kernel: str, of: torch.dtype, inputs: torch
             torch.testing.assert_close(x, y)
 
 
-def test_scores_far_from_the_origin() -> None:
-    """Distances do not change when everything moves; nor does what becomes of them."""
+def test_distance_scores_are_translation_invariant() -> None:
+    """Distances, and outputs, do not change when q and k are shifted by the same vector."""
     kinds: list[Callable[[], Any]] = [lambda: score.Gaussian(1.3), score.Distance]
-    for kind, kernel in itertools.product(kinds, KERNELS):
+    for kind, kernel in itertools.product(kinds, BACKENDS):
         q, k, v = _qkv((2, 4, 67, 7), (2, 2, 79, 7), (2, 2, 79, 5))
         # Steps of 1/64 stay exact at 1000.
         q, k = ((x * 64).round() / 64 for x in (q, k))

@@ -1,4 +1,4 @@
-"""Dropout: the same weights are dropped for the same seed on every kernel, as whole numbers say, at the right rate."""
+"""Dropout: the same seed drops the same weights on every backend, by an integer hash, at the right rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from support import oracle
-from support.compare import KERNELS
+from support.compare import BACKENDS
 from torch import Tensor
 
 import regard
@@ -24,33 +24,33 @@ def _tile(B: int, H: int, L: int, S: int) -> Tile:
 
 @pytest.mark.parametrize("seed", _SEEDS)
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.999, 1e-9])
-def test_it_is_the_hash_in_whole_numbers(seed: int, rate: float) -> None:
+def test_keep_equals_integer_hash(seed: int, rate: float) -> None:
     assert torch.equal(keep(_tile(2, 3, 5, 17), torch.tensor(seed), rate), oracle.keep(2, 3, 5, 17, seed, rate))
 
 
-def test_any_part_can_be_computed_alone() -> None:
+def test_keep_of_any_tile() -> None:
     whole = keep(_tile(3, 4, 67, 79), torch.tensor(5), 0.4)
     part = Tile((1, 3), (2, 3), (10, 67), (64, 79), Sizes(3, 4, 4, 67, 79), torch.device("cpu"))
     assert torch.equal(keep(part, torch.tensor(5), 0.4), whole[1:3, 2:3, 10:67, 64:79])
 
 
 def _dropped(kernel: str, seed: int | Tensor | None, rate: float = 0.5) -> Tensor:
-    """Which weights are dropped: with the identity as values, the output is the weights."""
+    """Return which weights are dropped: with the identity as values, the output holds the weights."""
     q, k = torch.randn(2, 3, 67, 5), torch.randn(2, 3, 79, 5)
     v = torch.eye(79).expand(2, 3, 79, 79)
     return regard.attention(q, k, v, dropout=rate, seed=seed, backend=kernel) == 0
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_seed_drops_the_same_weights_on_every_kernel(kernel: str) -> None:
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_seed_drops_same_weights_on_every_backend(kernel: str) -> None:
     expected = ~oracle.keep(2, 3, 67, 79, 11, 0.5)
     assert torch.equal(_dropped(kernel, 11), expected)
     assert torch.equal(_dropped(kernel, torch.tensor(11)), expected)
     assert not torch.equal(_dropped(kernel, 12), expected)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_skipped_tiles_drop_the_same_weights(kernel: str) -> None:
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_skipped_tiles_do_not_change_dropout(kernel: str) -> None:
     v = torch.eye(200).expand(1, 2, 200, 200)
     q, k = torch.randn(1, 2, 200, 5), torch.randn(1, 2, 200, 5)
     window = mask.window(3, 3) | mask.prefix(2)
@@ -60,8 +60,8 @@ def test_skipped_tiles_drop_the_same_weights(kernel: str) -> None:
     torch.testing.assert_close(dropped, torch.where(kept, plain * 2, 0.0))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_without_a_seed_one_is_drawn_from_the_generator_of_torch(kernel: str) -> None:
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_default_seed_comes_from_torch_generator(kernel: str) -> None:
     answers = []
     for manual in (1, 1, 2):
         torch.manual_seed(manual)
@@ -73,19 +73,19 @@ def test_without_a_seed_one_is_drawn_from_the_generator_of_torch(kernel: str) ->
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9, 0.99])
-def test_the_rate_is_right_along_every_axis(rate: float) -> None:
-    """Of n weights, n * rate are dropped, give or take a few standard deviations: in all, and in each row and column."""
+def test_dropout_rate_along_every_axis(rate: float) -> None:
+    """Of n weights n * rate are dropped, within a few standard deviations, in total and in each row and column."""
     kept = keep(_tile(4, 8, 128, 256), torch.tensor(99), rate).double()
     for axes in ((0, 1, 2, 3), (1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2), (3,), (2,)):
         n = math.prod(kept.shape[axis] for axis in axes)
         off = (kept.mean(axes) - (1 - rate)).abs() / math.sqrt(rate * (1 - rate) / n)
-        # The expected maximum of m normal numbers is below sqrt(2 log m); 3 more are very unlikely. Few rare events
-        # have a longer tail.
+        # The expected maximum of m normal variables is below sqrt(2 log m); 3 more are very unlikely. Rare events have a
+        # longer tail.
         assert off.max() < math.sqrt(2 * math.log(max(off.numel(), 2))) + 3 + 3 / math.sqrt(n * rate * (1 - rate))
 
 
 def test_rows_and_seeds_are_independent() -> None:
-    """Two rows, heads, batch rows or seeds agree on half of the keys, not on more, wherever the one is shifted to."""
+    """Two rows, heads, batch rows or seeds agree on half of the keys, under any shift."""
     kept = keep(_tile(2, 2, 64, 2048), torch.tensor(4), 0.5)
     other = keep(_tile(2, 2, 64, 2048), torch.tensor(5), 0.5)
     neighbours = [
@@ -101,8 +101,8 @@ def test_rows_and_seeds_are_independent() -> None:
     assert correlation.abs().max() < math.sqrt(2 * math.log(rows.shape[0] ** 2)) + 2.5
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_the_mean_over_seeds_is_the_output_without_dropout(kernel: str) -> None:
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_mean_over_seeds_equals_output_without_dropout(kernel: str) -> None:
     q, k, v = (torch.randn(1, 2, 13, 5) for _ in range(3))
     plain = regard.attention(q, k, v, backend=kernel)
     runs = torch.stack([regard.attention(q, k, v, dropout=0.3, seed=seed, backend=kernel) for seed in range(400)])
@@ -110,7 +110,7 @@ def test_the_mean_over_seeds_is_the_output_without_dropout(kernel: str) -> None:
     assert error.max() < 5
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", BACKENDS)
 def test_summaries_describe_the_weights_before_dropout(kernel: str) -> None:
     q, k, v = (torch.randn(1, 2, 13, 5) for _ in range(3))
     asked = Summary(True, True, True, 3, True, torch.ones(1, 13, dtype=torch.bool), 0, True)
@@ -120,8 +120,8 @@ def test_summaries_describe_the_weights_before_dropout(kernel: str) -> None:
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_everything_is_dropped_at_a_rate_of_one(kernel: str) -> None:
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_dropout_of_one_drops_everything(kernel: str) -> None:
     q, k, v = (torch.randn(1, 2, 13, 5, requires_grad=True) for _ in range(3))
     out = regard.attention(q, k, v, dropout=1.0, backend=kernel)
     assert bool((out == 0).all())

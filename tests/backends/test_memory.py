@@ -1,4 +1,4 @@
-"""The memory of `tiled` grows as the length does, forward and backward; that of the native kernels does not grow by use."""
+"""Peak memory of `tiled` is linear in length, forward and backward; repeated calls of the native kernels do not leak."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def _peaks(what: str, lengths: tuple[int, ...]) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
-# Additive attention takes 16 tanh a pair: it is measured at a shorter length.
+# Additive attention takes 16 tanh per pair: it is measured at a shorter length.
 @pytest.mark.parametrize(
     "what", ["causal", "summaries", pytest.param("entmax", marks=pytest.mark.slow), "additive", "python"]
 )
-def test_peak_grows_with_the_length(what: str) -> None:
+def test_peak_memory_is_linear_in_length(what: str) -> None:
     lengths = {"additive": (512, 1024, 2048), "causal": (4096, 8192, 16384)}.get(what, (2048, 4096, 8192))
     peaks = _peaks(what, lengths)
-    # All that is held is little beside one matrix of the last length, of 16 numbers a pair where the score is additive.
+    # Everything held is small compared with one matrix of the last length, with 16 elements per pair for additive scores.
     matrix = 4 * lengths[-1] ** 2 * (16 if what == "additive" else 1)
     assert peaks[-1] < matrix / 3, peaks
-    # Twice the length is at most twice the memory, and a little for the allocator; a matrix would take four times.
+    # Twice the length takes at most twice the memory, and a little for the allocator; a matrix would take four times.
     assert peaks[2] - peaks[1] < 2.6 * max(peaks[1] - peaks[0], 8 << 20), peaks
 
 
@@ -102,7 +102,7 @@ print(held() - before)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["forward", "both"])
-def test_many_calls_hold_no_more_than_some(what: str) -> None:
+def test_repeated_calls_do_not_leak_memory(what: str) -> None:
     """After ten thousand calls, a process is as large as before them: what leaks is less than 50 bytes a call."""
     done = subprocess.run(
         [sys.executable, "-c", _MANY, what],

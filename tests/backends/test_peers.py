@@ -1,4 +1,4 @@
-"""The same numbers as the peers, where they serve the same problem; in float64, where only another formula differs."""
+"""The same results as peers, where they compute the same problem, in float64: only rounding differs."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def randn(*shape: int, grad: bool = True) -> Tensor:
 
 
 def close(got: Tensor, expected: Tensor) -> None:
-    """Equal but for the rounding of float64, some hundred times over."""
+    """Assert equality within some hundred roundings of float64."""
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     assert (got - expected).abs().max() <= 1e-13 * max(expected.abs().max().item(), 1.0)
 
 
 def same(got: Tensor, expected: Tensor, *inputs: Tensor) -> None:
-    """Equal, and with equal gradients, whatever the gradient of the result."""
+    """Assert equal outputs and equal gradients for a random gradient of the output."""
     close(got, expected)
     pull = torch.randn_like(expected)
     gradients = (torch.autograd.grad(out, inputs, pull, retain_graph=True) for out in (got, expected))
@@ -82,13 +82,13 @@ def test_scaled_dot_product_attention(name: str, heads: int, kernel: str | None)
 
 @KERNELS
 @pytest.mark.parametrize("shape", [(B, H, L, S), (H, L, S), (B, 1, 1, S), (L, 1), (1, H, 1, S)])
-def test_a_float_mask_is_a_bias(shape: tuple[int, ...], kernel: str | None) -> None:
+def test_float_mask_is_bias(shape: tuple[int, ...], kernel: str | None) -> None:
     q, k, v, bias = randn(B, H, L, D), randn(B, H, S, D), randn(B, H, S, E), randn(*shape)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     same(regard.attention(q, k, v, bias=bias, backend=kernel), expected, q, k, v, bias)
 
 
-def test_minus_infinity_in_a_float_mask_forbids() -> None:
+def test_minus_infinity_in_float_mask_masks() -> None:
     q, k, v = randn(B, H, L, D), randn(B, H, S, D), randn(B, H, S, E)
     forbidding = torch.zeros(B, H, L, S, dtype=torch.float64).masked_fill(~some, -torch.inf)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=forbidding)
@@ -97,7 +97,7 @@ def test_minus_infinity_in_a_float_mask_forbids() -> None:
 
 
 @pytest.mark.parametrize("lead", [(), (B,), (2, 3, H), (1, 2, 2, H)])
-def test_leading_axes_are_those_of_torch(lead: tuple[int, ...]) -> None:
+def test_leading_axes_equal_torch(lead: tuple[int, ...]) -> None:
     q, k, v = randn(*lead, L, D), randn(*lead, S, D), randn(*lead, S, E)
     same(regard.attention(q, k, v), F.scaled_dot_product_attention(q, k, v), q, k, v)
     bias = randn(*lead, L, S)
@@ -192,7 +192,7 @@ def test_flex_attention(name: str, kernel: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @KERNELS
 def test_multihead_attention(masked: bool, zero: bool, kernel: str | None) -> None:
-    """Output and weights. Its `add_zero_attn` is one more key and value of zeros: a sink at score 0."""
+    """Output and weights. `add_zero_attn` adds one key and value of zeros: a sink at score 0."""
     width = 6 * H
     layer = nn.MultiheadAttention(width, H, batch_first=True, add_zero_attn=zero, dtype=torch.float64)
     nn.init.normal_(layer.in_proj_bias)
@@ -221,7 +221,7 @@ def test_multihead_attention(masked: bool, zero: bool, kernel: str | None) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Keras, whose formulas are written out, as its back end may not be at hand.
+# Keras: its formulas are written out, since its back end may not be installed.
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -253,7 +253,7 @@ def test_keras_attention_by_concat() -> None:
 
 
 @KERNELS
-def test_learned_sinks_are_those_of_gpt_oss(kernel: str | None) -> None:
+def test_learned_sinks_equal_gpt_oss(kernel: str | None) -> None:
     q, k, v, sinks = randn(B, H, L, D), randn(B, G, S, D), randn(B, G, S, E), randn(H)
     module = SimpleNamespace(num_key_value_groups=H // G, sinks=sinks, training=False)
     late = torch.zeros(L, S, dtype=torch.float64).masked_fill(~torch.ones(L, S).tril(S - L).bool(), -1e30)

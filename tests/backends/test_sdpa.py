@@ -1,4 +1,4 @@
-"""The kernel `torch`: PyTorch's own attention, held to the same contract where it serves."""
+"""The backend `sdpa`: torch's fused attention, under the same contract where it serves."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.compare import compare_all, truth
-from support.problems import DTYPES, decided, make
+from support.compare import compare_once, compute_reference
+from support.problems import DTYPES, fixed_choices, make_problem
 from torch import Tensor
 
 import regard
@@ -22,21 +22,30 @@ _SERVED: dict[str, Any] = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [None, "a"])
 @pytest.mark.parametrize("name", ["scaled_dot", "dot", "bilinear"])
-def test_against_the_oracle(dtype: torch.dtype, hidden: str | None, name: str) -> None:
+def test_sdpa_matches_oracle(dtype: torch.dtype, hidden: str | None, name: str) -> None:
     if name == "bilinear" and dtype in (torch.bfloat16, torch.float16):
         pytest.skip("the score is widened to float32, which this kernel refuses: see below")
-    for seed, wild in enumerate((None, "masked", "anywhere")):
-        choices = {**_SERVED, "dtype": dtype, "parameters": dtype, "mask": hidden, "score": name, "wild": wild}
-        problem = make(decided({**choices, "width of k": 8}, seed))
-        # Half-precision products are its own: it is measured against the plain way in that precision.
-        compare_all(problem, "sdpa", truth(problem, None))
+    for seed, nonfinite in enumerate((None, "masked", "anywhere")):
+        choices = {
+            **_SERVED,
+            "dtype": dtype,
+            "parameters": dtype,
+            "mask": hidden,
+            "score": name,
+            "nonfinite": nonfinite,
+        }
+        problem = make_problem(fixed_choices({**choices, "width of k": 8}, seed))
+        # Half-precision products are its own: it is measured against the direct formula in that precision.
+        compare_once(problem, "sdpa", compute_reference(problem, None))
 
 
 @pytest.mark.parametrize("layout", ["heads last", "columns first", "offset", "gaps"])
-def test_any_layout(layout: str) -> None:
+def test_sdpa_of_any_layout(layout: str) -> None:
     layouts = {f"layout of {name}": layout for name in "qkv"}
-    problem = make(decided({**_SERVED, **layouts, "dtype": torch.float32, "mask": "a", "score": "scaled_dot"}))
-    compare_all(problem, "sdpa", truth(problem, None))
+    problem = make_problem(
+        fixed_choices({**_SERVED, **layouts, "dtype": torch.float32, "mask": "a", "score": "scaled_dot"})
+    )
+    compare_once(problem, "sdpa", compute_reference(problem, None))
 
 
 def _qkv() -> tuple[Tensor, ...]:
@@ -44,11 +53,11 @@ def _qkv() -> tuple[Tensor, ...]:
     return tuple(torch.randn(2, 2, 67, 8, generator=generator) for _ in range(3))
 
 
-def test_nan_after_a_query_does_not_leak() -> None:
+def test_future_nan_does_not_leak_in_causal_sdpa() -> None:
     q, k, v = _qkv()
     clean = regard.attention(q, k, v, mask=mask.causal(), backend="sdpa")
-    for x, wild in ((k, torch.nan), (v, torch.inf)):
-        x[0, 1, 40, 3] = wild
+    for x, nonfinite in ((k, torch.nan), (v, torch.inf)):
+        x[0, 1, 40, 3] = nonfinite
     out = regard.attention(q, k, v, mask=mask.causal(), backend="sdpa")
     assert bool(out[0, 1, 40:].isnan().all())
     torch.testing.assert_close(out[0, 1, :40], clean[0, 1, :40])
@@ -56,7 +65,7 @@ def test_nan_after_a_query_does_not_leak() -> None:
     assert torch.equal(out[0, 0], clean[0, 0])
 
 
-def test_nan_in_a_query_makes_its_row_nan() -> None:
+def test_nan_query_gives_nan_row() -> None:
     q, k, v = _qkv()
     clean = regard.attention(q, k, v, mask=mask.causal(), backend="sdpa")
     q[0, 0, 5, 2] = torch.nan
@@ -80,7 +89,7 @@ _REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("reason", [name for name in _REFUSED if name != "score"])
-def test_what_it_refuses_goes_to_another_kernel(reason: str) -> None:
+def test_refused_problem_is_served_by_other_backend(reason: str) -> None:
     q, k, v = _qkv()
     with pytest.raises(ValueError, match=reason):
         regard.attention(q, k, v, backend="sdpa", **_REFUSED[reason])
@@ -89,13 +98,13 @@ def test_what_it_refuses_goes_to_another_kernel(reason: str) -> None:
     assert ran in (["cpu"], ["tiled"])
 
 
-def test_causal_from_the_end_is_refused() -> None:
+def test_end_aligned_causal_mask_is_refused() -> None:
     q, k, v = _qkv()
     with pytest.raises(ValueError, match="start"):
         regard.attention(q[:, :, :5], k, v, mask=mask.causal("end"), backend="sdpa")
 
 
-def test_without_native_kernels_it_is_chosen_for_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdpa_is_chosen_without_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regard.backends.cpu.extension.missing", "not there")
     q, k, v = _qkv()
     for words in ({}, {"mask": mask.causal()}, {"score": score.Dot()}):
@@ -104,7 +113,7 @@ def test_without_native_kernels_it_is_chosen_for_what_it_serves(monkeypatch: pyt
         assert ran == ["sdpa"]
 
 
-def test_matrix_units_are_preferred_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdpa_is_preferred_on_amx_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     half = [x.bfloat16() for x in _qkv()]
     for units, kernel in ((True, "sdpa"), (False, "cpu")):
         monkeypatch.setattr("regard.backends.choose._MATRIX_UNITS", units)

@@ -1,4 +1,4 @@
-"""The command line, run as its users run it."""
+"""The command line, run in processes of its own."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from support.paths import ROOT
 
 from regard.apps.look import look, look_at_record
 from regard.cli import main
+from regard.cli.train import DEFAULTS
+from regard.tasks.presets import PRESETS
 from regard.watch import Recording
 
 
 @pytest.fixture(scope="module")
 def causal_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small Llama with a tokenizer of its own, saved as users save theirs."""
+    """A saved small Llama model with its tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("llama")
@@ -39,7 +41,7 @@ def causal_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_look_at_the_default_model(tmp_path: Path) -> None:
+def test_look_with_default_model(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     done = run("look", "The animal didn't cross the street because it was too tired.", "--out", str(page))
     assert "6 layers" in done.stdout
@@ -49,44 +51,44 @@ def test_look_at_the_default_model(tmp_path: Path) -> None:
     assert "http://" not in document.replace("http://www.w3.org/", "")
 
 
-def test_look_records_the_weights_of_the_model() -> None:
-    looked = look("A cat, a mat.")
-    assert looked.tokens == ["[CLS]", "a", "cat", ",", "a", "mat", ".", "[SEP]"]
-    assert len(looked.watched) == 6
-    for record in looked.watched:
+def test_look_records_attention_weights() -> None:
+    result = look("A cat, a mat.")
+    assert result.tokens == ["[CLS]", "a", "cat", ",", "a", "mat", ".", "[SEP]"]
+    assert len(result.recording) == 6
+    for record in result.recording:
         assert record.top.weights.shape == (1, 12, 8, 8)
         assert not record.causal
         assert torch.allclose(record.top.weights.sum(-1), torch.ones(1, 12, 8), atol=1e-5)
 
 
-def test_look_at_a_causal_model_and_cut_what_is_too_long(causal_model: str, tmp_path: Path) -> None:
+def test_look_truncates_text_for_causal_model(causal_model: str, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     text = "the cat sat on the mat . the cat sat on the mat ."
     done = run("look", "-", "--model", causal_model, "--out", str(page), stdin=text)
-    assert "The last 2 tokens are beyond what the model can take" in done.stdout
-    looked = look(text, causal_model)
-    assert looked.truncated == 2
-    assert [record.causal for record in looked.watched] == [True, True]
-    assert int(looked.watched[0].top.keys[0, 0, 0, 1:].max()) == -1
+    assert "The last 2 tokens exceed the model's maximum length" in done.stdout
+    result = look(text, causal_model)
+    assert result.truncated == 2
+    assert [record.causal for record in result.recording] == [True, True]
+    assert int(result.recording[0].top.keys[0, 0, 0, 1:].max()) == -1
 
 
-def test_what_was_seen_is_saved_and_looked_at_again(causal_model: str, tmp_path: Path) -> None:
-    saved, first, again = (tmp_path / name for name in ("seen.safetensors", "first.html", "again.html"))
+def test_look_loads_saved_recording(causal_model: str, tmp_path: Path) -> None:
+    saved, first, again = (tmp_path / name for name in ("recording.safetensors", "first.html", "again.html"))
     run("look", "the cat sat", "--model", causal_model, "--save", str(saved), "--out", str(first))
     run("look", str(saved), "--out", str(again))
     data = [block(page.read_text(encoding="utf-8")) for page in (first, again)]
     assert [token[0] for token in data[1]["texts"][0]] == ["the", "cat", "sat"]
     assert data[0]["layers"] == data[1]["layers"]
-    watched = Recording.load(saved)
-    watched.tokens = None
-    watched.save(saved)
-    assert look_at_record(saved).tokens == ["0", "1", "2"], "the numbers of the places stand for tokens"
+    recording = Recording.load(saved)
+    recording.tokens = None
+    recording.save(saved)
+    assert look_at_record(saved).tokens == ["0", "1", "2"], "positions are shown instead of missing tokens"
     saved.write_bytes(b"nothing" * 9)
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         look_at_record(saved)
 
 
-def test_look_tells_what_is_wrong(tmp_path: Path) -> None:
+def test_look_reports_invalid_arguments(tmp_path: Path) -> None:
     assert "text: is empty" in run("look", "  ", "--out", str(tmp_path / "p.html"), expect=2).stderr
     assert "does not exist" in run("look", "hi", "--out", str(tmp_path / "no" / "p.html"), expect=2).stderr
     nowhere = run("look", "hi", "--model", str(tmp_path), "--out", str(tmp_path / "p.html"), expect=2)
@@ -94,36 +96,92 @@ def test_look_tells_what_is_wrong(tmp_path: Path) -> None:
     assert "Traceback" not in nowhere.stderr
 
 
-def test_doctor_names_every_kernel_and_reason() -> None:
+def test_doctor_lists_backends_and_reasons() -> None:
     out = run("doctor").stdout
-    for word in ("PyTorch", "tiled", "sdpa", "transformers", "softcap", "sparsemax"):
-        assert word in out
+    for expected in ("PyTorch", "tiled", "sdpa", "transformers", "softcap", "sparsemax"):
+        assert expected in out
 
 
-def test_bench_measures_and_refuses_wrong_results(tmp_path: Path) -> None:
+def test_bench_writes_json_and_plot(tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     done = run("bench", "--only", "plain", "--quick", "--json", "--plot", str(plot))
     results = json.loads(done.stdout)
     assert [r["direction"] for r in results] == ["forward", "forward + backward"]
     assert all(r["ratio"] > 0 and r["ours_error"] < 1e-5 for r in results)
     assert plot.stat().st_size > 5000
-    assert "no case has 'nonsense' in its name" in run("bench", "--only", "nonsense", expect=2).stderr
+    assert "no case name contains 'nonsense'" in run("bench", "--only", "nonsense", expect=2).stderr
 
 
-def test_demo_tells_where_the_page_is(tmp_path: Path) -> None:
+def test_demo_writes_page(tmp_path: Path) -> None:
     done = run("demo", "--quick", "--out", str(tmp_path / "demo"))
-    for word in ("score", "normalise", "aggregate", "Open the page"):
-        assert word in done.stdout
+    for expected in ("score", "normali", "aggregate", "Open the page"):
+        assert expected in done.stdout
     assert (tmp_path / "demo" / "attention.html").stat().st_size > 20_000
 
 
-def test_help_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     for command in ("look", "bench", "doctor", "demo"):
         assert command in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="measures the CPU time of a child process")
+def test_help_takes_little_cpu_time() -> None:
+    """Help does not import torch, which takes seconds: 0.2 s of CPU time are measured, 0.3 s are allowed."""
+    import resource
+
+    def cpu_time() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    times = []
+    for _ in range(3):
+        before = cpu_time()
+        run("--help")
+        times.append(cpu_time() - before)
+    assert min(times) < 0.3, times
+
+
+@pytest.mark.parametrize("program", [["-m", "regard.cli"], ["-u", "-m", "regard.cli"]])
+def test_help_does_not_import_torch(program: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *program, "train", "--help"],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, check=True,
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "regard.cli.train" in imported and "torch" not in imported
+    assert "--nproc" in done.stdout and "--workers" not in done.stdout
+
+
+def test_import_loads_the_library_in_other_programs() -> None:
+    """Only the command line imports `regard` without its contents."""
+    code = (
+        "import sys; sys.argv[0] = 'program'; import regard; print(regard.attention.__name__, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
+    )
+    assert done.stdout.split() == ["attention", "True"]
+
+
+def test_train_help_shows_presets() -> None:
+    def default(option: str) -> str:
+        """Return the preset of each task, and of its other models where it differs."""
+        defaults = {}
+        for task, preset in PRESETS.items():
+            options = {name: vars(preset.settings[name]) | vars(preset.training[name]) for name in preset.settings}
+            first, *_ = values = {name: values.get(option) for name, values in options.items()}
+            if values[first] is not None:
+                others = [f" ({name} {value})" for name, value in values.items() if value != values[first]]
+                defaults[task] = "".join([str(values[first]), *others])
+        if len({*defaults.values()}) == 1:
+            return next(iter(defaults.values()))
+        return "; ".join(f"{task} {value}" for task, value in defaults.items())
+
+    assert {option: default("workers" if option == "nproc" else option) for option in DEFAULTS} == DEFAULTS
 
 
 def test_missing_packages_are_named() -> None:
@@ -134,7 +192,7 @@ def test_missing_packages_are_named() -> None:
 
 
 @pytest.mark.parametrize("package", ["safetensors", "tokenizers", "matplotlib", "sacrebleu"])
-def test_packages_that_training_needs_in_the_end_are_missed_before_it(
+def test_train_reports_missing_package_before_training(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, found = tmp_path / "pairs.tsv", importlib.util.find_spec

@@ -1,4 +1,4 @@
-"""Masks against predicates in plain Python, pair by pair; what a grid of tiles knows of them; and what they save."""
+"""Masks match predicates in plain Python, and their coverage lets backends skip empty tiles."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def seed() -> None:
 
 
 def offset(align: Any, L: int, S: int) -> int:
-    """The key beside query 0, from the words of the documentation."""
+    """Return the key position of query 0."""
     return {"start": 0, "end": S - L}[align] if isinstance(align, str) else align
 
 
 def table_of(predicate: Predicate, size: Sizes) -> Tensor:
-    """What the predicate says, bool (B, H, L, S)."""
+    """Evaluate the predicate for all pairs, bool (B, H, L, S)."""
     table = torch.zeros(size.B, size.H, size.L, size.S, dtype=torch.bool)
     for b, h, i, j in itertools.product(range(size.B), range(size.H), range(size.L), range(size.S)):
         table[b, h, i, j] = predicate(b, h, i, j)
@@ -54,7 +54,7 @@ def sizes(draw: st.DrawFn, least: int = 0) -> Sizes:
 
 @st.composite
 def leaf(draw: st.DrawFn, size: Sizes, kinds: tuple[str, ...]) -> tuple[Mask, Predicate]:
-    """A mask of the given kinds, and what it should say of one pair."""
+    """A mask of one of the given kinds, and its predicate on one pair."""
     B, H, L, S = size.B, size.H, size.L, size.S
     kind = draw(st.sampled_from(kinds))
     if kind == "causal":
@@ -75,28 +75,28 @@ def leaf(draw: st.DrawFn, size: Sizes, kinds: tuple[str, ...]) -> tuple[Mask, Pr
         n = draw(st.lists(st.integers(-2, S + 2), min_size=B, max_size=B))
         if kind == "prefix" and draw(st.booleans()):
             return mask.prefix(abs(n[0])), lambda b, h, i, j: j < abs(n[0])
-        word = mask.lengths if kind == "lengths" else mask.prefix
-        return word(torch.tensor(n, dtype=dtype)), lambda b, h, i, j: j < n[b]
+        constructor = mask.lengths if kind == "lengths" else mask.prefix
+        return constructor(torch.tensor(n, dtype=dtype)), lambda b, h, i, j: j < n[b]
     seed = draw(st.integers(0, 1 << 32))
     generator = torch.Generator().manual_seed(seed)
     if kind in ("documents", "sorted"):
         rows = draw(st.sampled_from([1, B]))
-        # Sorted, both hold the same documents: none lies in a gap of the other, which extremes do not tell.
+        # If sorted, queries and keys have the same documents: `coverage` is exact only without gaps.
         docs = min(L, S, 4) if kind == "sorted" else 0
         each = torch.arange(docs).expand(rows, -1)
         random = [torch.randint(0, docs or 4, (rows, length - docs), generator=generator) for length in (L, S)]
         ids = [torch.cat([each, part], 1).to(dtype) for part in random]
         ids = [part.sort(-1).values for part in ids] if docs else ids
-        as_given = [part[0] if rows == 1 and draw(st.booleans()) else part for part in ids]
+        arguments = [part[0] if rows == 1 and draw(st.booleans()) else part for part in ids]
         q, k = (part.expand(B, -1).tolist() for part in ids)
-        return mask.documents(tuple(as_given)), lambda b, h, i, j: q[b][i] == k[b][j]
+        return mask.documents(tuple(arguments)), lambda b, h, i, j: q[b][i] == k[b][j]
     if kind == "blocks":
         high, wide = draw(st.integers(1, 6)), draw(st.integers(1, 6))
         shape = draw(st.sampled_from([(), (1,), (H,), (1, H), (B, 1), (B, H)]))
         table = torch.rand(*shape, max(-(-L // high), 1), max(-(-S // wide), 1), generator=generator) < 0.5
         if L and S:
-            whole = table.expand(B, H, *table.shape[-2:]).tolist()
-            return mask.blocks(table, (high, wide)), lambda b, h, i, j: whole[b][h][i // high][j // wide]
+            expanded = table.expand(B, H, *table.shape[-2:]).tolist()
+            return mask.blocks(table, (high, wide)), lambda b, h, i, j: expanded[b][h][i // high][j // wide]
     shape = tuple(draw(st.sampled_from([1, n])) for n in (B, H, L, S))[draw(st.integers(0, 3)) :]
     table = torch.rand(*shape, generator=generator) < 0.6
     if kind == "where":
@@ -112,13 +112,13 @@ def tree(draw: st.DrawFn, size: Sizes, depth: int = 3) -> tuple[Mask, Predicate]
     joint = draw(st.sampled_from(["leaf", "&", "|", "~"])) if depth else "leaf"
     if joint == "leaf":
         return draw(leaf(size, (*EXACT, "documents", "where")))
-    left, says = draw(tree(size, depth - 1))
+    left, predicate = draw(tree(size, depth - 1))
     if joint == "~":
-        return ~left, lambda *pair: not says(*pair)
-    right, says_too = draw(tree(size, depth - 1))
+        return ~left, lambda *pair: not predicate(*pair)
+    right, other_predicate = draw(tree(size, depth - 1))
     if joint == "&":
-        return left & right, lambda *pair: says(*pair) and says_too(*pair)
-    return left | right, lambda *pair: says(*pair) or says_too(*pair)
+        return left & right, lambda *pair: predicate(*pair) and other_predicate(*pair)
+    return left | right, lambda *pair: predicate(*pair) or other_predicate(*pair)
 
 
 def some_range(draw: Callable[..., Any], length: int) -> tuple[int, int]:
@@ -128,11 +128,11 @@ def some_range(draw: Callable[..., Any], length: int) -> tuple[int, int]:
 
 @RUNS
 @given(st.data())
-def test_allowed_on_any_tile_is_the_predicate(data: st.DataObject) -> None:
+def test_allowed_matches_predicate_on_tiles(data: st.DataObject) -> None:
     size = data.draw(sizes(least=1))
-    built, says = data.draw(tree(size))
+    built, predicate = data.draw(tree(size))
     built.check(size, CPU)
-    table = table_of(says, size)
+    table = table_of(predicate, size)
     for _ in range(4):
         b, q, k = (some_range(data.draw, n) for n in (size.B, size.L, size.S))
         h = data.draw(st.sampled_from([(0, size.H), (0, size.H // size.G), (size.H - 1, size.H)]))
@@ -157,34 +157,34 @@ TILE = st.integers(1, 8)
 
 @RUNS
 @given(st.data(), TILE, TILE)
-def test_coverage_of_any_composition_is_sound(data: st.DataObject, rows: int, columns: int) -> None:
+def test_coverage_of_compositions_is_sound(data: st.DataObject, rows: int, columns: int) -> None:
     size = data.draw(sizes())
-    built, says = data.draw(tree(size))
+    built, predicate = data.draw(tree(size))
     built.check(size, CPU)
     some, full = built.coverage(Grid.of(size, rows, columns, CPU))
-    table = table_of(says, size)
-    really_some, really_full = tiles(table, rows, columns, "any"), tiles(table, rows, columns, "all")
-    assert not (really_some & ~some.expand_as(really_some)).any(), "a tile that is said to be empty has a pair"
-    assert not (full.expand_as(really_full) & ~really_full).any(), "a tile that is said to be full lacks a pair"
+    table = table_of(predicate, size)
+    expected_some, expected_full = tiles(table, rows, columns, "any"), tiles(table, rows, columns, "all")
+    assert not (expected_some & ~some.expand_as(expected_some)).any(), "a tile reported as empty contains a pair"
+    assert not (full.expand_as(expected_full) & ~expected_full).any(), "a tile reported as full lacks a pair"
 
 
 @pytest.mark.parametrize("kind", EXACT)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), rows=TILE, columns=TILE)
-def test_coverage_of_what_is_arithmetic_is_exact(kind: str, data: st.DataObject, rows: int, columns: int) -> None:
+def test_coverage_of_single_masks_is_exact(kind: str, data: st.DataObject, rows: int, columns: int) -> None:
     size = data.draw(sizes())
-    built, says = data.draw(leaf(size, (kind,)))
+    built, predicate = data.draw(leaf(size, (kind,)))
     if data.draw(st.booleans()):
-        built, positive = ~built, says
-        says = lambda *pair: not positive(*pair)  # noqa: E731
+        built, positive = ~built, predicate
+        predicate = lambda *pair: not positive(*pair)  # noqa: E731
     some, full = built.coverage(Grid.of(size, rows, columns, CPU))
-    table = table_of(says, size)
+    table = table_of(predicate, size)
     assert torch.equal(some.expand(size.B, -1, -1), tiles(table, rows, columns, "any"))
     assert torch.equal(full.expand(size.B, -1, -1), tiles(table, rows, columns, "all"))
 
 
-def test_one_side_is_enough_to_know_a_tile() -> None:
-    """What one of two joined masks settles, the other cannot unsettle."""
+def test_coverage_with_one_unknown_operand() -> None:
+    """One operand can decide that a tile is empty or full, even if the other one is unknown."""
     unknown = mask.where(lambda b, h, i, j: (i + j) % 2 == 0)
     grid = Grid.of(Sizes(1, 1, 1, 8, 8), 4, 4, CPU)
     some, full = (unknown & mask.prefix(4)).coverage(grid)
@@ -196,11 +196,11 @@ def test_one_side_is_enough_to_know_a_tile() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What empty tiles cost.
+# Empty tiles.
 
 
 def scored(built: Mask | None, B: int, L: int, S: int, backward: bool = False) -> tuple[float, float]:
-    """The share of all pairs that `tiled` scores, forward and backward, counted by the score itself."""
+    """Return the fraction of all pairs that `tiled` scores, forward and backward, counted in the score function."""
     q, k, v = (torch.randn(B, 1, n, 1, requires_grad=backward) for n in (L, S, S))
     pairs = 0
 
@@ -241,13 +241,13 @@ table[:, ::16] = True
         (mask.prefix(0), 1, 4096, 4096, 0.001),
     ],
 )
-def test_empty_tiles_cost_nothing(built: Mask, B: int, L: int, S: int, most: float) -> None:
+def test_empty_tiles_are_skipped(built: Mask, B: int, L: int, S: int, most: float) -> None:
     forward, _ = scored(built, B, L, S)
     assert forward < most
 
 
-def test_empty_tiles_cost_nothing_backward() -> None:
-    """The backward pass scores what the forward pass did, once for the weights and once for their gradient."""
+def test_empty_tiles_are_skipped_backward() -> None:
+    """The backward pass scores the same tiles as the forward pass, at most twice."""
     forward, backward = scored(mask.window(63, 0), 1, 1024, 1024, backward=True)
     assert 0 < forward < 0.13
     assert 0 < backward < 2 * 0.13
@@ -260,13 +260,13 @@ q, k, v = torch.randn(1, 2, 5, 3), torch.randn(1, 2, 8, 3), torch.randn(1, 2, 8,
 
 
 def full(built: Mask | None = None, q: Tensor = q, **more: Any) -> Tensor:
-    """The weights, (B, H, L, S)."""
-    _, seen = regard.attention(q, k, v, mask=built, summary=regard.Summary(full=True), **more)
-    return seen.full
+    """Return the weights (B, H, L, S)."""
+    _, stats = regard.attention(q, k, v, mask=built, summary=regard.Summary(full=True), **more)
+    return stats.full
 
 
 @pytest.mark.parametrize(("align", "first"), [("start", 0), ("end", 3), (2, 2), (-1, -1), (0, 0), (7, 7)])
-def test_align_says_where_query_0_stands(align: Any, first: int) -> None:
+def test_align_sets_position_of_query_0(align: Any, first: int) -> None:
     expected = torch.tensor([[j <= i + first for j in range(8)] for i in range(5)])
     assert torch.equal(full(mask.causal(align)) > 0, expected.expand(1, 2, 5, 8))
     assert torch.equal(
@@ -278,7 +278,7 @@ def test_align_says_where_query_0_stands(align: Any, first: int) -> None:
 
 
 @pytest.mark.parametrize("align", ["start", "end", 2])
-def test_align_is_inherited_from_one_that_is_named(align: Any) -> None:
+def test_align_is_inherited_within_mask(align: Any) -> None:
     everywhere = full(mask.causal(align) & mask.window(2, align=align) | ~mask.causal(align) & mask.prefix(1))
     assert torch.equal(full(mask.causal(align) & mask.window(2) | ~mask.causal() & mask.prefix(1)), everywhere)
     assert torch.equal(full(mask.causal() & mask.window(2, align=align) | ~mask.causal() & mask.prefix(1)), everywhere)
@@ -294,26 +294,26 @@ def test_align_is_inherited_between_mask_and_bias(align: Any) -> None:
         assert torch.equal(full(bias=bias(align=align)), full(mask.prefix(8), bias=bias(align=align)))
 
 
-def test_as_many_queries_as_keys_need_no_align() -> None:
+def test_align_is_optional_for_equal_lengths() -> None:
     square = k[:, :, :, :3]
     for align in ("start", "end", 0):
         assert torch.equal(full(mask.causal(), square), full(mask.causal(align), square))
-    # A number moves the queries even then, on every kernel.
+    # An int shifts the queries on every backend.
     moved = torch.tensor([[j <= i + 2 for j in range(8)] for i in range(8)])
-    for kernel in (None, "tiled", "reference"):
-        assert torch.equal(full(mask.causal(2), square, backend=kernel) > 0, moved.expand(1, 2, 8, 8))
+    for backend in (None, "tiled", "reference"):
+        assert torch.equal(full(mask.causal(2), square, backend=backend) > 0, moved.expand(1, 2, 8, 8))
     out = regard.attention(square, k, v[..., :3], mask=mask.causal(2))
     assert torch.allclose(out, full(mask.causal(2), square) @ v[..., :3], atol=1e-6)
 
 
-def test_two_words_may_stand_apart_if_each_says_where() -> None:
+def test_masks_with_different_align() -> None:
     got = full(mask.causal("start") | mask.window(0, 0, "end")) > 0
     expected = torch.tensor([[j <= i or j == i + 3 for j in range(8)] for i in range(5)])
     assert torch.equal(got, expected.expand(1, 2, 5, 8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What else may be given.
+# Other arguments.
 
 
 def banded(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -339,21 +339,21 @@ def same_document(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     "mask_mod",
     [banded, causal, one_head, same_document, noop_mask, and_masks(causal, same_document), or_masks(banded, one_head)],
 )
-def test_mask_functions_of_flex_attention_work_as_they_are(mask_mod: Any) -> None:
+def test_flex_attention_mask_functions(mask_mod: Any) -> None:
     q, k, v = (torch.randn(2, 3, 8, 4) for _ in range(3))
     table = create_mask(mask_mod, 2, 3, 8, 8, device="cpu")
-    for kernel in ("tiled", "reference"):
-        out = regard.attention(q, k, v, mask=mask.where(mask_mod), backend=kernel)
-        assert torch.equal(out, regard.attention(q, k, v, mask=mask.dense(table), backend=kernel))
+    for backend in ("tiled", "reference"):
+        out = regard.attention(q, k, v, mask=mask.where(mask_mod), backend=backend)
+        assert torch.equal(out, regard.attention(q, k, v, mask=mask.dense(table), backend=backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
-def test_integers_of_every_kind(dtype: torch.dtype) -> None:
+def test_integer_dtypes(dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(2, 1, n, 4) for n in (8, 8, 8))
     n = torch.tensor([3, 7])
-    for word, tensor in ((mask.lengths, n), (mask.prefix, n), (mask.documents, some_ids)):
-        expected = regard.attention(q, k, v, mask=word(tensor))
-        assert torch.equal(regard.attention(q, k, v, mask=word(tensor.to(dtype))), expected)
+    for constructor, tensor in ((mask.lengths, n), (mask.prefix, n), (mask.documents, some_ids)):
+        expected = regard.attention(q, k, v, mask=constructor(tensor))
+        assert torch.equal(regard.attention(q, k, v, mask=constructor(tensor.to(dtype))), expected)
     mixed = mask.documents((some_ids.to(dtype), some_ids))
     assert torch.equal(regard.attention(q, k, v, mask=mixed), expected)
     assert torch.equal(full_of(mask.lengths([3, 7])), full_of(mask.lengths(n)))

@@ -1,4 +1,4 @@
-"""The models from sequence to sequence: against torch's own layers, and step by step against the whole."""
+"""Sequence-to-sequence models against the layers of torch, and steps against full passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regard.components.position import sinusoidal
 from regard.models.recurrent import Recurrent
-from regard.models.transformer import Encoder, Transformer
+from regard.models.transformer import Transformer, TransformerEncoder
 
 _SIZES: dict[str, Any] = {"width": 24, "hidden": 34, "layers": 2, "dropout": 0.3}
 MODELS: dict[str, Any] = {
@@ -33,8 +33,8 @@ def _inputs() -> tuple[Tensor, Tensor, Tensor]:
     return source, torch.tensor([7, 2, 5]), target
 
 
-def test_the_transformer_is_that_of_torch() -> None:
-    """The same weights in `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`, layer norm first."""
+def test_transformer_matches_torch() -> None:
+    """The same weights in pre-norm `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`."""
     model, (source, lengths, target) = _made("transformer"), _inputs()
     options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True, "dtype": torch.float64}
     encoder = nn.TransformerEncoder(
@@ -90,7 +90,7 @@ def _copy(to: nn.Module, **parts: nn.Module) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_step_by_step_is_as_the_whole(name: str, shared: bool) -> None:
+def test_steps_match_forward(name: str, shared: bool) -> None:
     model, (source, lengths, target) = _made(name, shared), _inputs()
     with torch.no_grad():
         whole, state = model(source, lengths, target), model.start(source, lengths)
@@ -100,7 +100,7 @@ def test_step_by_step_is_as_the_whole(name: str, shared: bool) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_know_neither_padding_nor_each_other(name: str) -> None:
+def test_batch_rows_and_padding_are_independent(name: str) -> None:
     model, (source, lengths, target) = _made(name), _inputs()
     together, weights = model(source, lengths, target), model.align(source, lengths, target)
     noise = source.masked_fill(torch.arange(7) >= lengths[:, None], 9)
@@ -111,12 +111,12 @@ def test_rows_know_neither_padding_nor_each_other(name: str) -> None:
         torch.testing.assert_close(alone[0], together[row], rtol=1e-12, atol=1e-12)
         assert bool((weights[row, :, n:] == 0).all())
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 5, dtype=torch.float64))
-    # A later token changes nothing before it.
+    # A later token does not affect earlier outputs.
     torch.testing.assert_close(model(source, lengths, target[:, :3]), together[:, :3], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_beams_are_reordered(name: str) -> None:
+def test_state_reorder_selects_rows(name: str) -> None:
     model, (source, lengths, target) = _made(name), _inputs()
     rows = torch.tensor([2, 0, 0, 1, 2])
     with torch.no_grad():
@@ -127,22 +127,22 @@ def test_beams_are_reordered(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_learns(name: str) -> None:
+def test_all_parameters_have_gradients(name: str) -> None:
     model = _made(name).train()
     model(*_inputs()).square().sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_table_is_counted_once(name: str) -> None:
+def test_shared_embedding_is_counted_once(name: str) -> None:
     apart, shared = (sum(p.numel() for p in _made(name, s).parameters()) for s in (False, True))
     assert apart - shared == (31 + 37 - 31) * 24
-    with pytest.raises(ValueError, match="shared, but sources is 3 and targets is 4; expected the same"):
+    with pytest.raises(ValueError, match="shared is True but sources is 3 and targets is 4; expected the same"):
         MODELS[name](3, 4, shared=True)
 
 
-def test_layers_above_attention_know_what_was_looked_at() -> None:
-    """What the second layer remembers of a source changes what follows, though tokens and memory are the same."""
+def test_upper_layers_depend_on_context() -> None:
+    """The state of the second layer affects the next logits, with the same tokens and memory."""
     model, (source, lengths, target) = _made("recurrent"), _inputs()
     with torch.no_grad():
         here, there = (model.step(target[:, 0], model.start(x, lengths))[1] for x in (source, source.flip(0)))
@@ -152,12 +152,12 @@ def test_layers_above_attention_know_what_was_looked_at() -> None:
         assert not torch.allclose(first, second)
 
 
-def test_bad_inputs() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(ValueError, match="hidden is 33; expected an even number"):
         Recurrent(3, 4, hidden=33)
     model = _made("transformer")
     with pytest.raises(
-        TypeError, match=r"Transformer: tokens is a float32 tensor of shape \(1, 2\); expected integers"
+        TypeError, match=r"Transformer: tokens is a float32 tensor of shape \(1, 2\); expected an integer"
     ):
         model(torch.ones(1, 2), torch.tensor([2]), torch.ones(1, 2))
-    assert Encoder(8, 2, 8, 1)(torch.randn(2, 0, 8)).shape == (2, 0, 8)
+    assert TransformerEncoder(8, 2, 8, 1)(torch.randn(2, 0, 8)).shape == (2, 0, 8)

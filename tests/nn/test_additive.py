@@ -1,4 +1,4 @@
-"""Additive attention against its formula, key by key; and memories, which all layers read that map their keys once."""
+"""`AdditiveAttention` against its formula, and `Memory`, which all layers with projected keys share."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def make(**words: Any) -> Any:
-    return shaken(AdditiveAttention(DQ, DK, A, **words))
+def make(**arguments: Any) -> Any:
+    return shaken(AdditiveAttention(DQ, DK, A, **arguments))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,8 +35,8 @@ def make(**words: Any) -> Any:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("one", [False, True])
-def test_it_is_the_formula_of_the_paper(bias: bool, padded: bool, one: bool) -> None:
-    """One query goes another way than several."""
+def test_additive_attention_matches_formula(bias: bool, padded: bool, one: bool) -> None:
+    """A single query takes another code path than several."""
     layer = make(bias=bias)
     query, key, value = randn(B, DQ) if one else randn(B, L, DQ), randn(B, S, DK), randn(B, S, E)
     rows = query[:, None] if one else query
@@ -47,29 +47,29 @@ def test_it_is_the_formula_of_the_paper(bias: bool, padded: bool, one: bool) -> 
     same([got], [context[:, 0] if one else context], [query, key, value, *layer.parameters()])
     if padded:
         assert not got[1].any()
-    told, seen = layer(
+    reference, statistics = layer(
         query, key, value, mask.lengths(N) if padded else None, summary=Summary(full=True, received=True)
     )
-    assert torch.equal(told, got)
-    close([seen.full, seen.received], [p, p.sum(1)])
+    assert torch.equal(reference, got)
+    close([statistics.full, statistics.received], [p, p.sum(1)])
 
 
-def test_gradients_of_the_weights_themselves() -> None:
+def test_gradients_of_attention_weights_match_formula() -> None:
     layer, key = make(), randn(B, S, DK)
     for query in (randn(B, 1, DQ), randn(B, L, DQ)):
         p = softmax(additive(layer, query, key), lengths_allow(N, query.shape[1], S))
-        _, seen = layer(query, key, mask=mask.lengths(N), summary=Summary(full=True))
-        same([seen.full], [p], [query, key, *layer.parameters()])
+        _, statistics = layer(query, key, mask=mask.lengths(N), summary=Summary(full=True))
+        same([statistics.full], [p], [query, key, *layer.parameters()])
 
 
-def test_keys_are_the_values_by_default() -> None:
+def test_values_default_to_keys() -> None:
     layer, query, key = make(), randn(B, L, DQ), randn(B, S, DK)
     assert torch.equal(layer(query, key), layer(query, key, key))
 
 
 @pytest.mark.parametrize("L", [1, 5])
 @pytest.mark.parametrize("width", [16, 61])
-def test_float32_is_as_precise_as_the_formula(L: int, width: int) -> None:
+def test_float32_error_is_within_that_of_formula(L: int, width: int) -> None:
     layer = AdditiveAttention(DQ, DK, width)
     query, key, n = torch.randn(B, L, DQ), torch.randn(B, 37, DK), torch.tensor([37, 5, 20])
     allowed = lengths_allow(n, L, 37)
@@ -78,26 +78,26 @@ def test_float32_is_as_precise_as_the_formula(L: int, width: int) -> None:
         found.append(layer(query, key, mask=mask.lengths(n)))
     assert set(ran) == {"cpu"}
     found.append(softmax(additive(layer, query, key), allowed) @ key)
-    pull = torch.randn_like(found[0])
+    dout = torch.randn_like(found[0])
     for i in range(2):
-        found[i] = [found[i], *torch.autograd.grad(found[i], [*layer.parameters()], pull)]
+        found[i] = [found[i], *torch.autograd.grad(found[i], [*layer.parameters()], dout)]
     layer.double()
     exact = softmax(additive(layer, query.double(), key.double()), allowed) @ key.double()
-    exact = [exact, *torch.autograd.grad(exact, [*layer.parameters()], pull.double())]
+    exact = [exact, *torch.autograd.grad(exact, [*layer.parameters()], dout.double())]
     for got, straight, truth in zip(*found, exact, strict=True):
-        budget.check("additive", got, budget.Yardstick(truth, straight))
+        budget.assert_within_budget("additive", got, budget.ErrorBudget(truth, straight))
 
 
 @pytest.mark.parametrize("one", [False, True])
-def test_words_of_the_layer(one: bool) -> None:
+def test_normalizer_and_summary_arguments(one: bool) -> None:
     query, key = randn(B, 1 if one else L, DQ), randn(B, S, DK)
     layer = make(normalizer=normalizer.Sparsemax())
-    _, seen = layer(query, key, summary=Summary(full=True))
+    _, statistics = layer(query, key, summary=Summary(full=True))
     s = additive(layer, query, key)
-    # The nearest point of the simplex is the best of those with each number of keys in it.
+    # Sparsemax: the nearest point of the simplex, by trying every size of the support.
     order = s.sort(-1, descending=True).values
     tau = ((order.cumsum(-1) - 1) / torch.arange(1, S + 1)).amax(-1, keepdim=True)
-    close([seen.full], [(s - tau).clamp(min=0)])
+    close([statistics.full], [(s - tau).clamp(min=0)])
 
     layer = make(normalizer=normalizer.Softmax(sink=nn.Parameter(torch.tensor(0.5))))
     assert "normalizer.sink" in layer.state_dict()
@@ -107,7 +107,7 @@ def test_words_of_the_layer(one: bool) -> None:
     same([layer(query, key)], [weights[..., :-1] @ key], [query, key, *layer.parameters()])
 
 
-def test_dropout_drops_in_training_alone() -> None:
+def test_dropout_applies_in_training_only() -> None:
     layer, query = make(dropout=0.4), randn(B, L, DQ)
     key, value = randn(B, 500, DK), torch.ones(B, 500, 1, dtype=torch.float64)
     torch.manual_seed(1)
@@ -120,7 +120,7 @@ def test_dropout_drops_in_training_alone() -> None:
     assert not layer(query, key, value).any()
 
 
-def test_gradcheck() -> None:
+def test_additive_attention_passes_gradcheck() -> None:
     layer = shaken(AdditiveAttention(2, 3, 2))
     n = torch.tensor([3, 1])
     for query in (randn(2, 2), randn(2, 2, 2)):
@@ -128,14 +128,14 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda *given: layer(*given, mask.lengths(n)), (query, key, value))
 
 
-def test_second_derivatives() -> None:
+def test_additive_attention_passes_gradgradcheck() -> None:
     layer = shaken(AdditiveAttention(2, 3, 2))
     for query in (randn(1, 2), randn(1, 2, 2)):
         given = (query, randn(1, 3, 3), randn(1, 3, 1))
         assert torch.autograd.gradgradcheck(lambda *x: layer(*x, mask.lengths([2])), given)
 
 
-def test_it_compiles_whole() -> None:
+def test_additive_attention_compiles_without_graph_breaks() -> None:
     layer = AdditiveAttention(DQ, DK, A)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for b, s in ((3, 7), (5, 11)):  # the second time with sizes that are left open
@@ -143,7 +143,7 @@ def test_it_compiles_whole() -> None:
         torch.testing.assert_close(compiled(query, key, mask=given), layer(query, key, mask=given))
 
 
-def test_what_is_saved_is_loaded() -> None:
+def test_state_dict_round_trip() -> None:
     layer, other = make(), make()
     query, key = randn(B, L, DQ), randn(B, S, DK)
     assert not torch.equal(layer(query, key), other(query, key))
@@ -156,7 +156,7 @@ def test_what_is_saved_is_loaded() -> None:
 # Memories.
 
 
-def test_a_memory_is_read_as_its_keys_are() -> None:
+def test_memory_gives_same_result_as_keys() -> None:
     layer, key, value = make(), randn(B, S, DK), randn(B, S, E)
     memory = layer.remember(key, value, mask.lengths(N))
     for query in (randn(B, L, DQ), randn(B, DQ)):
@@ -168,13 +168,13 @@ def test_a_memory_is_read_as_its_keys_are() -> None:
     assert layer.remember(key).values is key
 
 
-def test_a_memory_of_one_row_serves_all() -> None:
+def test_memory_of_batch_size_one_broadcasts() -> None:
     layer, key = make(), randn(1, S, DK)
     for query in (randn(B, L, DQ), randn(B, DQ)):
         same([layer(query, layer.remember(key))], [layer(query, key.expand(B, -1, -1))], [query, key])
 
 
-def test_batch_rows_know_nothing_of_each_other_or_of_padding() -> None:
+def test_batch_rows_and_padding_are_independent() -> None:
     layer, key = make(), randn(B, S, DK)
     for query in (randn(B, L, DQ), randn(B, DQ)):
         out = layer(query, key, mask=mask.lengths(N))
@@ -198,7 +198,7 @@ MASKS: dict[str, Mask | None] = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_a_memory_of_other_rows(name: str) -> None:
+def test_memory_reorder_selects_rows_of_mask(name: str) -> None:
     layer, query, rows = make(), randn(5, DQ), torch.tensor([2, 2, 0, 1, 0])
     memory = layer.remember(randn(B, S, DK), randn(B, S, E), MASKS[name])
     got = layer(query, memory.reorder(rows))
@@ -208,15 +208,15 @@ def test_a_memory_of_other_rows(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What does not fit.
+# Invalid arguments.
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"query_width": 0}, ValueError, r"AdditiveAttention: query_width is 0; expected an int >= 1"),
-        ({"key_width": 2.0}, TypeError, r"AdditiveAttention: key_width is 2.0; expected an int >= 1"),
-        ({"width": -1}, ValueError, r"AdditiveAttention: width is -1; expected an int >= 1"),
+        ({"query_width": 0}, ValueError, r"AdditiveAttention: query_width is 0; expected an integer >= 1"),
+        ({"key_width": 2.0}, TypeError, r"AdditiveAttention: key_width is 2.0; expected an integer >= 1"),
+        ({"width": -1}, ValueError, r"AdditiveAttention: width is -1; expected an integer >= 1"),
         ({"dropout": 1.5}, ValueError, r"AdditiveAttention: dropout is 1.5; expected a number from 0 to 1"),
         ({"dropout": None}, TypeError, r"AdditiveAttention: dropout is None; expected a number from 0 to 1"),
         (
@@ -227,7 +227,7 @@ def test_a_memory_of_other_rows(name: str) -> None:
         ),
     ],
 )
-def test_a_layer_that_cannot_be(given: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_constructor_arguments_raise(given: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}$"):
         AdditiveAttention(**{"query_width": DQ, "key_width": DK, "width": A, **given})
 
@@ -239,31 +239,31 @@ def _f32(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"query": [1.0]}, TypeError, r"query is \[1.0\]; expected floats of shape \(B, L, 5\)"),
+        ({"query": [1.0]}, TypeError, r"query is \[1.0\]; expected a float tensor of shape \(B, L, 5\)"),
         (
             {"query": _f32(B, L, 4)},
             ValueError,
-            r"query is a float32 tensor of shape \(3, 2, 4\); expected floats of shape \(B, L, 5\)",
+            r"query is a float32 tensor of shape \(3, 2, 4\); expected a float tensor of shape \(B, L, 5\)",
         ),
         (
             {"query": _f32(B, 4)},
             ValueError,
-            r"query is a float32 tensor of shape \(3, 4\); expected floats of shape \(B, 5\)",
+            r"query is a float32 tensor of shape \(3, 4\); expected a float tensor of shape \(B, 5\)",
         ),
         (
             {"query": _f32(2, 5)},
             ValueError,
-            r"query is a float32 tensor of shape \(2, 5\); expected as many batch rows as there are in key, 3",
+            r"query is a float32 tensor of shape \(2, 5\); expected the batch size of key, 3",
         ),
         (
             {"key": _f32(S, DK)},
             ValueError,
-            r"key is a float32 tensor of shape \(7, 11\); expected floats of shape \(B, S, 11\)",
+            r"key is a float32 tensor of shape \(7, 11\); expected a float tensor of shape \(B, S, 11\)",
         ),
         (
             {"value": _f32(B, S - 1, E)},
             ValueError,
-            r"value is a float32 tensor of shape \(3, 6, 3\); expected floats of shape \(B, S, E\), with \(B, S\) = "
+            r"value is a float32 tensor of shape \(3, 6, 3\); expected a float tensor of shape \(B, S, E\), with \(B, S\) = "
             r"\(3, 7\) as in key",
         ),
         (
@@ -281,7 +281,7 @@ def _f32(*shape: int) -> Tensor:
         (
             {"key": Memory(_f32(B, S, A), _f32(B, S, E)), "value": _f32(B, S, E)},
             ValueError,
-            r"value is given beside a memory, which has its own; expected None",
+            r"value is given with a Memory, which has its own values; expected None",
         ),
         (
             {"key": Memory(_f32(B, S, DK), _f32(B, S, E))},
@@ -291,14 +291,14 @@ def _f32(*shape: int) -> Tensor:
         ),
     ],
 )
-def test_arguments_that_do_not_fit(given: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_forward_arguments_raise(given: dict[str, Any], error: type[Exception], message: str) -> None:
     layer = AdditiveAttention(DQ, DK, A)
     with pytest.raises(error, match=f"^AdditiveAttention: {message}$"):
         layer(**{"query": _f32(B, L, DQ), "key": _f32(B, S, DK), **given})
 
 
-def test_rows_that_are_no_rows() -> None:
+def test_memory_reorder_rejects_float_indices() -> None:
     memory = Memory(_f32(B, S, A), _f32(B, S, E))
-    message = r"^Memory.reorder: rows is a float32 tensor of shape \(2,\); expected integers of shape \(N,\), the batch row of each$"
+    message = r"^Memory.reorder: rows is a float32 tensor of shape \(2,\); expected an integer tensor of shape \(N,\), batch indices$"
     with pytest.raises(TypeError, match=message):
         memory.reorder(_f32(2))

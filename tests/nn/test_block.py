@@ -1,4 +1,4 @@
-"""The block: number by number what the textbook writes out, with its norm before or after, and what it hands on."""
+"""`AttentionBlock` with pre- and post-norm against a reference implementation."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def same(got: Tensor, expected: Tensor) -> None:
     assert float((got - expected).detach().abs().max()) <= 1e-12 * max(1.0, float(expected.detach().abs().max()))
 
 
-def block_of(norm: str = "post", **words: Any) -> AttentionBlock:
-    block = AttentionBlock(E, H, 0.0, norm=norm, dtype=DOUBLE, **words)
+def block_of(norm: str = "post", **arguments: Any) -> AttentionBlock:
+    block = AttentionBlock(E, H, 0.0, norm=norm, dtype=DOUBLE, **arguments)
     for seed, parameter in enumerate(block.parameters()):
         parameter.data = randn(*parameter.shape, seed=seed + 10) / 2
     return block
@@ -72,8 +72,8 @@ def tables(queries: int, keys: int) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("named", tables(L, S))
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_the_textbook(norm: str, named: str) -> None:
-    """Self-attention, over a memory, and over keys and values apart; outputs, weights, and all gradients."""
+def test_attention_block_matches_reference(norm: str, named: str) -> None:
+    """Self-attention, cross-attention, and separate keys and values: outputs, weights, and all gradients."""
     block = block_of(norm)
     x, y, z = randn(B, L, E, seed=1), randn(B, S, E, seed=2), randn(B, S, E, seed=3)
     for given in ((x,), (x, x, x), (x, y), (x, y, z), (x, None, 2 * x), (x, x + 1, x)):
@@ -81,35 +81,35 @@ def test_the_textbook(norm: str, named: str) -> None:
         key = x if len(given) < 2 or given[1] is None else given[1]
         value = key if len(given) < 3 else given[2]
         table = tables(L, key.shape[1])[named]
-        out, seen = block(*given, mask=table, summary=Summary(full=True))
+        out, statistics = block(*given, mask=table, summary=Summary(full=True))
         inner = [normed(w, block.norm) if norm == "pre" and w is x else w for w in (x, key, value)]
         attended, weights = textbook(block, *inner, table)
-        told = x + attended if norm == "pre" else normed(x + attended, block.norm)
-        same(out, told)
-        same(seen.full, weights)
-        same(block(*given, mask=table), told)
-        pull = randn(*out.shape, seed=4)
+        baseline = x + attended if norm == "pre" else normed(x + attended, block.norm)
+        same(out, baseline)
+        same(statistics.full, weights)
+        same(block(*given, mask=table), baseline)
+        dout = randn(*out.shape, seed=4)
         for got, expected in zip(
-            *(torch.autograd.grad(w, leaves, pull, allow_unused=True) for w in (out, told)), strict=True
+            *(torch.autograd.grad(w, leaves, dout, allow_unused=True) for w in (out, baseline)), strict=True
         ):
             assert (got is None) == (expected is None)
             if got is not None:
                 same(got, expected)
 
 
-def test_masks_of_both_kinds_are_one() -> None:
+def test_bool_and_numeric_masks_agree() -> None:
     block, x = block_of(), randn(B, L, E)
     same(block(x, mask=mask.causal()), block(x, mask=torch.ones(L, L).tril()))
     assert torch.equal(
         block(x, mask=mask.lengths([L, 2, 0])),
         block(x, mask=torch.arange(L) < torch.tensor([L, 2, 0])[:, None, None, None]),
     )
-    # A row that may attend to nothing: the residual and the output map of 0.
+    # A fully masked query: the residual plus the output projection of 0.
     same(block(x, mask=mask.lengths([L, 2, 0]))[2], normed(x[2] + block.attention.out_proj.bias, block.norm))
 
 
-def test_dropout() -> None:
-    """Of the weights and of what is added, in training alone."""
+def test_dropout_of_weights_and_output() -> None:
+    """Dropout of the attention weights and of the attention output, in training only."""
     block, x = AttentionBlock(E, H, 0.4), torch.randn(B, 64, E)
     assert (block.attention.dropout, block.dropout.p) == (0.4, 0.4)
     assert not torch.equal(block(x), block(x))
@@ -127,22 +127,24 @@ def test_dropout() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_words_and_steps(norm: str) -> None:
-    """All words are handed on; step by step, with a memory, as in one pass."""
-    words = {"score": score.Cosine(0.3), "normalizer": normalizer.Softmax(0.0), "softcap": 2.0, "kv_heads": 1}
-    own, cross = block_of(norm, **words, position=position.ALiBi()), block_of(norm, **words)
+def test_components_and_cached_steps(norm: str) -> None:
+    """All components are passed on, and cached steps match a full pass."""
+    arguments = {"score": score.Cosine(0.3), "normalizer": normalizer.Softmax(0.0), "softcap": 2.0, "kv_heads": 1}
+    own, cross = block_of(norm, **arguments, position=position.ALiBi()), block_of(norm, **arguments)
     plain = block_of(norm, kv_heads=1)
     x, y, known = randn(B, L, E), randn(B, S, E), mask.lengths([S, 2, 4])
-    told = cross(own(x, mask=mask.causal()), y, mask=known)
-    assert float((told - plain(plain(x, mask=mask.causal()), y, mask=known)).abs().max()) > 0.01
+    baseline = cross(own(x, mask=mask.causal()), y, mask=known)
+    assert float((baseline - plain(plain(x, mask=mask.causal()), y, mask=known)).abs().max()) > 0.01
     cache, memory = KeyValueCache(), cross.attention.remember(y)
     for step in range(L):
-        out, seen = cross(own(x[:, step : step + 1], cache=cache), mask=known, cache=memory, summary=Summary(top=2))
-        same(out, told[:, step : step + 1])
-        assert seen.top.weights.shape == (B, H, 1, 2)
+        out, statistics = cross(
+            own(x[:, step : step + 1], cache=cache), mask=known, cache=memory, summary=Summary(top=2)
+        )
+        same(out, baseline[:, step : step + 1])
+        assert statistics.top.weights.shape == (B, H, 1, 2)
 
 
-def test_it_is_saved_and_loaded() -> None:
+def test_state_dict_round_trip() -> None:
     block = block_of(position=position.T5(nn.Parameter(randn(8, H))))
     other = AttentionBlock(E, H, dtype=DOUBLE, position=position.T5(nn.Parameter(randn(8, H, seed=1)))).eval()
     other.load_state_dict(block.state_dict())
@@ -156,16 +158,16 @@ def test_it_is_saved_and_loaded() -> None:
 
 
 @pytest.mark.parametrize(("kind", "given", "message"), [
-    (ValueError, {"mask": torch.full((L, L), -math.inf)}, "mask holds other numbers; expected .* of 0 and 1, False and 0 = may not"),
+    (ValueError, {"mask": torch.full((L, L), -math.inf)}, "mask has elements other than 0 and 1; expected .* of 0 and 1 \(True or 1 = may attend\)"),
     (TypeError, {"mask": [[1, 0]]}, r"mask is \[\[1, 0\]\]; expected one of regard.mask, or a tensor of bools"),
     (ValueError, {"mask": torch.ones(1, B, 1, L, L)}, r"mask is a float32 tensor of shape \(1, 3, 1, 5, 5\); expected one of"),
 ])  # fmt: skip
-def test_errors(kind: type[Exception], given: dict[str, Any], message: str) -> None:
+def test_invalid_masks_raise(kind: type[Exception], given: dict[str, Any], message: str) -> None:
     with pytest.raises(kind, match=f"^AttentionBlock: {message}"):
         block_of()(randn(B, L, E), **given)
 
 
-def test_other_errors() -> None:
+def test_invalid_constructor_arguments_raise() -> None:
     with pytest.raises(ValueError, match=r'^AttentionBlock: norm is \'both\'; expected "post" or "pre"'):
         AttentionBlock(E, H, norm="both")
     with pytest.raises(ValueError, match=r"^MultiheadAttention: embed_dim is 12; expected a multiple of num_heads, 5"):

@@ -1,4 +1,4 @@
-"""A word as a part of a layer: its parameters learn, are saved, and move along."""
+"""`ComponentModule` registers the tensors of a component."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from regard import mask, normalizer, position, score
 from regard.nn import ComponentModule
 
 
-def test_parameters_learn_and_other_tensors_are_kept() -> None:
+def test_parameters_and_buffers_are_registered() -> None:
     v, bias = nn.Parameter(torch.randn(3)), torch.randn(3)
     word = ComponentModule(score.Additive(v, bias=bias))
     assert [name for name, _ in word.named_parameters()] == ["v"]
@@ -23,7 +23,7 @@ def test_parameters_learn_and_other_tensors_are_kept() -> None:
     assert v.grad is not None and bool(v.grad.any())
 
 
-def test_moved_copied_and_loaded() -> None:
+def test_component_module_moves_copies_and_loads() -> None:
     word = ComponentModule(position.T5(nn.Parameter(torch.randn(8, 2)), max_distance=16))
     other = copy.deepcopy(word).double()
     assert other().table.dtype == torch.float64
@@ -36,7 +36,7 @@ def test_moved_copied_and_loaded() -> None:
     assert not bool(found.table.any())
 
 
-def test_words_without_tensors_and_words_of_words() -> None:
+def test_components_without_tensors_and_nested_components() -> None:
     plain = normalizer.Entmax(1.5)
     assert ComponentModule(plain)() is plain
     both = ComponentModule(mask.lengths(torch.tensor([2, 3])) & mask.documents(torch.tensor([[0, 0, 1], [0, 1, 1]])))

@@ -1,4 +1,4 @@
-"""The cache: step by step gives what the whole pass gives, whatever the words; and what it keeps."""
+"""`KeyValueCache`: cached steps match a full pass for all components."""
 
 from __future__ import annotations
 
@@ -47,31 +47,31 @@ _CHUNKS = ([1] * L, [4, 1, 1, 3, 2], [L])
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("chunks", _CHUNKS, ids=str)
 @pytest.mark.parametrize("name", WORDS)
-def test_steps_give_the_whole(name: str, chunks: list[int], gradients: bool) -> None:
+def test_cached_steps_match_full_sequence(name: str, chunks: list[int], gradients: bool) -> None:
     layer = layer_of(**WORDS[name])
     lower, axis = mask.causal(), 1 if layer.batch_first else 0
     x = randn(B, L, E) if layer.batch_first else randn(L, B, E)
     x.requires_grad_(gradients)
-    told, _ = layer(x, mask=lower)
+    reference, _ = layer(x, mask=lower)
     cache, found, past = KeyValueCache(), [], 0
     with torch.set_grad_enabled(gradients):
         for part in x.split(chunks, axis):
-            # One query may attend to all keys so far: it needs no mask.
+            # A single query may attend to all cached keys, and needs no mask.
             out, weights = layer(part, mask=None if part.shape[axis] == 1 and past else lower, cache=cache)
             past += part.shape[axis]
             assert cache.length == past
             assert weights.shape[-1] == past + (2 if name == "own keys" else 0)
             found.append(out)
     got = torch.cat(found, axis)
-    same(got, told)
+    same(got, reference)
     if gradients:
-        leaves, pull = [x, *layer.parameters()], randn(*told.shape, seed=2)
-        for one, other in zip(*(torch.autograd.grad(y, leaves, pull) for y in (got, told)), strict=True):
+        leaves, dout = [x, *layer.parameters()], randn(*reference.shape, seed=2)
+        for one, other in zip(*(torch.autograd.grad(y, leaves, dout) for y in (got, reference)), strict=True):
             same(one, other)
 
 
 @torch.no_grad()
-def test_the_masks_of_steps_count_from_the_first_key() -> None:
+def test_masks_count_keys_from_first_cached_key() -> None:
     layer, x = layer_of(position=position.ALiBi()), randn(B, L, E)
     padding = torch.zeros(B, L, dtype=torch.bool)
     padding[1, :3] = padding[2, :1] = True  # prompts of unequal length stand on the right
@@ -84,16 +84,16 @@ def test_the_masks_of_steps_count_from_the_first_key() -> None:
         ({"attn_mask": lower}, lambda a, b: {"is_causal": True}),
     ):  # fmt: skip
         cache = KeyValueCache()
-        told, _ = layer(x, **whole)
+        reference, _ = layer(x, **whole)
         for start, end in ((0, 4), (4, 5), (5, 9), (9, L)):
             out, _ = layer(x[:, start:end], cache=cache, **step(start, end))
-            same(out, told[:, start:end])
+            same(out, reference[:, start:end])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["Rotary", "ALiBi", "T5", "grouped"])
-def test_beams(name: str) -> None:
-    """After each step, hypotheses are dropped and doubled; what is left gives what it gives from its first token on."""
+def test_reorder_selects_batch_rows(name: str) -> None:
+    """After each step, rows are dropped and repeated. The remaining ones match a full pass over their tokens."""
     layer, lower = layer_of(**WORDS[name]), mask.causal()
     x, cache = randn(B, 4, E), KeyValueCache()
     layer(x, mask=lower, cache=cache)
@@ -108,7 +108,7 @@ def test_beams(name: str) -> None:
 @pytest.mark.parametrize(
     "arguments", [{}, {"kdim": 5, "vdim": 9}, {"kv_heads": 2, "batch_first": False}, {"add_bias_kv": True}]
 )
-def test_a_memory_is_read_and_not_written(arguments: dict[str, Any]) -> None:
+def test_fixed_cache_is_read_only(arguments: dict[str, Any]) -> None:
     layer = layer_of(**arguments)
     front = (S, B) if not layer.batch_first else (B, S)
     x = randn(*((L, B) if not layer.batch_first else (B, L)), E, seed=1)
@@ -125,23 +125,23 @@ def test_a_memory_is_read_and_not_written(arguments: dict[str, Any]) -> None:
     memory.reorder(rows)
     some = [y[rows] if layer.batch_first else y[:, rows] for y in (x, key, value)]
     same(layer(some[0], cache=memory)[0], layer(*some)[0])
-    leaves, pull = list(layer.parameters()), randn(*x.shape, seed=4)
-    found = [torch.autograd.grad(layer(x, **words)[0], leaves, pull) for words in (
+    leaves, dout = list(layer.parameters()), randn(*x.shape, seed=4)
+    found = [torch.autograd.grad(layer(x, **words)[0], leaves, dout) for words in (
         {"cache": layer.remember(key, value)}, {"key": key, "value": value})]  # fmt: skip
     for got, expected in zip(*found, strict=True):
         same(got, expected)
 
 
-def test_one_sequence() -> None:
+def test_cache_of_unbatched_sequence() -> None:
     layer, x, cache = layer_of(position=position.Rotary(4)), randn(L, E), KeyValueCache()
-    told, _ = layer(x, mask=mask.causal())
+    reference, _ = layer(x, mask=mask.causal())
     found = [layer(x[i : i + 1], cache=cache)[0] for i in range(L)]
-    same(torch.cat(found), told)
+    same(torch.cat(found), reference)
     assert cache.keys.shape == (1, H, L, E // H)
 
 
 @torch.no_grad()
-def test_it_grows_by_doubling_and_copies_nothing_else() -> None:
+def test_buffer_grows_by_doubling() -> None:
     cache, places = KeyValueCache(), []
     assert cache.keys is None and cache.values is None and cache.length == 0
     for step in range(100):
@@ -154,20 +154,20 @@ def test_it_grows_by_doubling_and_copies_nothing_else() -> None:
     assert repr(cache) == "KeyValueCache(length=100, fixed=False)"
 
 
-def test_what_autograd_keeps_is_not_overwritten() -> None:
-    """Steps without gradients before and after one with them, in inference mode or out of it."""
+def test_saved_tensors_are_not_overwritten() -> None:
+    """Steps without gradients before and after one with gradients, in and out of inference mode."""
     layer, x, cache = layer_of(), randn(B, L, E), KeyValueCache()
-    told, _ = layer(x, mask=mask.causal())
+    reference, _ = layer(x, mask=mask.causal())
     found = []
     sealed, free, kept = torch.inference_mode, torch.no_grad, torch.enable_grad
-    # After three steps, a buffer of four has room that was made in inference mode.
+    # After three steps, the buffer of four tokens that was allocated in inference mode has one free token.
     for step, mode in enumerate((sealed, sealed, sealed, free, free, kept, free, kept)):
         with mode():
             found.append(layer(x[:, step : step + 1], cache=cache)[0])
-    same(torch.cat([y.clone() for y in found], 1), told[:, : len(found)])
+    same(torch.cat([y.clone() for y in found], 1), reference[:, : len(found)])
     for step in (5, 7):
         (got,) = torch.autograd.grad(found[step].sum(), layer.out_proj.weight, retain_graph=True)
-        (expected,) = torch.autograd.grad(told[:, step].sum(), layer.out_proj.weight, retain_graph=True)
+        (expected,) = torch.autograd.grad(reference[:, step].sum(), layer.out_proj.weight, retain_graph=True)
         same(got, expected)
         found[step].sum().backward()
     frozen = layer_of().requires_grad_(False)
@@ -185,21 +185,23 @@ K, V = randn(2, 3, 5, 4), randn(2, 3, 5, 6)
 
 
 @pytest.mark.parametrize(("kind", "given", "message"), [
-    (TypeError, (None, None), r"keys is None; expected floats of shape \(..., L, D\)"),
-    (ValueError, (K[0, 0, 0], V), r"keys is a float64 tensor of shape \(4,\); expected floats of shape \(..., L, D\)"),
-    (TypeError, (K, V.long()), r"values is an int64 tensor of shape \(2, 3, 5, 6\); expected floats of shape \(..., L, E\)"),
-    (ValueError, (K, V[:, :, 1:]), r"keys has shape \(2, 3, 5, 4\) but values has \(2, 3, 4, 6\); expected the same, but for the"),
-    (TypeError, (K.float(), V), "keys has dtype torch.float32; expected torch.float64, as earlier ones have"),
-    (ValueError, (K[:1], V[:1]), r"keys is a .* \(1, 3, 5, 4\); expected floats of shape \(2, 3, L, 4\), as earlier ones have"),
-    (ValueError, (K, V[..., 1:]), r"values is a .* \(2, 3, 5, 5\); expected floats of shape \(2, 3, L, 6\), as earlier ones have"),
+    (TypeError, (None, None), r"keys is None; expected a float tensor of shape \(..., L, D\)"),
+    (ValueError, (K[0, 0, 0], V), r"keys is a float64 tensor of shape \(4,\); expected a float tensor of shape \(..., L, D\)"),
+    (TypeError, (K, V.long()), r"values is an int64 tensor of shape \(2, 3, 5, 6\); expected a float tensor of shape \(..., L, E\)"),
+    (ValueError, (K, V[:, :, 1:]), r"keys has shape \(2, 3, 5, 4\) but values has \(2, 3, 4, 6\); expected the same, except for the"),
+    (TypeError, (K.float(), V), "keys has dtype torch.float32; expected torch.float64, the dtype of the cache"),
+    (ValueError, (K[:1], V[:1]), r"keys is a .* \(1, 3, 5, 4\); expected a float tensor of shape \(2, 3, L, 4\), as in the cache"),
+    (ValueError, (K, V[..., 1:]), r"values is a .* \(2, 3, 5, 5\); expected a float tensor of shape \(2, 3, L, 6\), as in the cache"),
 ])  # fmt: skip
-def test_errors(kind: type[Exception], given: tuple[Any, Any], message: str) -> None:
+def test_append_rejects_mismatched_tensors(kind: type[Exception], given: tuple[Any, Any], message: str) -> None:
     with pytest.raises(kind, match=f"^KeyValueCache: {message}"):
         KeyValueCache(K, V).append(*given)
 
 
-def test_other_errors() -> None:
-    with pytest.raises(ValueError, match=r"^KeyValueCache: it is fixed; expected one that grows, KeyValueCache\(\)"):
+def test_invalid_cache_operations_raise() -> None:
+    with pytest.raises(
+        ValueError, match=r"^KeyValueCache: the cache is fixed; expected a growing one, KeyValueCache\(\)"
+    ):
         KeyValueCache(K, V, fixed=True).append(K, V)
     with pytest.raises(TypeError, match=r"^KeyValueCache: keys is None; expected floats"):
         KeyValueCache(fixed=True)

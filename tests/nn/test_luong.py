@@ -1,4 +1,4 @@
-"""Luong's attention against the equations of the paper, key by key."""
+"""`LuongAttention` against the equations of the paper."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def make(score: Any = "general", local: Any = None, **words: Any) -> Any:
-    return shaken(LuongAttention(D, D if score == "dot" else 11, score, local=local, reach=REACH, **words))
+def make(score: Any = "general", local: Any = None, **arguments: Any) -> Any:
+    return shaken(LuongAttention(D, D if score == "dot" else 11, score, local=local, reach=REACH, **arguments))
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("local", LOCALS)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("one", [False, True])
-def test_it_is_the_equations_of_the_paper(score: Any, local: Any, padded: bool, one: bool) -> None:
+def test_luong_attention_matches_equations(score: Any, local: Any, padded: bool, one: bool) -> None:
     layer = make(score, local)
     query, key, value = randn(B, D) if one else randn(B, L, D), randn(B, S, layer.key_width), randn(B, S, E)
     rows, n = query[:, None] if one else query, N if padded else torch.full((B,), S)
@@ -43,18 +43,18 @@ def test_it_is_the_equations_of_the_paper(score: Any, local: Any, padded: bool, 
         assert not got[1].any()
 
     asked = Summary(full=True, entropy=True)
-    told, seen = layer(query, key, value, mask.lengths(N) if padded else None, summary=asked, **start)
-    assert torch.equal(told, got)
-    assert seen.lse is None
-    # What is told is of weights that sum to 1.
+    reference, statistics = layer(query, key, value, mask.lengths(N) if padded else None, summary=asked, **start)
+    assert torch.equal(reference, got)
+    assert statistics.lse is None
+    # The summary is of weights that sum to 1.
     p = p / p.sum(-1, keepdim=True).masked_fill(p.sum(-1, keepdim=True) == 0, 1.0)
-    close([seen.full, seen.entropy], [p, -torch.special.xlogy(p, p).sum(-1)])
+    close([statistics.full, statistics.entropy], [p, -torch.special.xlogy(p, p).sum(-1)])
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("local", LOCALS)
-def test_the_attentional_vector(score: Any, local: Any) -> None:
-    """Equation 5."""
+def test_attentional_vector_matches_equation(score: Any, local: Any) -> None:
+    """Equation 5 of the paper."""
     layer = make(score, local, output_width=13, value_width=E)
     query, key, value = randn(B, L, D), randn(B, S, layer.key_width), randn(B, S, E)
     context = luong_weights(layer, query, key, N) @ value
@@ -66,7 +66,7 @@ def test_the_attentional_vector(score: Any, local: Any) -> None:
 
 
 @pytest.mark.parametrize("local", LOCALS)
-def test_step_by_step_and_from_a_memory(local: Any) -> None:
+def test_steps_with_memory_match_full_sequence(local: Any) -> None:
     layer, query, key = make("general", local), randn(B, L, D), randn(B, S, 11)
     whole, memory = layer(query, key, mask=mask.lengths(N)), layer.remember(key, mask=mask.lengths(N))
     assert torch.equal(layer(query, memory), whole)
@@ -76,10 +76,10 @@ def test_step_by_step_and_from_a_memory(local: Any) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("local", LOCALS)
-def test_batch_rows_know_nothing_of_each_other_or_of_padding(score: Any, local: Any) -> None:
+def test_batch_rows_and_padding_are_independent(score: Any, local: Any) -> None:
     layer = make(score, local)
     query, key = randn(B, L, D), randn(B, S, layer.key_width)
-    # A padded row is as long as it says, whatever else hides keys.
+    # The length of a padded row does not depend on other masks.
     given = mask.lengths(N) & ~mask.dense(torch.arange(S) == 1) & mask.prefix(S - 1)
     out = layer(query, key, mask=given)
     for b in (0, 2):
@@ -91,13 +91,13 @@ def test_batch_rows_know_nothing_of_each_other_or_of_padding(score: Any, local: 
     assert torch.equal(layer(query, spoiled, mask=given), out)
 
 
-def test_lengths_beyond_all_keys_are_all_and_below_0_none() -> None:
+def test_lengths_are_clamped_to_number_of_keys() -> None:
     layer, query, key = make("general", "predictive"), randn(B, L, D), randn(B, S, 11)
     out = layer(query, key, mask=mask.lengths([S + 5, -3, 6]))
     assert torch.equal(out, layer(query, key, mask=mask.lengths([S, 0, 6])))
 
 
-def test_a_memory_of_one_row_serves_all() -> None:
+def test_memory_of_batch_size_one_broadcasts() -> None:
     for local in LOCALS:
         for score in SCORES:
             layer = make(score, local)
@@ -109,39 +109,39 @@ def test_a_memory_of_one_row_serves_all() -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("L", [1, 5])
-def test_float32_is_as_precise_as_the_equations(score: Any, L: int) -> None:
+def test_float32_error_is_within_that_of_equations(score: Any, L: int) -> None:
     layer = make(score, "predictive").float()
     query, key = torch.randn(B, L, D), torch.randn(B, S, layer.key_width)
     leaves = [*layer.parameters()]
     with chosen() as ran:
         got = layer(query, key, mask=mask.lengths(N))
-        pull = torch.randn_like(got)
-        got = [got, *torch.autograd.grad(got, leaves, pull)]
+        dout = torch.randn_like(got)
+        got = [got, *torch.autograd.grad(got, leaves, dout)]
     assert set(ran) == {"cpu"}
     straight = luong_weights(layer, query, key, N) @ key
-    straight = [straight, *torch.autograd.grad(straight, leaves, pull)]
+    straight = [straight, *torch.autograd.grad(straight, leaves, dout)]
     layer.double()
     exact = luong_weights(layer, query.double(), key.double(), N) @ key.double()
-    exact = [exact, *torch.autograd.grad(exact, leaves, pull.double())]
-    yardsticks = budget.related(
-        {str(i): budget.Yardstick(x, y) for i, (x, y) in enumerate(zip(exact, straight, strict=True))}
+    exact = [exact, *torch.autograd.grad(exact, leaves, dout.double())]
+    yardsticks = budget.link_budgets(
+        {str(i): budget.ErrorBudget(x, y) for i, (x, y) in enumerate(zip(exact, straight, strict=True))}
     )
     for i, x in enumerate(got):
-        budget.check(str(i), x, yardsticks[str(i)])
+        budget.assert_within_budget(str(i), x, yardsticks[str(i)])
 
 
-def test_half_precision_knows_where_it_looks() -> None:
-    """bfloat16 holds no whole numbers beyond 256: places are in float32."""
+def test_predictive_window_in_half_precision() -> None:
+    """bfloat16 does not represent all integers above 256, so positions are in float32."""
     layer = LuongAttention(D, D, "dot", local="predictive", reach=4).bfloat16()
     query, key = torch.randn(1, 1, D).bfloat16(), torch.randn(1, 1001, D).bfloat16()
     hidden = torch.tanh(layer.position_map(query)).double()
     p = 1001 * torch.sigmoid((hidden * layer.position_v.double()).sum(-1))
-    _, seen = layer(query, key, summary=Summary(full=True))
-    reached = seen.full[0, 0].nonzero()[:, 0]
+    _, statistics = layer(query, key, summary=Summary(full=True))
+    reached = statistics.full[0, 0].nonzero()[:, 0]
     assert [*reached] == [j for j in range(1001) if abs(j - p.item()) <= 4]
 
 
-def test_gradcheck() -> None:
+def test_luong_attention_passes_gradcheck() -> None:
     n = torch.tensor([3, 1])
     for score in SCORES:
         layer = shaken(LuongAttention(2, 2, score, local="predictive", reach=1))
@@ -150,7 +150,7 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_what_is_saved_is_loaded(score: Any) -> None:
+def test_state_dict_round_trip(score: Any) -> None:
     layer, other = (make(score, "predictive", output_width=3) for _ in range(2))
     query, key = randn(B, L, D), randn(B, S, layer.key_width)
     assert not torch.equal(layer(query, key), other(query, key))
@@ -158,9 +158,9 @@ def test_what_is_saved_is_loaded(score: Any) -> None:
     assert torch.equal(layer(query, key), other(query, key))
 
 
-def test_what_is_learned() -> None:
-    def names(*given: Any, **words: Any) -> set[str]:
-        return {*LuongAttention(D, D, *given, **words).state_dict()}
+def test_parameters_of_each_score() -> None:
+    def names(*given: Any, **arguments: Any) -> set[str]:
+        return {*LuongAttention(D, D, *given, **arguments).state_dict()}
 
     assert names("dot") == set()
     assert names() == {"query_map.weight"}
@@ -178,17 +178,17 @@ def test_what_is_learned() -> None:
         ({"score": "dot"}, ValueError, r"key_width is 11; expected 7, as query_width, for \"dot\" .*"),
         ({"local": "m"}, ValueError, r"local is 'm'; expected \"monotonic\", \"predictive\" or None"),
         ({"local": True}, TypeError, r"local is True; expected \"monotonic\", \"predictive\" or None"),
-        ({"reach": 0}, ValueError, r"reach is 0; expected an int >= 1"),
-        ({"query_width": "7"}, TypeError, r"query_width is '7'; expected an int >= 1"),
-        ({"output_width": 0}, ValueError, r"output_width is 0; expected an int >= 1, or None for the context"),
+        ({"reach": 0}, ValueError, r"reach is 0; expected an integer >= 1"),
+        ({"query_width": "7"}, TypeError, r"query_width is '7'; expected an integer >= 1"),
+        ({"output_width": 0}, ValueError, r"output_width is 0; expected an integer >= 1, or None for the context"),
         (
             {"output_width": 3, "value_width": 2.0},
             TypeError,
-            r"value_width is 2.0; expected an int >= 1, or None for that of the keys",
+            r"value_width is 2.0; expected an integer >= 1, or None for key_width",
         ),
     ],
 )
-def test_a_layer_that_cannot_be(given: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_constructor_arguments_raise(given: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^LuongAttention: {message}$"):
         LuongAttention(**{"query_width": D, "key_width": 11, **given})
 
@@ -196,26 +196,26 @@ def test_a_layer_that_cannot_be(given: dict[str, Any], error: type[Exception], m
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"start": -1}, ValueError, r"start is -1; expected an int >= 0"),
+        ({"start": -1}, ValueError, r"start is -1; expected an integer >= 0"),
         (
             {"query": torch.zeros(B, L, 1)},
             ValueError,
-            r"query is a float32 tensor of shape \(3, 5, 1\); expected floats of shape \(B, L, 7\)",
+            r"query is a float32 tensor of shape \(3, 5, 1\); expected a float tensor of shape \(B, L, 7\)",
         ),
         (
             {"key": torch.zeros(B, S, D).int()},
             TypeError,
-            r"key is an int32 tensor of shape \(3, 17, 7\); expected floats of shape \(B, S, 11\)",
+            r"key is an int32 tensor of shape \(3, 17, 7\); expected a float tensor of shape \(B, S, 11\)",
         ),
         (
             {"value": torch.zeros(B, S, 3)},
             ValueError,
-            r"value is a float32 tensor of shape \(3, 17, 3\); expected floats of shape \(B, S, 11\): that wide are the "
-            r"values for output_width",
+            r"value is a float32 tensor of shape \(3, 17, 3\); expected a float tensor of shape \(B, S, 11\), "
+            r"as value_width is 11",
         ),
     ],
 )
-def test_arguments_that_do_not_fit(given: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_forward_arguments_raise(given: dict[str, Any], error: type[Exception], message: str) -> None:
     layer = LuongAttention(D, 11, output_width=3)
     with pytest.raises(error, match=f"^LuongAttention: {message}$"):
         layer(**{"query": torch.zeros(B, L, D), "key": torch.zeros(B, S, 11), **given})

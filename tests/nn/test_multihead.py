@@ -1,4 +1,4 @@
-"""Multi-head attention: number by number what torch's gives, what torch's refuses, and every word by its plain formula."""
+"""`MultiheadAttention` against `torch.nn.MultiheadAttention`, and its components against their formulas."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def same(got: Tensor, expected: Tensor, relative: float = 1e-12) -> None:
 
 
 def pair(**arguments: Any) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
-    """Torch's layer and ours, with the same parameters, none of them 0."""
+    """Return the layer of torch and ours with the same nonzero parameters."""
     theirs = nn.MultiheadAttention(E, H, dtype=DOUBLE, **arguments)
     for seed, parameter in enumerate(theirs.parameters()):
         parameter.data = randn(*parameter.shape, seed=seed + 10) / 3
@@ -43,7 +43,7 @@ def pair(**arguments: Any) -> tuple[nn.MultiheadAttention, MultiheadAttention]:
 
 
 def results(layer: nn.Module, inputs: list[Tensor], words: dict[str, Any]) -> list[Tensor]:
-    """The outputs, and the gradients of a sum of them of all inputs and parameters."""
+    """Return the outputs, and the gradients of all inputs and parameters."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     given = {1: lambda x: (x, x, x), 2: lambda x, y: (x, y, y), 3: lambda x, y, z: (x, y, z)}[len(inputs)](*leaves)
     out, weights = layer(*given, **words)
@@ -68,7 +68,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def sequences(kind: str, batch: int | None, config: dict[str, Any]) -> list[Tensor]:
-    """One, two or three different sequences, for query, key and value."""
+    """Return query, key and value as one, two or three distinct sequences."""
     widths = (E, config.get("kdim", E), config.get("vdim", E))
     shapes = {"self": [(S, E)], "memory": [(L, E), (S, E)], "three": list(zip((L, S, S), widths, strict=True))}[kind]
     found = []
@@ -79,7 +79,7 @@ def sequences(kind: str, batch: int | None, config: dict[str, Any]) -> list[Tens
 
 
 def masks(batch: int, queries: int) -> dict[str, dict[str, Tensor]]:
-    """Torch's masks of all kinds, which leave every query a key."""
+    """Return masks of torch of all kinds, with at least one key per query."""
     forbid, forbid_heads = randn(queries, S, seed=5) > 0.3, randn(batch * H, queries, S, seed=6) > 0.3
     right, scattered = torch.arange(S) >= torch.tensor([S, 2, 4])[:batch, None], randn(batch, S, seed=7) > 0.4
     forbid[:, 0] = forbid_heads[:, :, 0] = scattered[:, 0] = False
@@ -103,8 +103,8 @@ def masks(batch: int, queries: int) -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("named", masks(B, L))
 @pytest.mark.parametrize("config", CONFIGS)
-def test_it_gives_what_torch_gives(config: str, named: str) -> None:
-    """Outputs, weights and all gradients; over one, two or three sequences; of a batch, or one alone."""
+def test_outputs_and_gradients_match_torch(config: str, named: str) -> None:
+    """Outputs, weights and gradients, for one to three sequences, with and without batch dimension."""
     theirs, ours = pair(**CONFIGS[config])
     for kind, batch, more in (
         ("self", B, {}),
@@ -127,7 +127,7 @@ _NO_WEIGHTS, _EACH_HEAD = {"need_weights": False}, {"average_attn_weights": Fals
 
 
 @pytest.mark.parametrize("more", [{}, _NO_WEIGHTS])
-def test_a_causal_hint(more: dict[str, Any]) -> None:
+def test_is_causal_matches_torch(more: dict[str, Any]) -> None:
     theirs, ours = pair(batch_first=True)
     (x,) = sequences("self", B, {"batch_first": True})
     padding = torch.arange(S) >= torch.tensor([S, 2, 4])[:, None]
@@ -135,17 +135,17 @@ def test_a_causal_hint(more: dict[str, Any]) -> None:
         for words in ({"attn_mask": lower}, {"attn_mask": lower, "key_padding_mask": padding}):
             with warnings.catch_warnings():  # of torch's, about masks of two types
                 warnings.simplefilter("ignore")
-                told = theirs(x, x, x, **words, is_causal=True, **more)
+                reference = theirs(x, x, x, **words, is_causal=True, **more)
             found = ours(x, x, x, **words, is_causal=True, **more)
-            for got, expected in zip(found, told, strict=True):
+            for got, expected in zip(found, reference, strict=True):
                 assert (got is None) == (expected is None)
                 if got is not None:
                     same(got, expected)
-    same(ours(x, is_causal=True)[0], theirs(x, x, x, attn_mask=lower)[0])  # torch wants the mask as well
+    same(ours(x, is_causal=True)[0], theirs(x, x, x, attn_mask=lower)[0])  # torch needs the mask as well
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_it_starts_and_is_saved_as_torch(config: str) -> None:
+def test_initialization_and_state_dict_match_torch(config: str) -> None:
     layers = []
     for kind in (nn.MultiheadAttention, MultiheadAttention):
         torch.manual_seed(3)
@@ -160,11 +160,11 @@ def test_it_starts_and_is_saved_as_torch(config: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inside of torch's transformer.
+# Within torch.nn.Transformer.
 
 
 def swapped(model: nn.Module, **words: Any) -> nn.Module:
-    """A copy in which our layers have taken the places of torch's."""
+    """Return a copy in which the layers of torch are replaced by ours."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -187,7 +187,7 @@ def transformer(kind: str, batch_first: bool, norm_first: bool) -> nn.Module:
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_in_a_transformer(kind: str, batch_first: bool, norm_first: bool) -> None:
+def test_layer_in_torch_transformer(kind: str, batch_first: bool, norm_first: bool) -> None:
     """In training and in evaluation, with gradients and without: where torch takes a path of its own, which makes nested
     tensors of padded batches.
     """
@@ -214,15 +214,15 @@ def test_in_a_transformer(kind: str, batch_first: bool, norm_first: bool) -> Non
         assert (found[2] - found[0]).abs().max() > 0.01
 
 
-def test_nested_sequences() -> None:
+def test_nested_tensors_match_single_sequences() -> None:
     layer = pair(batch_first=True)[1]
     rows = [randn(n, E, seed=n) for n in (5, 1, 3)]
     nested = torch.nested.nested_tensor(rows)
     out, weights = layer(nested, nested, nested, mask=mask.causal())
     for got, attended, row in zip(out.unbind(), weights, rows, strict=True):
-        alone, told = layer(row, mask=mask.causal())
+        alone, reference = layer(row, mask=mask.causal())
         same(got, alone)
-        same(attended[: len(row), : len(row)], told)
+        same(attended[: len(row), : len(row)], reference)
     with pytest.raises(ValueError, match=r"^MultiheadAttention: query is nested; expected no key_padding_mask"):
         layer(nested, key_padding_mask=torch.zeros(3, 5, dtype=torch.bool))
     with pytest.raises(
@@ -232,7 +232,7 @@ def test_nested_sequences() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The words.
+# Components.
 
 
 def plain(
@@ -278,13 +278,13 @@ def learned(*shape: int) -> nn.Parameter:
 
 
 def bucket(distance: int) -> int:
-    """Of T5 with 8 buckets in one direction, up to a distance of 16."""
+    """Return the T5 bucket of a distance: 8 unidirectional buckets, up to a distance of 16."""
     far = 4 + int(math.log(max(distance, 1) / 4) / math.log(16 / 4) * 4)
     return distance if distance < 4 else min(far, 7)
 
 
 def cases() -> dict[str, tuple[dict[str, Any], Any, Any]]:
-    """The words of a layer, and the score of a pair and the weights of a row by their formulas, from the parameter."""
+    """Return the arguments of a layer, and formulas of the score of a pair and of the weights of a query."""
     alone = lambda s, h, p: s.softmax(0)  # noqa: E731
     return {
         "cosine": (
@@ -334,8 +334,8 @@ def cases() -> dict[str, tuple[dict[str, Any], Any, Any]]:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", cases())
-def test_words(name: str, causal: bool) -> None:
-    """Output, weights, and the gradients of all parameters, those of the words among them."""
+def test_components_match_direct_attention(name: str, causal: bool) -> None:
+    """Output, weights, and the gradients of all parameters, including those of the components."""
     words, pair_score, weigh = cases()[name]
     layer = MultiheadAttention(E, H, batch_first=True, dtype=DOUBLE, **words)
     for seed, part in enumerate((layer.in_proj_weight, layer.in_proj_bias, layer.out_proj.weight, layer.out_proj.bias)):
@@ -348,9 +348,9 @@ def test_words(name: str, causal: bool) -> None:
         return None if causal and j > i else pair_score(q, k, h, i, j, p)
 
     pairs = [plain(layer, r, r, scored, lambda s, h: weigh(s, h, p), words.get("kv_heads", H)) for r in x]
-    told, told_weights = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-    same(out, told)
-    same(weights, told_weights)
-    leaves, pull = [x, *layer.parameters()], randn(*out.shape, seed=3)
-    for got, expected in zip(*(torch.autograd.grad(y, leaves, pull) for y in (out, told)), strict=True):
+    reference, reference_weights = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    same(out, reference)
+    same(weights, reference_weights)
+    leaves, dout = [x, *layer.parameters()], randn(*out.shape, seed=3)
+    for got, expected in zip(*(torch.autograd.grad(y, leaves, dout) for y in (out, reference)), strict=True):
         same(got, expected)

@@ -1,4 +1,4 @@
-"""Multi-head attention in all the ways a layer is run: precisions, dropout, batches, compiled, copied."""
+"""`MultiheadAttention` in different modes: dtypes, dropout, batches, compiled, copied."""
 
 from __future__ import annotations
 
@@ -49,35 +49,37 @@ def layer_of(dtype: torch.dtype = DOUBLE, **arguments: Any) -> MultiheadAttentio
 
 
 @pytest.mark.parametrize("words", [{}, {**EVERY, "dropout": 0.3}], ids=["plain", "every"])
-def test_weights_and_summaries_change_no_bit(words: dict[str, Any]) -> None:
+def test_weights_and_summaries_do_not_change_output(words: dict[str, Any]) -> None:
     layer, x, lower = layer_of(torch.float32, **words), randn(B, 67, E, dtype=torch.float32), mask.causal()
     found = []
     for more in ({"need_weights": False}, {}, {"average_attn_weights": False}, {"summary": Summary(top=3)}):
         torch.manual_seed(0)
         found.append(layer(x, mask=lower, **more))
-    (first, nothing), (_, mean), (_, weights), (_, seen) = found
+    (first, nothing), (_, mean), (_, weights), (_, statistics) = found
     assert nothing is None
     assert all(torch.equal(first, out) for out, _ in found)
     assert mean.shape == (B, 67, 67) and weights.shape == (B, H, 67, 67)
-    # In float32, and before dropout.
+    # Weights are float32, before dropout.
     epsilon = torch.finfo(torch.float32).eps
     same(mean, weights.double().mean(1), epsilon)
     same(weights, layer.eval()(x, mask=lower, average_attn_weights=False)[1], epsilon)
-    same(seen.top.weights, weights.topk(3).values, epsilon)
+    same(statistics.top.weights, weights.topk(3).values, epsilon)
     assert layer.bfloat16()(x.bfloat16())[1].dtype == torch.bfloat16
 
 
-def test_summaries_of_one_sequence() -> None:
+def test_summary_of_unbatched_sequence() -> None:
     asked = Summary(lse=True, max=True, entropy=True, top=2, received=True, rows=(0, -1), full=True)
     layer, x = layer_of(), randn(L, E)
-    (out, seen), (outs, all_seen) = layer(x, summary=asked), layer(x[None], summary=asked)
+    (out, statistics), (outs, all_seen) = layer(x, summary=asked), layer(x[None], summary=asked)
     assert torch.equal(out, outs[0])
-    assert seen.full.shape == (H, L, L) and seen.top.keys.shape == (H, L, 2) and seen.mass is None
-    assert torch.equal(seen.top.weights, all_seen.top.weights[0]) and torch.equal(seen.rows, all_seen.rows[0])
+    assert statistics.full.shape == (H, L, L) and statistics.top.keys.shape == (H, L, 2) and statistics.mass is None
+    assert torch.equal(statistics.top.weights, all_seen.top.weights[0]) and torch.equal(
+        statistics.rows, all_seen.rows[0]
+    )
 
 
-def test_rows_of_a_batch_know_nothing_of_one_another() -> None:
-    """Nor does it matter how many axes the batch has."""
+def test_batch_rows_are_independent() -> None:
+    """The number of batch dimensions does not matter either."""
     layer, padding = layer_of(**EVERY), torch.arange(S) >= torch.tensor([S, 2, 4])[:, None]
     x, y = randn(B, L, E, seed=1), randn(B, S, E, seed=2)
     words = {"mask": mask.causal(align="start")}
@@ -97,8 +99,8 @@ def test_rows_of_a_batch_know_nothing_of_one_another() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout(training: bool) -> None:
-    """Each weight falls, or grows by 1 / (1 - p), as the seed says that torch's generator gives."""
+def test_dropout_applies_in_training_only(training: bool) -> None:
+    """Each weight is dropped, or scaled by 1 / (1 - p), according to the seed from torch's generator."""
     layer, x = layer_of(dropout=0.4).train(training), randn(B, L, E)
     torch.manual_seed(5)
     out, weights = layer(x, average_attn_weights=False)
@@ -112,22 +114,22 @@ def test_dropout(training: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias_kv", [False, True])
-def test_precisions(dtype: torch.dtype, bias_kv: bool) -> None:
-    """No farther from float64 than twice what torch's layer is."""
+def test_reduced_precision_error(dtype: torch.dtype, bias_kv: bool) -> None:
+    """The error is at most twice that of the layer of torch, both relative to float64."""
     arguments = {"batch_first": True, "add_bias_kv": bias_kv}
     torch.manual_seed(0)
     theirs = nn.MultiheadAttention(E, H, **arguments, dtype=dtype)
     ours = MultiheadAttention(E, H, **arguments, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
-    x, told = randn(B, 131, E, dtype=dtype), copy.deepcopy(theirs).double()
-    exact, exact_weights = told(*[x.double()] * 3)
+    x, reference = randn(B, 131, E, dtype=dtype), copy.deepcopy(theirs).double()
+    exact, exact_weights = reference(*[x.double()] * 3)
     for got, plain, true in zip(ours(x), theirs(x, x, x), (exact, exact_weights), strict=True):
         assert got.dtype == dtype
         assert (got - true).abs().max() <= 2 * (plain - true).abs().max()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"add_bias_kv": True, "kdim": 10}])
-def test_autocast(arguments: dict[str, Any]) -> None:
+def test_multihead_under_autocast(arguments: dict[str, Any]) -> None:
     theirs = nn.MultiheadAttention(E, H, **arguments, batch_first=True)
     ours = MultiheadAttention(E, H, **arguments, batch_first=True)
     ours.load_state_dict(theirs.state_dict())
@@ -148,8 +150,8 @@ def _fresh() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh")
 @pytest.mark.parametrize("name", ["plain", "every", "own keys"])
-def test_compiled(name: str) -> None:
-    """In one graph, with its gradients."""
+def test_multihead_compiles_without_graph_breaks(name: str) -> None:
+    """The layer compiles to one graph, with correct gradients."""
     words = {"every": EVERY, "own keys": {"add_bias_kv": True, "position": position.Rotary(4)}}.get(name, {})
     layer, x = layer_of(**words), randn(B, L, E).requires_grad_()
     padding = torch.arange(L) >= torch.tensor([L, 2, 4])[:, None]
@@ -157,17 +159,17 @@ def test_compiled(name: str) -> None:
     if name != "every":
         given["attn_mask"] = torch.zeros(L, L, dtype=DOUBLE).masked_fill(torch.eye(L).bool(), -torch.inf)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    found, told = compiled(x, **given), layer(x, **given)
+    found, reference = compiled(x, **given), layer(x, **given)
     leaves = [x, *layer.parameters()]
-    same(found[0], told[0])
+    same(found[0], reference[0])
     if name != "plain":
-        same(found[1], told[1])
-    pull = randn(B, L, E, seed=3)
-    for got, expected in zip(*(torch.autograd.grad(y[0], leaves, pull) for y in (found, told)), strict=True):
+        same(found[1], reference[1])
+    dout = randn(B, L, E, seed=3)
+    for got, expected in zip(*(torch.autograd.grad(y[0], leaves, dout) for y in (found, reference)), strict=True):
         same(got, expected)
 
 
-def test_gradients() -> None:
+def test_gradients_pass_gradcheck() -> None:
     layer = layer_of(score=score.Additive(nn.Parameter(randn(D))), position=position.Rotary(4), kv_heads=1)
     parameters = dict(layer.named_parameters())
     x = randn(2, 3, E).requires_grad_()
@@ -180,11 +182,11 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(call, (x, *parameters.values()), fast_mode=True)
 
 
-def test_copies() -> None:
-    """What words learn is saved, loaded, copied and pickled with the layer; grouped heads have narrower maps."""
+def test_copied_and_pickled_layers_match() -> None:
+    """Component parameters are saved, loaded, copied and pickled; grouped heads have narrower projections."""
     words = {"score": score.Cosine(nn.Parameter(torch.rand(H) + 0.2)), "normalizer": normalizer.Softmax(torch.zeros(H))}
     layer, x = layer_of(**words, position=position.Rotary(4), kv_heads=2, add_bias_kv=True), randn(B, L, E)
-    told = layer(x)[0]
+    reference = layer(x)[0]
     shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
     assert shapes == {
         "in_proj_weight": (E + 4 * D, E), "in_proj_bias": (E + 4 * D,), "bias_k": (1, 1, 2 * D), "bias_v": (1, 1, 2 * D),
@@ -193,11 +195,11 @@ def test_copies() -> None:
     assert {"score.temperature"} == {
         name for name, _ in layer.named_parameters() if "proj" not in name and "_" not in name
     }
-    assert torch.equal(copy.deepcopy(layer)(x)[0], told)
+    assert torch.equal(copy.deepcopy(layer)(x)[0], reference)
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False)(x)[0], told)
+    assert torch.equal(torch.load(file, weights_only=False)(x)[0], reference)
     other = layer_of(
         **{**words, "score": score.Cosine(nn.Parameter(torch.ones(H)))},
         position=position.Rotary(4),
@@ -205,14 +207,14 @@ def test_copies() -> None:
         add_bias_kv=True,
     )
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x)[0], told)
+    assert torch.equal(other(x)[0], reference)
     narrow = MultiheadAttention(E, H, kdim=5, vdim=7, kv_heads=1)
     assert narrow.k_proj_weight.shape == (D, 5) and narrow.v_proj_weight.shape == (D, 7)
-    assert narrow.k_proj_weight.abs().max() > 0  # drawn, as the others are
+    assert narrow.k_proj_weight.abs().max() > 0  # initialized randomly
 
 
-def test_what_runs() -> None:
-    """One fused kernel, which no weights are kept for."""
+def test_selected_backends() -> None:
+    """A fused backend runs, without materializing the weights."""
     layer, x = layer_of(torch.float32, **EVERY), randn(B, L, E, dtype=torch.float32)
     with regard.record_backends() as ran:
         layer(x, need_weights=False, mask=mask.causal())

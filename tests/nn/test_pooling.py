@@ -1,4 +1,4 @@
-"""Pooling against its formulas, place by place, and against torch's attention."""
+"""Pooling layers against their formulas and against the attention of torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def seed() -> None:
 
 
 def by_heads(layer: Any, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """The vectors (B, queries, WIDTH), and the weights (B, H, queries, S)."""
+    """Return the pooled vectors (B, queries, WIDTH) and the weights (B, H, queries, S)."""
     rows, weights = [], []
     width = WIDTH // layer.num_heads
     k, v = x @ layer.key_map.weight.T, x @ layer.value_map.weight.T + layer.value_map.bias
@@ -37,7 +37,7 @@ def by_heads(layer: Any, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_words(layer: Any, x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Equations 5 to 7 of Yang et al. (2016): (B, queries, WIDTH), and the weights (B, queries, 1, S)."""
+    """Equations 5 to 7 of Yang et al. (2016): return (B, queries, WIDTH) and the weights (B, queries, 1, S)."""
     u = torch.tanh(x @ layer.map.weight.T + layer.map.bias)
     p = softmax((u @ layer.u.T).mT, lengths_allow(n, len(layer.u), x.shape[1]))
     return p @ x, p[:, :, None]
@@ -60,7 +60,7 @@ def make(name: str) -> Any:
 
 @EVERY
 @pytest.mark.parametrize("padded", [False, True])
-def test_it_is_its_formula(name: str, padded: bool) -> None:
+def test_pooling_matches_formula(name: str, padded: bool) -> None:
     layer, x = make(name), randn(B, S, WIDTH)
     expected, p = LAYERS[name][1](layer, x, N if padded else torch.full((B,), S))
     if expected.shape[1] == 1:
@@ -68,14 +68,14 @@ def test_it_is_its_formula(name: str, padded: bool) -> None:
     given = mask.lengths(N) if padded else None
     got = layer(x, given)
     same([got], [expected], [x, *layer.parameters()])
-    told, seen = layer(x, given, summary=Summary(full=True, max=True))
-    close([told, seen.full, seen.max], [got, p, p.amax(-1)])
+    reference, statistics = layer(x, given, summary=Summary(full=True, max=True))
+    close([reference, statistics.full, statistics.max], [got, p, p.amax(-1)])
     if padded:
         assert not got[1].any()
 
 
 @EVERY
-def test_a_row_knows_nothing_of_other_rows_of_padding_or_of_order(name: str) -> None:
+def test_pooling_is_independent_of_batch_padding_and_order(name: str) -> None:
     layer, x = make(name), randn(B, S, WIDTH)
     out = layer(x, mask.lengths(N))
     for b in (0, 2):
@@ -87,20 +87,20 @@ def test_a_row_knows_nothing_of_other_rows_of_padding_or_of_order(name: str) -> 
 
 
 @EVERY
-def test_float32_is_as_precise_as_the_formula(name: str) -> None:
+def test_float32_error_is_within_that_of_formula(name: str) -> None:
     layer, x = make(name).float(), torch.randn(B, 37, WIDTH)
     with chosen() as ran:
         got = layer(x, mask.lengths(N))
-        told, _ = layer(x, mask.lengths(N), summary=Summary(top=2))
+        reference, _ = layer(x, mask.lengths(N), summary=Summary(top=2))
     assert ran == ["cpu"] * 2
-    assert torch.equal(told, got)
+    assert torch.equal(reference, got)
     straight = LAYERS[name][1](layer, x, N)[0].view_as(got)
     exact = LAYERS[name][1](layer.double(), x.double(), N)[0].view_as(got)
-    budget.check(name, got, budget.Yardstick(exact, straight))
+    budget.assert_within_budget(name, got, budget.ErrorBudget(exact, straight))
 
 
 @EVERY
-def test_dropout_drops_in_training_alone(name: str) -> None:
+def test_dropout_applies_in_training_only(name: str) -> None:
     layer, x = make(name), randn(B, S, WIDTH)
     whole, layer.dropout = layer(x), 0.5
     torch.manual_seed(1)
@@ -112,7 +112,7 @@ def test_dropout_drops_in_training_alone(name: str) -> None:
 
 
 @EVERY
-def test_what_is_saved_is_loaded(name: str) -> None:
+def test_state_dict_round_trip(name: str) -> None:
     layer, other, x = make(name), make(name), randn(B, S, WIDTH)
     assert not torch.equal(layer(x), other(x))
     other.load_state_dict(layer.state_dict())
@@ -120,13 +120,13 @@ def test_what_is_saved_is_loaded(name: str) -> None:
 
 
 @EVERY
-def test_gradcheck(name: str) -> None:
+def test_pooling_passes_gradcheck(name: str) -> None:
     layer, x = make(name), randn(2, 3, WIDTH)
     assert torch.autograd.gradcheck(lambda x: layer(x, mask.lengths(torch.tensor([3, 2]))), (x,))
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_it_is_multihead_attention_with_queries_that_are_learned(heads: int) -> None:
+def test_attention_pooling_matches_torch_multihead_attention(heads: int) -> None:
     layer, x = shaken(AttentionPooling(WIDTH, 5, heads)), randn(B, S, WIDTH)
     theirs = nn.MultiheadAttention(WIDTH, heads, batch_first=True).double()
     eye, zero = torch.eye(WIDTH), torch.zeros(WIDTH)
@@ -137,16 +137,16 @@ def test_it_is_multihead_attention_with_queries_that_are_learned(heads: int) -> 
     n = torch.tensor([7, 1, 4])
     pad = torch.arange(S) >= n[:, None]
     out, weights = theirs(layer.queries.expand(B, -1, -1), x, x, pad, average_attn_weights=False)
-    got, seen = layer(x, mask.lengths(n), summary=Summary(full=True))
-    close([got, seen.full], [out, weights])
+    got, statistics = layer(x, mask.lengths(n), summary=Summary(full=True))
+    close([got, statistics.full], [out, weights])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Regression.
+# KernelPooling.
 
 
 def regression(sigma: Tensor, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
-    """Densities of a normal distribution, point by point."""
+    """Return the regression by normal densities, point by point."""
     rows = []
     for b in range(len(query)):
         for i, q in enumerate(query[b]):
@@ -158,7 +158,7 @@ def regression(sigma: Tensor, query: Tensor, key: Tensor, value: Tensor, allowed
 
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("padded", [False, True])
-def test_kernel_pooling_is_nadaraya_watson_regression(width: int, padded: bool) -> None:
+def test_kernel_pooling_matches_nadaraya_watson(width: int, padded: bool) -> None:
     layer = KernelPooling(0.7).double()
     assert layer.sigma.item() == pytest.approx(0.7, rel=1e-6)
     query, key, value = randn(B, 5, width), randn(B, S, width), randn(B, S, 2)
@@ -166,21 +166,21 @@ def test_kernel_pooling_is_nadaraya_watson_regression(width: int, padded: bool) 
     expected = regression(layer.log_sigma.exp(), query, key, value, lengths_allow(n, 5, S))
     got = layer(query, key, value, mask.lengths(n))
     same([got], [expected], [query, key, value, layer.log_sigma])
-    # One set of points, without a batch.
+    # Without batch dimension.
     close([layer(query[0], key[0], value[0])], [layer(query[:1], key[:1], value[:1])[0]])
-    told, seen = layer(query, key, value, mask.lengths(n), summary=Summary(full=True))
-    assert torch.equal(told, got)
-    close([seen.full @ value], [expected])
+    reference, statistics = layer(query, key, value, mask.lengths(n), summary=Summary(full=True))
+    assert torch.equal(reference, got)
+    close([statistics.full @ value], [expected])
 
 
-def test_a_point_that_is_left_out_does_not_look_at_itself() -> None:
+def test_masked_point_has_no_weight() -> None:
     layer, x, y = KernelPooling(0.5).double(), randn(1, S, 2), randn(1, S, 1)
     others = ~torch.eye(S, dtype=torch.bool)[None]
     expected = regression(layer.log_sigma.exp(), x, x, y, others)
     same([layer(x, x, y, ~mask.window(0, 0))], [expected], [x, y, layer.log_sigma])
 
 
-def test_a_width_is_learned_or_not() -> None:
+def test_sigma_is_learned_if_requested() -> None:
     x = torch.linspace(0, 1, 41)[:, None]
     y = torch.sin(12 * x)
     layer = KernelPooling(1.0)
@@ -201,41 +201,43 @@ def test_a_width_is_learned_or_not() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What does not fit.
+# Invalid arguments.
 
 
 @pytest.mark.parametrize(
     ("layer", "given", "error", "message"),
     [
-        (AttentionPooling, {"width": 0}, ValueError, r"width is 0; expected an int >= 1"),
-        (AttentionPooling, {"width": 4, "queries": None}, TypeError, r"queries is None; expected an int >= 1"),
+        (AttentionPooling, {"width": 0}, ValueError, r"width is 0; expected an integer >= 1"),
+        (AttentionPooling, {"width": 4, "queries": None}, TypeError, r"queries is None; expected an integer >= 1"),
         (
             AttentionPooling,
             {"width": 4, "num_heads": 3},
             ValueError,
             r"num_heads is 3; expected a divisor of the width, 4",
         ),
-        (AttentionPooling, {"width": 4, "num_heads": 0}, ValueError, r"num_heads is 0; expected an int >= 1"),
+        (AttentionPooling, {"width": 4, "num_heads": 0}, ValueError, r"num_heads is 0; expected an integer >= 1"),
         (
             AttentionPooling,
             {"width": 4, "dropout": -0.1},
             ValueError,
             r"dropout is -0.1; expected a number from 0 to 1",
         ),
-        (AdditivePooling, {"width": 4.0}, TypeError, r"width is 4.0; expected an int >= 1"),
+        (AdditivePooling, {"width": 4.0}, TypeError, r"width is 4.0; expected an integer >= 1"),
         (
             AdditivePooling,
             {"width": 4, "hidden_width": 0},
             ValueError,
             r"hidden_width is 0; expected .*, or None for the width",
         ),
-        (AdditivePooling, {"width": 4, "queries": 0}, ValueError, r"queries is 0; expected an int >= 1"),
+        (AdditivePooling, {"width": 4, "queries": 0}, ValueError, r"queries is 0; expected an integer >= 1"),
         (AdditivePooling, {"width": 4, "dropout": "0"}, TypeError, r"dropout is '0'; expected a number from 0 to 1"),
         (KernelPooling, {"sigma": 0.0}, ValueError, r"sigma is 0.0; expected a finite number > 0"),
         (KernelPooling, {"sigma": None}, TypeError, r"sigma is None; expected a finite number > 0"),
     ],
 )
-def test_a_layer_that_cannot_be(layer: Any, given: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_invalid_constructor_arguments_raise(
+    layer: Any, given: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=f"^{layer.__name__}: {message}$"):
         layer(**given)
 
@@ -247,14 +249,18 @@ def test_a_layer_that_cannot_be(layer: Any, given: dict[str, Any], error: type[E
         (
             (torch.zeros(B, S, 3),),
             ValueError,
-            r"x is a float32 tensor of shape \(3, 7, 3\); expected floats of shape \(B, S, 12\)",
+            r"x is a float32 tensor of shape \(3, 7, 3\); expected a float tensor of shape \(B, S, 12\)",
         ),
         (
             (torch.zeros(S, 12),),
             ValueError,
-            r"x is a float32 tensor of shape \(7, 12\); expected floats of shape \(B, S, 12\)",
+            r"x is a float32 tensor of shape \(7, 12\); expected a float tensor of shape \(B, S, 12\)",
         ),
-        ((torch.zeros(B, S, 12).long(),), TypeError, r"x is an int64 tensor .*; expected floats of shape \(B, S, 12\)"),
+        (
+            (torch.zeros(B, S, 12).long(),),
+            TypeError,
+            r"x is an int64 tensor .*; expected a float tensor of shape \(B, S, 12\)",
+        ),
         (
             (torch.zeros(B, S, 12), N),
             TypeError,
@@ -262,7 +268,7 @@ def test_a_layer_that_cannot_be(layer: Any, given: dict[str, Any], error: type[E
         ),
     ],
 )
-def test_arguments_that_do_not_fit(layer: Any, given: Any, error: type[Exception], message: str) -> None:
+def test_invalid_forward_arguments_raise(layer: Any, given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{layer.__name__}: {message}$"):
         layer(WIDTH)(*given)
 
@@ -272,23 +278,23 @@ def test_arguments_that_do_not_fit(layer: Any, given: Any, error: type[Exception
     [
         (
             ((5,), (S, 2), (S, 1)),
-            r"query is a float32 tensor of shape \(5,\); expected floats of shape \(B, L, D\) or \(L, D\)",
+            r"query is a float32 tensor of shape \(5,\); expected a float tensor of shape \(B, L, D\) or \(L, D\)",
         ),
         (
             ((B, 5, 2), (B, S, 3), (B, S, 1)),
-            r"key is a float32 tensor of shape \(3, 7, 3\); expected floats of shape \(3, S, 2\), as query has \(3, 5, 2\)",
+            r"key is a float32 tensor of shape \(3, 7, 3\); expected a float tensor of shape \(3, S, 2\), as query has \(3, 5, 2\)",
         ),
         (
             ((5, 2), (B, S, 2), (B, S, 1)),
-            r"key is a float32 tensor of shape \(3, 7, 2\); expected floats of shape \(S, 2\), as query has \(5, 2\)",
+            r"key is a float32 tensor of shape \(3, 7, 2\); expected a float tensor of shape \(S, 2\), as query has \(5, 2\)",
         ),
         (
             ((B, 5, 2), (B, S, 2), (B, S)),
-            r"value is a float32 tensor of shape \(3, 7\); expected floats of shape \(3, 7, E\), as many as there are keys",
+            r"value is a float32 tensor of shape \(3, 7\); expected a float tensor of shape \(3, 7, E\), as key has \(3, 7, 2\)",
         ),
     ],
 )
-def test_points_that_do_not_fit(shapes: Any, message: str) -> None:
+def test_kernel_pooling_rejects_mismatched_points(shapes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^KernelPooling: {message}$"):
         KernelPooling()(*(torch.zeros(shape) for shape in shapes))
     with pytest.raises(TypeError, match=r"^KernelPooling: mask is True; expected one of regard.mask"):

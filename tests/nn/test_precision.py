@@ -21,7 +21,7 @@ AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "REGARD_INS
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cell", KINDS)
-def test_autocast_of_recurrent_layers(cell: str, dtype: torch.dtype) -> None:
+def test_autocast_of_recurrent_layers_is_accurate(cell: str, dtype: torch.dtype) -> None:
     check_autocast(cell, dtype)
 
 
@@ -31,7 +31,7 @@ def test_missing_primitive_computes_in_float32(cell: str, monkeypatch: pytest.Mo
     x, encoder = torch.randn(3, 5, 8).bfloat16().float(), RecurrentEncoder(8, 7, cell=cell)  # type: ignore[arg-type]
     decoder = RecurrentDecoder(8, 6, 14, cell=cell, order="luong")  # type: ignore[arg-type]
     read, (memory, state) = encoder.read(x, LENGTHS), encoder(x)
-    hidden = decoder.cell(x, decoder.initial(memory).given)[0]
+    hidden = decoder.cell(x, decoder.initial(memory).to_torch())[0]
     with torch.autocast("cpu", torch.bfloat16):
         # Whatever was computed before may have made x one of bfloat16.
         for given in (x, x.bfloat16()):
@@ -39,11 +39,11 @@ def test_missing_primitive_computes_in_float32(cell: str, monkeypatch: pytest.Mo
             got, got_state = encoder(given)
             assert torch.equal(got, memory.bfloat16())
             assert torch.equal(got_state.hidden, state.hidden.bfloat16())
-        got = precision.run_recurrent(decoder.cell, decoder.cell, x, decoder.initial(memory).given)[0]
+        got = precision.run_recurrent(decoder.cell, decoder.cell, x, decoder.initial(memory).to_torch())[0]
     assert (got.float() - hidden).abs().max() <= 2**-7
 
 
-def test_layers_in_other_dtypes_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_float32_layers_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "has_primitive", lambda kind, dtype: pytest.fail("it was asked for"))
     x, encoder = torch.randn(3, 5, 8), RecurrentEncoder(8, 7, cell="lstm")
     assert encoder(x)[0].dtype == torch.float32
@@ -52,8 +52,8 @@ def test_layers_in_other_dtypes_are_left_to_torch(monkeypatch: pytest.MonkeyPatc
         assert encoder.double()(x.double())[0].dtype == torch.float64
 
 
-def test_old_machine_computes_in_float32_and_warns_once() -> None:
-    """The same checks in a process that sees a CPU without AVX-512."""
+def test_old_cpu_computes_in_float32_and_warns_once() -> None:
+    """Run the same checks in a process that emulates a CPU without AVX-512."""
     code = """
 import warnings, torch
 from support.autocast import KINDS, check_autocast
@@ -81,7 +81,7 @@ print(*[str(w.message) for w in caught if "compute in float32" in str(w.message)
     )
 
 
-def test_training_in_bfloat16_on_an_old_machine(tmp_path: Path) -> None:
+def test_bfloat16_training_on_old_cpu(tmp_path: Path) -> None:
     data = tmp_path / "reviews.tsv"
     data.write_text("".join(f"a {word} film\t{word}\n" for word in ("good", "bad") * 20))
     done = subprocess.run(

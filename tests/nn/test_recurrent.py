@@ -1,4 +1,4 @@
-"""Recurrent encoders and decoders against loops over the steps, in every combination."""
+"""`RecurrentEncoder` and `RecurrentDecoder` against loops over the steps, in all configurations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard import Summary, chosen, mask
 from regard.nn.additive import AdditiveAttention
-from regard.nn.cell import State
+from regard.nn.cell import RecurrentState
 from regard.nn.luong import LuongAttention
 from regard.nn.recurrent import RecurrentDecoder, RecurrentEncoder, coverage_loss
 
@@ -48,25 +48,27 @@ def seed() -> None:
 
 
 def make(order: str = "bahdanau", cell: Any = "gru", layers: int = 1, **more: Any) -> Any:
-    words = {**ORDERS[order], **more}
-    if "attention" in words:
-        words["attention"] = words["attention"]()
-    return shaken(RecurrentDecoder(X, H, M, cell=cell, layers=layers, **words))
+    arguments = {**ORDERS[order], **more}
+    if "attention" in arguments:
+        arguments["attention"] = arguments["attention"]()
+    return shaken(RecurrentDecoder(X, H, M, cell=cell, layers=layers, **arguments))
 
 
-def given(layers: int = 1, cell: str = "gru") -> tuple[Tensor, Tensor, State]:
-    state = State(randn(layers, B, H), randn(layers, B, H) if cell == "lstm" else None)
+def given(layers: int = 1, cell: str = "gru") -> tuple[Tensor, Tensor, RecurrentState]:
+    state = RecurrentState(randn(layers, B, H), randn(layers, B, H) if cell == "lstm" else None)
     return randn(B, L, X), randn(B, S, M), state
 
 
 def leaves(layer: Any, *tensors: Any) -> list[Tensor]:
-    """All that has gradients."""
+    """Return all tensors with gradients."""
     found = [*tensors[:-1], *[x for x in tensors[-1] if isinstance(x, Tensor)]]
     return found + [p for name, p in layer.named_parameters() if not name.startswith("initial")]
 
 
-def by_steps(layer: Any, x: Tensor, memory: Tensor, n: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-    """Outputs (B, L, H), weights (B, L, S), and the last state, one step after the other."""
+def by_steps(
+    layer: Any, x: Tensor, memory: Tensor, n: Tensor, state: RecurrentState
+) -> tuple[Tensor, Tensor, RecurrentState]:
+    """Return outputs (B, L, H), weights (B, L, S) and the last state, step by step."""
     rnn, attention = layer.cell, layer.attention
     h, c = list(state.hidden), list(state.cell) if state.cell is not None else []
     fed, coverage = torch.zeros(B, H, dtype=x.dtype), torch.zeros(B, S, dtype=x.dtype)
@@ -100,14 +102,14 @@ def by_steps(layer: Any, x: Tensor, memory: Tensor, n: Tensor, state: State) -> 
             advance(torch.cat([x[:, t], fed], -1) if layer.input_feeding else x[:, t])
             fed = torch.tanh(torch.cat([look(t), h[-1]], -1) @ layer.output_map.weight.T)
             outputs.append(fed)
-    last = State(torch.stack(h), torch.stack(c) if c else None, fed, coverage, L)
+    last = RecurrentState(torch.stack(h), torch.stack(c) if c else None, fed, coverage, L)
     return torch.stack(outputs, 1), torch.cat(weights, 1), last
 
 
 @EVERY
 @CELL
 @LAYERS
-def test_a_decoder_is_a_loop_over_its_steps(order: str, cell: Any, layers: int) -> None:
+def test_decoder_matches_loop_over_steps(order: str, cell: Any, layers: int) -> None:
     layer, (x, memory, state) = make(order, cell, layers), given(layers, cell)
     out, last = layer(x, memory, mask.lengths(N), state)
     expected, _, end = by_steps(layer, x, memory, N, state)
@@ -124,7 +126,7 @@ def test_a_decoder_is_a_loop_over_its_steps(order: str, cell: Any, layers: int) 
 @EVERY
 @CELL
 @LAYERS
-def test_decoding_step_by_step_gives_the_same(order: str, cell: Any, layers: int) -> None:
+def test_step_matches_forward(order: str, cell: Any, layers: int) -> None:
     layer, (x, memory, state) = make(order, cell, layers), given(layers, cell)
     out, last = layer(x, memory, mask.lengths(N), state)
     remembered, outputs, now = layer.remember(memory, mask.lengths(N)), [], state
@@ -132,7 +134,7 @@ def test_decoding_step_by_step_gives_the_same(order: str, cell: Any, layers: int
         output, now = layer.step(x[:, t], remembered, now)
         outputs.append(output)
     same([torch.stack(outputs, 1), now.hidden], [out, last.hidden], leaves(layer, x, memory, state))
-    # And so do two halves.
+    # Two calls, the second with the state of the first.
     first, half = layer(x[:, :3], remembered, state=state)
     second, end = layer(x[:, 3:], memory, mask.lengths(N), half)
     assert end.position == now.position == L
@@ -140,16 +142,24 @@ def test_decoding_step_by_step_gives_the_same(order: str, cell: Any, layers: int
 
 
 @EVERY
-def test_what_is_told_of_all_steps(order: str) -> None:
+def test_summary_of_all_steps(order: str) -> None:
     layer, (x, memory, state) = make(order), given()
     member = torch.rand(2, S) < 0.5
     asked = Summary(lse=True, max=True, entropy=True, top=3, received=True, mass=member, rows=(-1, 2, 0), full=True)
-    out, last, seen = layer(x, memory, mask.lengths(N), state, summary=asked)
+    out, last, statistics = layer(x, memory, mask.lengths(N), state, summary=asked)
     plain, end = layer(x, memory, mask.lengths(N), state)
     close([out, last.hidden], [plain, end.hidden])
     _, p, _ = by_steps(layer, x, memory, N, state)
     p = p / p.sum(-1, keepdim=True).masked_fill(p.sum(-1, keepdim=True) == 0, 1.0)
-    got = [seen.full, seen.max, seen.entropy, seen.received, seen.mass, seen.rows, seen.top.weights]
+    got = [
+        statistics.full,
+        statistics.max,
+        statistics.entropy,
+        statistics.received,
+        statistics.mass,
+        statistics.rows,
+        statistics.top.weights,
+    ]
     entropy = -(p * p.masked_fill(p == 0, 1.0).log()).sum(-1)
     mass = torch.stack([(p * group).sum(-1) for group in member], -1)
     same(
@@ -157,46 +167,46 @@ def test_what_is_told_of_all_steps(order: str) -> None:
         [p, p.amax(-1), entropy, p.sum(1), mass, p[:, [3, 2, 0]], p.topk(3).values],
         leaves(layer, x, memory, state),
     )
-    assert seen.lse.shape == (B, L)
-    there = seen.top.keys >= 0
-    close([p.gather(-1, seen.top.keys.clamp(min=0)) * there], [seen.top.weights])
-    # Nothing is told that was not asked for; one step is as one of them.
+    assert statistics.lse.shape == (B, L)
+    there = statistics.top.keys >= 0
+    close([p.gather(-1, statistics.top.keys.clamp(min=0)) * there], [statistics.top.weights])
+    # Statistics that are not requested are None. A single step matches one of all steps.
     _, _, some = layer(x, memory, mask.lengths(N), state, summary=Summary(rows=1))
     close([some.rows], [p[:, 1:2]])
     assert [name for name, value in some._asdict().items() if value is not None] == ["rows"]
     _, _, one = layer.step(x[:, 0], layer.remember(memory, mask.lengths(N)), state, summary=Summary(top=3))
-    close([one.top.weights], [seen.top.weights[:, :1]])
+    close([one.top.weights], [statistics.top.weights[:, :1]])
     assert [name for name, value in one._asdict().items() if value is not None] == ["top"]
 
 
 @EVERY
 @CELL
-def test_float32_is_as_precise_as_the_loop(order: str, cell: Any) -> None:
+def test_float32_error_is_within_that_of_loop(order: str, cell: Any) -> None:
     layer, (x, memory, state) = make(order, cell), given(1, cell)
     x, memory, *state = (None if y is None else y.detach().float() for y in (x, memory, state.hidden, state.cell))
-    start, parameters = State(*state), leaves(layer.float(), State(torch.zeros(0)))[1:]
+    start, parameters = RecurrentState(*state), leaves(layer.float(), RecurrentState(torch.zeros(0)))[1:]
     with chosen() as ran:
         out, _ = layer(x, memory, mask.lengths(N), start)
-        pull = torch.randn_like(out)
-        got = [out, *torch.autograd.grad(out, parameters, pull)]
+        dout = torch.randn_like(out)
+        got = [out, *torch.autograd.grad(out, parameters, dout)]
     assert set(ran) == {"cpu"}
     straight = by_steps(layer, x, memory, N, start)[0]
-    straight = [straight, *torch.autograd.grad(straight, parameters, pull)]
+    straight = [straight, *torch.autograd.grad(straight, parameters, dout)]
     layer.double()
-    start = State(*(None if y is None else y.double() for y in state))
+    start = RecurrentState(*(None if y is None else y.double() for y in state))
     exact = by_steps(layer, x.double(), memory.double(), N, start)[0]
-    exact = [exact, *torch.autograd.grad(exact, parameters, pull.double())]
-    yardsticks = {str(i): budget.Yardstick(y, z) for i, (y, z) in enumerate(zip(exact, straight, strict=True))}
-    for i, yardstick in enumerate(budget.related(yardsticks).values()):
-        budget.check(str(i), got[i], yardstick)
+    exact = [exact, *torch.autograd.grad(exact, parameters, dout.double())]
+    yardsticks = {str(i): budget.ErrorBudget(y, z) for i, (y, z) in enumerate(zip(exact, straight, strict=True))}
+    for i, yardstick in enumerate(budget.link_budgets(yardsticks).values()):
+        budget.assert_within_budget(str(i), got[i], yardstick)
 
 
 @EVERY
-def test_rows_know_nothing_of_each_other_or_of_padding(order: str) -> None:
+def test_batch_rows_and_padding_are_independent(order: str) -> None:
     layer, (x, memory, state) = make(order), given()
     out, _ = layer(x, memory, mask.lengths(N), state)
     for b in (0, 2):
-        one = State(state.hidden[:, b : b + 1])
+        one = RecurrentState(state.hidden[:, b : b + 1])
         close([out[b : b + 1]], [layer(x[b : b + 1], memory[b : b + 1, : N[b]], state=one)[0]])
     spoiled = memory.detach().clone()
     spoiled[1], spoiled[2, 4:] = torch.nan, torch.nan
@@ -205,8 +215,8 @@ def test_rows_know_nothing_of_each_other_or_of_padding(order: str) -> None:
 
 @EVERY
 @CELL
-def test_beams(order: str, cell: Any) -> None:
-    """Rows that are taken, left and doubled after two steps go on as they would have gone on anyhow."""
+def test_reorder_selects_batch_rows(order: str, cell: Any) -> None:
+    """Rows that are selected and repeated after two steps continue as in the full batch."""
     layer, (x, memory, state) = make(order, cell), given(1, cell)
     rows = torch.tensor([2, 0, 2, 1])
     _, half = layer(x[:, :2], memory, mask.lengths(N), state)
@@ -216,7 +226,7 @@ def test_beams(order: str, cell: Any) -> None:
     close([got, last.hidden], [whole[rows, 2:], end.hidden[:, rows]])
 
 
-def test_the_memory_is_mapped_once() -> None:
+def test_memory_is_projected_once() -> None:
     layer, (x, memory, state) = make(), given()
     calls = []
     layer.attention.key_map.register_forward_hook(lambda *_: calls.append(1))
@@ -224,7 +234,7 @@ def test_the_memory_is_mapped_once() -> None:
     assert len(calls) == 1
 
 
-def test_without_feeding_luong_runs_all_steps_at_once() -> None:
+def test_luong_without_input_feeding_runs_in_parallel() -> None:
     layer, (x, memory, state) = make("luong").float(), given()
     x, memory, hidden = (y.float() for y in (x, memory, state.hidden))
     with chosen() as ran:
@@ -233,12 +243,12 @@ def test_without_feeding_luong_runs_all_steps_at_once() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where to begin.
+# Initial states.
 
 
 @CELL
 @LAYERS
-def test_the_initial_state_is_a_map_of_the_mean(cell: Any, layers: int) -> None:
+def test_initial_state_is_projection_of_mean(cell: Any, layers: int) -> None:
     layer, (x, memory, _) = make("luong", cell, layers), given()
     means = [memory[b, : N[b]].mean(0) if N[b] else 0 * memory[b, 0] for b in range(B)]
     W, b = layer.initial_map.weight, layer.initial_map.bias
@@ -251,7 +261,7 @@ def test_the_initial_state_is_a_map_of_the_mean(cell: Any, layers: int) -> None:
     close([layer(x, memory, mask.lengths(N))[0]], [layer(x, memory, mask.lengths(N), state)[0]])
 
 
-def test_a_state_as_torch_gives_it() -> None:
+def test_torch_state_is_accepted() -> None:
     layer, (x, memory, state) = make(), given()
     expected = layer(x, memory, state=state)[0]
     assert torch.equal(layer(x, memory, state=state.hidden)[0], expected)
@@ -263,7 +273,7 @@ def test_a_state_as_torch_gives_it() -> None:
 @CELL
 @LAYERS
 @pytest.mark.parametrize("bidirectional", [True, False])
-def test_an_encoder_reads_each_row_as_if_alone(cell: Any, layers: int, bidirectional: bool) -> None:
+def test_encoder_rows_match_unpadded_rows(cell: Any, layers: int, bidirectional: bool) -> None:
     layer = shaken(RecurrentEncoder(X, H, cell=cell, layers=layers, bidirectional=bidirectional))
     x, width = randn(B, S, X), H * (2 if bidirectional else 1)
     memory, state = layer(x, N)
@@ -293,7 +303,7 @@ def test_an_encoder_reads_each_row_as_if_alone(cell: Any, layers: int, bidirecti
 
 
 @CELL
-def test_a_decoder_goes_on_where_an_encoder_ended(cell: Any) -> None:
+def test_decoder_starts_from_encoder_state(cell: Any) -> None:
     encoder = shaken(RecurrentEncoder(X, H, cell=cell, layers=2))
     decoder = shaken(RecurrentDecoder(X, 2 * H, encoder.width, cell=cell, layers=2))
     memory, state = encoder(randn(B, S, X), N)
@@ -303,17 +313,17 @@ def test_a_decoder_goes_on_where_an_encoder_ended(cell: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rest.
+# Coverage loss, dropout, state dicts, autocast.
 
 
-def test_coverage_loss_by_loops() -> None:
+def test_coverage_loss_matches_loops() -> None:
     weights = torch.rand(B, L, S, dtype=torch.float64).softmax(-1).requires_grad_()
     rows = []
     for b in range(B):
-        seen = torch.zeros(S, dtype=torch.float64)
+        statistics = torch.zeros(S, dtype=torch.float64)
         for t in range(L):
-            rows.append(sum(torch.minimum(weights[b, t, j], seen[j]) for j in range(S)))
-            seen = seen + weights[b, t]
+            rows.append(sum(torch.minimum(weights[b, t, j], statistics[j]) for j in range(S)))
+            statistics = statistics + weights[b, t]
     same([coverage_loss(weights)], [torch.stack(rows).view(B, L)], [weights])
     assert not coverage_loss(weights)[:, 0].any()
 
@@ -322,7 +332,7 @@ def test_coverage_loss_by_loops() -> None:
     ("layer", "read"), [(RecurrentEncoder, False), (RecurrentEncoder, True), (RecurrentDecoder, False)]
 )
 @CELL
-def test_dropout_stands_between_layers(layer: Any, read: bool, cell: Any, recwarn: pytest.WarningsRecorder) -> None:
+def test_dropout_applies_between_layers(layer: Any, read: bool, cell: Any, recwarn: pytest.WarningsRecorder) -> None:
     def run(module: Any) -> Tensor:
         torch.manual_seed(1)
         if layer is RecurrentDecoder:
@@ -340,8 +350,8 @@ def test_dropout_stands_between_layers(layer: Any, read: bool, cell: Any, recwar
 
 
 @CELL
-def test_what_is_dropped_is_dropped_alike_at_once_and_by_steps(cell: Any) -> None:
-    """With a chance of 1, nothing of the layer below is left."""
+def test_parallel_and_stepwise_dropout_agree(cell: Any) -> None:
+    """A dropout probability of 1 removes the whole output of the layer below."""
     layer, (x, memory, state) = make("luong, fed", cell, 2), given(2, cell)
     layer.cell.dropout = 1.0
     before = layer(x, memory, state=state)[0]
@@ -351,22 +361,22 @@ def test_what_is_dropped_is_dropped_alike_at_once_and_by_steps(cell: Any) -> Non
 
 @EVERY
 @CELL
-def test_what_is_saved_is_loaded(order: str, cell: Any) -> None:
+def test_state_dict_round_trip(order: str, cell: Any) -> None:
     layer, other, (x, memory, state) = make(order, cell), make(order, cell), given(1, cell)
     assert not torch.equal(layer(x, memory, state=state)[0], other(x, memory, state=state)[0])
     other.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x, memory, state=state)[0], other(x, memory, state=state)[0])
 
 
-def test_autocast() -> None:
+def test_recurrent_layers_under_autocast() -> None:
     for order in ("bahdanau, coverage", "luong", "luong, fed"):
         for cell in ("gru", "lstm"):
             layer, (x, memory, state) = make(order, cell).float(), given(1, cell)
             x, memory, *state = (None if y is None else y.detach().float() for y in (x, memory, *state[:2]))
             with torch.autocast("cpu", torch.bfloat16):
-                out, _ = layer(x, memory, mask.lengths(N), State(*state))
+                out, _ = layer(x, memory, mask.lengths(N), RecurrentState(*state))
                 assert out.dtype == torch.bfloat16
             out.float().sum().backward()
-            exact = layer(x, memory, mask.lengths(N), State(*state))[0]
+            exact = layer(x, memory, mask.lengths(N), RecurrentState(*state))[0]
             # bfloat16 has 8 bits, and there are 4 steps.
             assert (out - exact).abs().max() <= 4 * 2**-8 * 4

@@ -1,4 +1,4 @@
-"""What is remembered of calls, so that the next one need not be checked again, changes no answer and holds no tensor."""
+"""The plan cache changes no result and holds no tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import budget
-from support.budget import Yardstick
+from support.budget import ErrorBudget
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -26,13 +26,13 @@ _B, _H, _L, _S, _D = 2, 4, 5, 7, 8
 
 
 @pytest.fixture(autouse=True)
-def _nothing_known() -> Iterator[None]:
-    _forget()
+def _clear_caches() -> Iterator[None]:
+    _clear()
     yield
-    _forget()
+    _clear()
 
 
-def _forget() -> None:
+def _clear() -> None:
     regard.clear_caches()
 
 
@@ -51,9 +51,9 @@ def _qkv(seed: int = 0) -> list[Tensor]:
     ]
 
 
-# Words with other numbers in their tensors for every seed, and all else the same.
-_WORDS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "nothing": lambda seed: {},
+# Arguments whose tensors have other contents per seed, and are the same otherwise.
+_ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "defaults": lambda seed: {},
     "causal": lambda seed: {"mask": mask.causal("end")},
     "lengths": lambda seed: {"mask": mask.lengths([3 + seed, 2]) & mask.causal("end")},
     "documents": lambda seed: {"mask": mask.documents((torch.arange(_L) // (2 + seed), torch.arange(_S) // (2 + seed)))},
@@ -81,81 +81,81 @@ _WORDS: dict[str, Callable[[int], dict[str, Any]]] = {
 def _flat(answer: Any) -> list[Tensor]:
     if isinstance(answer, Tensor):
         return [answer]
-    out, seen = answer
-    return [out, *(x for x in seen if isinstance(x, Tensor)), *(seen.top or ())]
+    out, stats = answer
+    return [out, *(x for x in stats if isinstance(x, Tensor)), *(stats.top or ())]
 
 
-def _answer(words: dict[str, Any], x: list[Tensor]) -> list[Tensor]:
-    outputs = _flat(regard.attention(*x, **words))
+def _results(arguments: dict[str, Any], x: list[Tensor]) -> list[Tensor]:
+    outputs = _flat(regard.attention(*x, **arguments))
     floats = [y for y in outputs if y.requires_grad]
     return [*outputs, *torch.autograd.grad(floats, x, [torch.ones_like(y) for y in floats])]
 
 
-def _same(found: list[Tensor], told: list[Tensor]) -> None:
-    for got, expected in zip(found, told, strict=True):
-        assert torch.equal(got, expected) or bool(expected.isnan().any())
-        torch.testing.assert_close(got, expected, equal_nan=True)
+def _assert_equal(results: list[Tensor], expected: list[Tensor]) -> None:
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y) or bool(y.isnan().any())
+        torch.testing.assert_close(x, y, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", _WORDS)
-def test_a_call_that_is_known_gives_the_same_bits(name: str) -> None:
-    """With other numbers in all tensors than the call that it is known by."""
-    told = []
+@pytest.mark.parametrize("name", _ARGUMENTS)
+def test_cached_call_gives_same_bits(name: str) -> None:
+    """Also if the contents of all tensors differ from those of the cached call."""
+    expected = []
     for seed in (0, 1):
-        _forget()
-        told.append(_answer(_WORDS[name](seed), _qkv(seed)))
-    _forget()
+        _clear()
+        expected.append(_results(_ARGUMENTS[name](seed), _qkv(seed)))
+    _clear()
     for seed in (0, 1, 0, 1):
-        _same(_answer(_WORDS[name](seed), _qkv(seed)), told[seed])
+        _assert_equal(_results(_ARGUMENTS[name](seed), _qkv(seed)), expected[seed])
     assert len(cache._entries) == (0 if name == "function" else 1)
 
 
-@pytest.mark.parametrize("wild", [torch.nan, torch.inf])
-def test_nan_in_a_call_that_is_known(wild: float) -> None:
+@pytest.mark.parametrize("nonfinite", [torch.nan, torch.inf])
+def test_cached_call_with_nonfinite_values(nonfinite: float) -> None:
     for name in ("lengths", "causal", "dropout"):
         x = _qkv()
-        _answer(_WORDS[name](0), x)
+        _results(_ARGUMENTS[name](0), x)
         with torch.no_grad():
-            x[1][1, :, -1], x[0][0, 0, 0] = wild, wild
-        found = _answer(_WORDS[name](0), x)
-        _forget()
-        _same(found, _answer(_WORDS[name](0), x))
+            x[1][1, :, -1], x[0][0, 0, 0] = nonfinite, nonfinite
+        found = _results(_ARGUMENTS[name](0), x)
+        _clear()
+        _assert_equal(found, _results(_ARGUMENTS[name](0), x))
 
 
-def _held(word: Any) -> list[Tensor]:
-    if isinstance(word, Tensor):
-        return [word]
-    parts = vars(word).values() if hasattr(word, "__dataclass_fields__") else ()
-    return [x for part in parts for x in _held(part)]
+def _tensors_of(component: Any) -> list[Tensor]:
+    if isinstance(component, Tensor):
+        return [component]
+    parts = vars(component).values() if hasattr(component, "__dataclass_fields__") else ()
+    return [x for part in parts for x in _tensors_of(part)]
 
 
-def _remembered(name: str) -> list[weakref.ref[Tensor]]:
-    """References to all tensors of a call that was made and is over."""
-    x, words = _qkv(), _WORDS[name](0)
+def _make_calls(name: str) -> list[weakref.ref[Tensor]]:
+    """Make calls and return weak references to all of their tensors."""
+    x, arguments = _qkv(), _ARGUMENTS[name](0)
     for _ in range(3):
-        _answer(words, x)
-    return [weakref.ref(y) for part in (*x, *words.values()) for y in _held(part)]
+        _results(arguments, x)
+    return [weakref.ref(y) for part in (*x, *arguments.values()) for y in _tensors_of(part)]
 
 
-@pytest.mark.parametrize("name", _WORDS)
-def test_no_tensor_is_kept_alive(name: str) -> None:
-    references = _remembered(name)
+@pytest.mark.parametrize("name", _ARGUMENTS)
+def test_cache_holds_no_tensors(name: str) -> None:
+    references = _make_calls(name)
     gc.collect()
     assert len(references) >= 3
     assert [r for r in references if r() is not None] == []
 
 
-def test_only_so_many_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_size_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regard.plan.cache._MAX_ENTRIES", 3)
     for left in range(10):
-        words = {"mask": mask.window(left, 0, "end")}
-        _same(_answer(words, _qkv()), _answer(words, _qkv()))
+        arguments = {"mask": mask.window(left, 0, "end")}
+        _assert_equal(_results(arguments, _qkv()), _results(arguments, _qkv()))
         assert len(cache._entries) <= 3
     assert pack._packed_args.cache_info().maxsize is not None
 
 
-def test_numbers_that_are_equal_are_not_the_same() -> None:
-    """What is known of True is not true of 1."""
+def test_cache_distinguishes_types_of_equal_values() -> None:
+    """True and 1 are equal, but have different cache keys."""
     q, k, v = _qkv()
     regard.attention(q, k, v, summary=Summary(lse=True))
     with pytest.raises(TypeError, match="summary: lse is 1"):
@@ -165,19 +165,19 @@ def test_numbers_that_are_equal_are_not_the_same() -> None:
         regard.attention(q, k, v, softcap=True)
 
 
-def test_words_that_were_copied_or_changed() -> None:
-    x, word = _qkv(), mask.window(1, 0, "end")
-    told = {left: _answer({"mask": mask.window(left, 0, "end")}, x) for left in (1, 3)}
-    _same(_answer({"mask": copy.deepcopy(word)}, x), told[1])
-    object.__setattr__(word, "left", 3)
-    _same(_answer({"mask": word}, x), told[3])
+def test_cache_with_copied_or_modified_components() -> None:
+    x, component = _qkv(), mask.window(1, 0, "end")
+    expected = {left: _results({"mask": mask.window(left, 0, "end")}, x) for left in (1, 3)}
+    _assert_equal(_results({"mask": copy.deepcopy(component)}, x), expected[1])
+    object.__setattr__(component, "left", 3)
+    _assert_equal(_results({"mask": component}, x), expected[3])
     n = torch.tensor([3, 2])
-    first = _answer({"mask": mask.lengths(n)}, x)
+    first = _results({"mask": mask.lengths(n)}, x)
     n += 1
-    assert not torch.equal(_answer({"mask": mask.lengths(n)}, x)[0], first[0])
+    assert not torch.equal(_results({"mask": mask.lengths(n)}, x)[0], first[0])
 
 
-def test_a_seed_that_is_not_given_is_drawn_each_time() -> None:
+def test_default_seed_is_drawn_per_call() -> None:
     q, k, v = _qkv()
     torch.manual_seed(0)
     first, second = (regard.attention(q, k, v, dropout=0.5) for _ in range(2))
@@ -189,75 +189,81 @@ def test_a_seed_that_is_not_given_is_drawn_each_time() -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("before", ["fake", "inference", "vmap", "traced"])
-def test_after_calls_of_other_kinds(before: str) -> None:
-    """What was found without numbers, without gradients, or in a graph, is good for a call that has them."""
-    words = ({"softcap": 2.0}, _WORDS["lengths"](0), _WORDS["sink"](0))
-    told = [_answer(word, _qkv()) for word in words]
-    _forget()
+def test_cache_after_calls_in_other_modes(before: str) -> None:
+    """Entries made with fake tensors, in inference mode or in a graph do not affect later calls."""
+    arguments = ({"softcap": 2.0}, _ARGUMENTS["lengths"](0), _ARGUMENTS["sink"](0))
+    expected = [_results(component, _qkv()) for component in arguments]
+    _clear()
     q, k, v = (x.detach() for x in _qkv())
     if before == "fake":
         with FakeTensorMode() as mode:
             assert regard.attention(*(mode.from_tensor(x) for x in (q, k, v)), softcap=2.0).shape == (_B, _H, _L, 3)
-    for word in words:
+    for component in arguments:
         if before == "inference":
             with torch.inference_mode():
-                regard.attention(q, k, v, **word)
+                regard.attention(q, k, v, **component)
         elif before == "vmap":
-            torch.func.vmap(lambda q, word=word: regard.attention(q, k, v, **word))(torch.stack([q, q]))
+            torch.func.vmap(lambda q, component=component: regard.attention(q, k, v, **component))(torch.stack([q, q]))
         elif before == "traced":
-            torch.jit.trace(lambda q, word=word: regard.attention(q, k, v, **word), (q,), check_trace=False)
-    for word, expected in zip(words, told, strict=True):
-        _same(_answer(word, _qkv()), expected)
+            torch.jit.trace(
+                lambda q, component=component: regard.attention(q, k, v, **component), (q,), check_trace=False
+            )
+    for component, tensors in zip(arguments, expected, strict=True):
+        _assert_equal(_results(component, _qkv()), tensors)
 
 
-def test_many_threads() -> None:
-    names = [name for name in _WORDS if name != "function"]
-    told = {name: _answer(_WORDS[name](0), _qkv()) for name in names}
-    _forget()
-    wrong: list[str] = []
+def test_cache_is_thread_safe() -> None:
+    names = [name for name in _ARGUMENTS if name != "function"]
+    expected = {name: _results(_ARGUMENTS[name](0), _qkv()) for name in names}
+    _clear()
+    mismatches: list[str] = []
 
     def run(start: int) -> None:
         for i in range(2 * len(names)):
             name = names[(start + i) % len(names)]
-            pairs = zip(_answer(_WORDS[name](0), _qkv()), told[name], strict=True)
+            pairs = zip(_results(_ARGUMENTS[name](0), _qkv()), expected[name], strict=True)
             if not all(torch.equal(x, y) or bool(y.isnan().any()) for x, y in pairs):
-                wrong.append(name)
+                mismatches.append(name)
 
     threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert mismatches == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two ways into autograd.
+# The two paths into autograd.
 
 
-@pytest.mark.parametrize("name", _WORDS)
-def test_both_ways_into_autograd_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = _answer(_WORDS[name](0), _qkv())
+@pytest.mark.parametrize("name", _ARGUMENTS)
+def test_both_autograd_paths_give_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = _results(_ARGUMENTS[name](0), _qkv())
     monkeypatch.setattr(autograd, "_is_transformed", lambda: True)
-    _same(_answer(_WORDS[name](0), _qkv()), told)
+    _assert_equal(_results(_ARGUMENTS[name](0), _qkv()), expected)
 
 
 @pytest.mark.parametrize("name", ["causal", "sink", "bias"])
-def test_second_derivatives_and_mapped_gradients(name: str) -> None:
-    """The graph of the backward pass is made where it is asked for, and the pass is mapped where it has to be."""
-    x, words = _qkv(), _WORDS[name](0)
-    out = regard.attention(*x, **words)
+def test_second_derivatives_and_vmapped_gradients(name: str) -> None:
+    """The backward pass is differentiable and can be vmapped."""
+    x, arguments = _qkv(), _ARGUMENTS[name](0)
+    out = regard.attention(*x, **arguments)
     weights = torch.stack([_random(*out.shape, seed=seed) for seed in range(3)])
     mapped = torch.func.vmap(lambda weight: torch.autograd.grad(out, x, weight, retain_graph=True))(weights)
     for i, weight in enumerate(weights):
         for got, expected in zip(mapped, torch.autograd.grad(out, x, weight, retain_graph=True), strict=True):
             torch.testing.assert_close(got[i], expected)
     seconds = {}
-    for kernel, dtype in (("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
         x = [y.detach().to(dtype).requires_grad_() for y in _qkv()]
-        first = torch.autograd.grad(regard.attention(*x, **words, backend=kernel).square().sum(), x, create_graph=True)
+        first = torch.autograd.grad(
+            regard.attention(*x, **arguments, backend=backend).square().sum(), x, create_graph=True
+        )
         assert all(y.requires_grad for y in first)
-        seconds[kernel, dtype] = torch.autograd.grad(sum(y.square().sum() for y in first), x)  # type: ignore[arg-type]
-    got, straight, exact = seconds.values()
-    for which, *found in zip("qkv", got, straight, exact, strict=True):
-        budget.check(f"second derivative of {which}", found[0], Yardstick(exact=found[2], straight=found[1]))
+        seconds[backend, dtype] = torch.autograd.grad(sum(y.square().sum() for y in first), x)  # type: ignore[arg-type]
+    got, baseline, exact = seconds.values()
+    for which, *found in zip("qkv", got, baseline, exact, strict=True):
+        budget.assert_within_budget(
+            f"second derivative of {which}", found[0], ErrorBudget(exact=found[2], baseline=found[1])
+        )

@@ -1,4 +1,4 @@
-"""Errors, word by word, from the table in `errors.txt`; that nothing runs before them; and what is no error."""
+"""Invalid arguments raise the errors listed in `errors.txt` before a backend runs; valid ones do not."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ NAMES: dict[str, Any] = {
 }
 
 
-def table() -> list[tuple[str, str]]:
-    """The calls of the table, each with its error: the name of the class, a colon, and the message."""
+def read_table() -> list[tuple[str, str]]:
+    """Return the calls of the table, each with its error: class name, colon and message."""
     text = (Path(__file__).parent / "errors.txt").read_text()
     cases = re.findall(r"^>>> (.*)\n((?:.+\n?)+)", text, re.MULTILINE)
     return [(call, " ".join(error.split("\n")).strip()) for call, error in cases]
@@ -45,17 +45,17 @@ def error_of(call: Callable[[], object]) -> str:
     return f"{caught.type.__name__}: {caught.value}"
 
 
-CASES = table()
+CASES = read_table()
 
 
-def test_the_table_is_read_whole() -> None:
+def test_table_is_read_completely() -> None:
     assert len(CASES) == (Path(__file__).parent / "errors.txt").read_text().count(">>>")
     assert len(CASES) == len(dict(CASES)) >= 250
 
 
 @pytest.mark.parametrize(("call", "error"), CASES, ids=[call for call, _ in CASES])
 def test_error(call: str, error: str) -> None:
-    """The whole of it; before any kernel runs; and `explain`, which runs nothing, says the same."""
+    """The complete message is raised before a backend runs, and `explain` raises the same."""
     with regard.record_backends() as ran, warnings.catch_warnings():
         warnings.simplefilter("error")
         assert error_of(lambda: eval(call, dict(NAMES))) == error
@@ -65,82 +65,82 @@ def test_error(call: str, error: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["attention(q, k, v, mask=mask.causal())", "attention(q, k, v, dropout=1.5)"])
-@pytest.mark.parametrize("kernel", ["sdpa", "tiled", "reference"])
-def test_a_kernel_that_is_forced_changes_no_error(call: str, kernel: str) -> None:
-    forced = functools.partial(attention, backend=kernel)
+@pytest.mark.parametrize("backend", ["sdpa", "tiled", "reference"])
+def test_errors_do_not_depend_on_backend(call: str, backend: str) -> None:
+    forced = functools.partial(attention, backend=backend)
     assert error_of(lambda: eval(call, {**NAMES, "attention": forced})) == dict(CASES)[call]
 
 
-def test_autocast_changes_no_error() -> None:
+def test_errors_do_not_depend_on_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert error_of(lambda: attention(q, k[:, :2], v)) == error_of(lambda: explain(q, k[:, :2], v))
-        assert error_of(lambda: attention(q, [1.0], v)).startswith("TypeError: k is [1.0]; expected an ordinary")
+        assert error_of(lambda: attention(q, [1.0], v)).startswith("TypeError: k is [1.0]; expected a strided")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Functions of the user.
+# User functions.
 
 
-class Mine(Exception):
+class UserError(Exception):
     pass
 
 
-def test_what_goes_wrong_in_a_function_of_the_user_is_his() -> None:
-    """His own error comes through as it is, and before anything has run."""
+def test_exceptions_in_user_functions_propagate() -> None:
+    """The exception propagates unchanged, before a backend runs."""
 
     def fails(*_: Tensor) -> Tensor:
-        raise Mine("here")
+        raise UserError("here")
 
-    for words in ({"score": fails}, {"mask": mask.where(fails)}, {"mask": ~mask.prefix(2) & mask.where(fails)}):
-        with regard.record_backends() as ran, pytest.raises(Mine, match="here"):
-            attention(q, k, v, **words)
+    for arguments in ({"score": fails}, {"mask": mask.where(fails)}, {"mask": ~mask.prefix(2) & mask.where(fails)}):
+        with regard.record_backends() as ran, pytest.raises(UserError, match="here"):
+            attention(q, k, v, **arguments)
         assert ran == []
-    for words in ({"score": lambda q: q}, {"mask": mask.where(lambda i, j: i >= j)}):
+    for arguments in ({"score": lambda q: q}, {"mask": mask.where(lambda i, j: i >= j)}):
         with (
             regard.record_backends() as ran,
             pytest.raises(TypeError, match=r"positional arguments? but \d were given"),
         ):
-            attention(q, k, v, **words)
+            attention(q, k, v, **arguments)
         assert ran == []
 
 
-def test_functions_are_tried_on_one_pair_before_they_run() -> None:
-    asked: list[tuple[Any, ...]] = []
+def test_user_functions_are_validated_on_one_pair() -> None:
+    calls: list[tuple[Any, ...]] = []
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
-        asked.append((tuple(q.shape), tuple(k.shape), q.dtype))
+        calls.append((tuple(q.shape), tuple(k.shape), q.dtype))
         return q @ k.mT
 
     def allowed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        asked.append(tuple(torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)))
+        calls.append(tuple(torch.broadcast_shapes(b.shape, h.shape, i.shape, j.shape)))
         return i >= j
 
     half = [x.bfloat16() for x in (q, k, v)]
     explain(*half, score=scores, mask=mask.where(allowed))
-    # In the precision of the kernels, as they will be asked.
-    assert asked == [((1, H, 1, D), (1, H, 1, D), torch.float32), (1, 1, 1, 1)]
+    # In the precision that backends use.
+    assert calls == [((1, H, 1, D), (1, H, 1, D), torch.float32), (1, 1, 1, 1)]
 
 
-@pytest.mark.parametrize("kernel", ["tiled", "reference"])
-def test_functions_that_fail_on_larger_parts_are_told_which(kernel: str) -> None:
-    part = f"parts of q {(B, H, L, D)} and k {(B, H, S, D)}"
-    assert error_of(lambda: attention(q, k, v, score=lambda q, k: (q @ k.mT)[..., :1], backend=kernel)) == (
-        f"ValueError: score: what the function gives for {part} is a float32 tensor of shape {(B, H, L, 1)}; expected "
-        f"floats of shape {(B, H, L, S)}"
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_user_functions_failing_on_larger_tiles_raise(backend: str) -> None:
+    part = f"parts q {(B, H, L, D)} and k {(B, H, S, D)}"
+    assert error_of(lambda: attention(q, k, v, score=lambda q, k: (q @ k.mT)[..., :1], backend=backend)) == (
+        f"ValueError: score: the result of the function for {part} is a float32 tensor of shape {(B, H, L, 1)}; expected "
+        f"a float tensor of shape {(B, H, L, S)}"
     )
     narrow = mask.where(lambda b, h, i, j: (i >= j)[..., :2])
-    assert error_of(lambda: attention(q, k, v, mask=narrow, backend=kernel)) == (
-        f"ValueError: mask: what the predicate of where gives for a part (b, h, l, s) = {(B, H, L, S)} is a bool "
-        f"tensor of shape {(1, 1, L, 2)}; expected bools that broadcast to it"
+    assert error_of(lambda: attention(q, k, v, mask=narrow, backend=backend)) == (
+        f"ValueError: mask: the result of the predicate of where for a tile (b, h, l, s) = {(B, H, L, S)} is a bool "
+        f"tensor of shape {(1, 1, L, 2)}; expected a bool tensor that broadcasts to it"
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is no error.
+# Valid arguments.
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         {"seed": 3},  # without dropout, as in evaluation
         {"dropout": 0},
@@ -176,25 +176,25 @@ def test_functions_that_fail_on_larger_parts_are_told_which(kernel: str) -> None
     ],
     ids=str,
 )
-def test_what_is_no_error(words: dict[str, Any]) -> None:
-    got = attention(q, k, v, **words)
+def test_valid_arguments(arguments: dict[str, Any]) -> None:
+    got = attention(q, k, v, **arguments)
     out = got[0] if isinstance(got, tuple) else got
     assert out.shape == (B, H, L, E)
     assert out.isfinite().all()
 
 
-def test_shapes_that_are_no_error() -> None:
-    """Batch axes of 1 expand, and any axis but that of the heads may have size 0."""
+def test_valid_shapes() -> None:
+    """Batch dimensions of size 1 expand, and every dimension may have size 0."""
     assert attention(q, k[:1], v[:1]).shape == (B, H, L, E)
     for zeros in ({"B": 0}, {"L": 0}, {"S": 0}, {"D": 0}, {"E": 0}, {"H": 0, "G": 0}):
         n = {"B": B, "H": H, "G": G, "L": L, "S": S, "D": D, "E": E, **zeros}
         q0, k0, v0 = (torch.zeros(n["B"], n[h], n[x], n[y]) for h, x, y in ("HLD", "GSD", "GSE"))
-        for words in ({}, {"mask": mask.causal("end"), "bias": position.ALiBi()}, {"score": lambda q, k: q @ k.mT}):
-            assert attention(q0, k0, v0, **words).shape == (n["B"], n["H"], n["L"], n["E"])
+        for arguments in ({}, {"mask": mask.causal("end"), "bias": position.ALiBi()}, {"score": lambda q, k: q @ k.mT}):
+            assert attention(q0, k0, v0, **arguments).shape == (n["B"], n["H"], n["L"], n["E"])
 
 
-def test_a_number_in_a_tensor_goes_with_any_device() -> None:
-    """As everywhere in torch. All other tensors have to be where q is: to move them would cost a copy in every call."""
+def test_scalar_tensors_on_other_device_are_valid() -> None:
+    """As everywhere in torch. All other tensors must be on the device of q."""
     q, k, v = (torch.zeros(B, H, n, D, device="meta") for n in (L, S, S))
     explain(q, k, v, normalizer=normalizer.Softmax(torch.zeros(())), score=score.Cosine(torch.ones(())))
     explain(q, k, v, mask=mask.prefix(3), dropout=0.1, seed=torch.tensor(1))

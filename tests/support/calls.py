@@ -1,4 +1,4 @@
-"""Calls of many kinds, forward and backward, for tests of threads and processes."""
+"""Calls with various components, forward and backward, for tests of threads and processes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import regard
 from regard import Summary, mask, normalizer, position, score
 
 
-def plain_calls() -> list[Callable[[], list[Tensor]]]:
-    """Eight different calls, forward and backward."""
+def python_calls() -> list[Callable[[], list[Tensor]]]:
+    """Return eight different calls of the backends in Python, forward and backward."""
     generator = torch.Generator().manual_seed(1)
-    words: list[dict[str, Any]] = [
+    configs: list[dict[str, Any]] = [
         {},
         {"mask": mask.causal(), "summary": Summary(lse=True, entropy=True, top=3, received=True)},
         {"score": score.Additive(torch.randn(6, generator=generator))},
@@ -26,13 +26,13 @@ def plain_calls() -> list[Callable[[], list[Tensor]]]:
         {"normalizer": normalizer.Sigmoid(-1.0), "bias": torch.randn(100, generator=generator)},
     ]
 
-    return [make_call(word, "reference" if i == 2 else "tiled", i) for i, word in enumerate(words)]
+    return [make_call(config, "reference" if i == 2 else "tiled", i) for i, config in enumerate(configs)]
 
 
 def native_calls() -> list[Callable[[], list[Tensor]]]:
-    """The same by the native kernels, long enough for every thread."""
+    """Return eight different calls of the native backend, with sequences long enough for every thread."""
     generator = torch.Generator().manual_seed(1)
-    words: list[dict[str, Any]] = [
+    configs: list[dict[str, Any]] = [
         {},
         {"mask": mask.causal(), "summary": Summary(lse=True, entropy=True, top=3, received=True)},
         {"score": score.Gaussian(1.5)},
@@ -42,18 +42,18 @@ def native_calls() -> list[Callable[[], list[Tensor]]]:
         {"dropout": 0.5, "seed": 3},
         {"normalizer": normalizer.Sigmoid(-1.0), "bias": torch.randn(300, generator=generator)},
     ]
-    return [make_call(word, "cpu", i, 300) for i, word in enumerate(words)]
+    return [make_call(config, "cpu", i, 300) for i, config in enumerate(configs)]
 
 
-def make_call(word: dict[str, Any], kernel: str, seed: int, length: int = 100) -> Callable[[], list[Tensor]]:
-    own = torch.Generator().manual_seed(seed)
-    inputs = [torch.randn(2, 3, length, 6, generator=own) for _ in range(3)]
+def make_call(arguments: dict[str, Any], backend: str, seed: int, length: int = 100) -> Callable[[], list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(2, 3, length, 6, generator=generator) for _ in range(3)]
 
     def run() -> list[Tensor]:
         x = [y.clone().requires_grad_() for y in inputs]
         with regard.record_backends() as ran:
-            answer = regard.attention(*x, backend=kernel, **word)
-        assert ran == [kernel]
+            answer = regard.attention(*x, backend=backend, **arguments)
+        assert ran == [backend]
         out = answer if isinstance(answer, Tensor) else answer[0]
         return [out.detach(), *torch.autograd.grad(out.square().sum(), x)]
 

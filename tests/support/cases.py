@@ -1,18 +1,18 @@
-"""A plain problem, and cases that each depart from it in one thing."""
+"""A base problem, and test cases that each change one aspect of it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from support.components import bias_names, normalizer_names, score_names, unknown
+from support.components import bias_names, normalizer_names, score_names, scores_without_oracle
 from support.problems import DTYPES
 
-# A problem that is as plain as can be, at distinct primes; two tiles of 64 each way.
-PLAIN: dict[str, Any] = {
+# The base problem. Sizes are distinct primes; L and S span two tiles of 64.
+BASE: dict[str, Any] = {
     "dtype": torch.float32, "parameters": torch.float32, "L": 67, "S": 79, "B": 2, "heads": (2, 2), "D": 7, "E": 5,
     "score": "scaled_dot", "scale": None, "normalizer": "softmax", "with a sink": False, "mask": None, "bias": None,
-    "softcap": None, "dropout": 0.0, "summary": "all", "top": 3, "rows": (-1, 0), "groups": (4,), "wild": None, "align": 2,
+    "softcap": None, "dropout": 0.0, "summary": "all", "top": 3, "rows": (-1, 0), "groups": (4,), "nonfinite": None, "align": 2,
     "layout of q": "plain", "layout of k": "plain", "layout of v": "plain", "numbers": 5, "size": 1.0, "shift": 0.0,
 }  # fmt: skip
 _SMALL = {"L": 11, "S": 13, "heads": (1, 1), "B": 2}
@@ -20,7 +20,7 @@ _FORMS = ("number", "one", "per head")
 
 
 def _cases() -> dict[str, dict[str, Any]]:
-    """Every word, in every form in which it takes its parameters, apart from all others."""
+    """Return one case per component and per form of its parameters."""
     cases: dict[str, dict[str, Any]] = {}
 
     def add(label: str, **choices: Any) -> None:
@@ -32,7 +32,7 @@ def _cases() -> dict[str, dict[str, Any]]:
     for layout in ("heads last", "columns first", "offset", "gaps"):
         add("layout", **{f"layout of {name}": layout for name in "qkv"})
     for name in score_names():
-        add("score", score=name, **(_SMALL if name in unknown() else {}))
+        add("score", score=name, **(_SMALL if name in scores_without_oracle() else {}))
     for name in ("scaled_dot", "distance"):
         add("scale", score=name, scale=0.3)
     for form in _FORMS:
@@ -65,7 +65,7 @@ def _cases() -> dict[str, dict[str, Any]]:
         add("bias", **{"bias": "tensor", "axes of the bias": axes, "bias of -inf": axes in ("BHLS", "LS")})
     for name in bias_names():
         add("bias", bias=name)
-    add("bias", bias="alibi", slopes="of the paper")
+    add("bias", bias="alibi", slopes="paper")
     add("bias", bias="t5", bidirectional=False, buckets=32, max_distance=20)
     add("softcap", softcap=0.7)
     add("softcap", softcap=5.0, score="additive")
@@ -75,9 +75,14 @@ def _cases() -> dict[str, dict[str, Any]]:
         add("summary", summary=summary)
     for top in (1, 90):
         add("top", top=top)
-    for wild in ("masked", "huge", "anywhere"):
+    for nonfinite in ("masked", "huge", "anywhere"):
         for score in ("scaled_dot", "gaussian", "additive"):
-            add("wild", wild=wild, score=score, **{"mask": "a & b", "mask a": "lengths", "mask b": "causal"})
+            add(
+                "nonfinite",
+                nonfinite=nonfinite,
+                score=score,
+                **{"mask": "a & b", "mask a": "lengths", "mask b": "causal"},
+            )
     for normalizer in normalizer_names():
         hidden = {"mask": "a & b", "mask a": "lengths", "mask b": "dense", "density": 0.03, "with a sink": True}
         add("rows with few keys", normalizer=normalizer, **hidden)

@@ -1,4 +1,4 @@
-"""Ask the library and the oracle the same, outputs, summaries and gradients, and hold one against the other."""
+"""Compare outputs, summaries and gradients of a backend with those of the float64 oracle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from support import oracle
-from support.budget import OverBudgetError, Yardstick, check, related
+from support.budget import ErrorBudget, OverBudgetError, assert_within_budget, link_budgets
 from support.problems import Problem
 from torch import Tensor
 
@@ -14,63 +14,80 @@ import regard
 
 Tensors = dict[str, Tensor]
 
-# The kernels under test, and the precision that they work in on half-precision inputs: float32 inside, or (None) that of
-# the inputs. A new kernel joins every test here.
-KERNELS: dict[str, torch.dtype | None] = {"reference": torch.float32, "tiled": torch.float32}
+# The backends under test, and their internal precision for half-precision inputs: float32, or None for that of the
+# inputs. A backend listed here takes part in every comparison.
+BACKENDS: dict[str, torch.dtype | None] = {"reference": torch.float32, "tiled": torch.float32}
 
 
-# How often the plain way is measured again where a kernel is over budget.
-_AGAIN = 32
-# How often the signs of the rows are drawn to find out how large the terms of a gradient are.
+# How often the error of the baseline is measured again if a backend exceeds its budget.
+_REMEASUREMENTS = 32
+# Number of random sign patterns used to estimate the magnitude of the terms of a gradient.
 _SIGNS = 3
 
 
 @dataclass
-class Truth:
-    """What the oracle says of a problem: outputs and gradients by name, the former also with all else it knows; the
-    weights of the sum that is differentiated; the rows (B, H, L) which NaN or inf reaches."""
+class Reference:
+    """The expected results of a problem.
+
+    Args:
+        exact: all results of the float64 oracle, by name.
+        baseline: the same in the precision of the backend.
+        outputs: error budgets of the differentiable outputs, by name.
+        gradients: error budgets of the gradients, by name of the tensor.
+        cotangents: the gradients of the loss with respect to the outputs.
+        eps_ratio: see `ErrorBudget`.
+        tainted: bool (B, H, L), rows that NaN or inf reaches.
+    """
 
     exact: Tensors
-    straight: Tensors
-    outputs: dict[str, Yardstick]
-    gradients: dict[str, Yardstick]
+    baseline: Tensors
+    outputs: dict[str, ErrorBudget]
+    gradients: dict[str, ErrorBudget]
     cotangents: Tensors
-    grain: float
+    eps_ratio: float
     tainted: Tensor
 
 
-def wanted(problem: Problem) -> list[str]:
-    """The differentiable outputs of a problem, by name."""
+def differentiable_outputs(problem: Problem) -> list[str]:
+    """Return the names of the differentiable outputs of a problem."""
     names = ("out", *(problem.summary.outputs if problem.summary else ()))
     return [name for name in names if name != "top_keys"]
 
 
-def truth(problem: Problem, precision: torch.dtype | None = torch.float32) -> Truth:
-    """The oracle's answers, and those of the plain way in a precision (None = that of q)."""
-    straight_dtype = precision or problem.dtype
-    grain = 1.0
+def compute_reference(problem: Problem, precision: torch.dtype | None = torch.float32) -> Reference:
+    """Compute the results of the oracle, and the baseline in a precision (None for that of q)."""
+    baseline_dtype = precision or problem.dtype
+    eps_ratio = 1.0
     if problem.dtype == torch.float64:
-        # The inputs are numbers of float32: there the errors of the plain way can be seen, and scaled down.
-        straight_dtype, grain = torch.float32, torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    exact, leaves = solved(problem, torch.float64)
+        # The inputs are exact in float32. The errors of a float32 baseline are measurable, and scaled to float64.
+        baseline_dtype, eps_ratio = torch.float32, torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    exact, leaves = evaluate_oracle(problem, torch.float64)
     weights = _cotangents(problem, exact)
     exact_gradients = gradients_of(exact, weights, leaves)
     sizes = _sizes(exact, weights, leaves)
     cancelled = _cancelled(exact, weights, leaves, problem.choices.get("dropout") or 0.0)
-    straight, leaves = solved(problem, straight_dtype)
-    straight_gradients = gradients_of(straight, weights, leaves)
-    outputs = {name: Yardstick(exact[name], straight[name], grain) for name in weights}
+    baseline, leaves = evaluate_oracle(problem, baseline_dtype)
+    baseline_gradients = gradients_of(baseline, weights, leaves)
+    outputs = {name: ErrorBudget(exact[name], baseline[name], eps_ratio) for name in weights}
     gradients = {
-        n: Yardstick(x, straight_gradients[n], grain, sizes[n], cancelled[n]) for n, x in exact_gradients.items()
+        n: ErrorBudget(x, baseline_gradients[n], eps_ratio, sizes[n], cancelled[n]) for n, x in exact_gradients.items()
     }
-    return Truth(exact, straight, related(outputs), related(gradients, 1.0), weights, grain, problem.reached.any(-1))
+    return Reference(
+        exact,
+        baseline,
+        link_budgets(outputs),
+        link_budgets(gradients, 1.0),
+        weights,
+        eps_ratio,
+        problem.reached.any(-1),
+    )
 
 
 def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, float]:
-    """How large the terms of the gradients are: under other signs of the rows, what cancels does so no longer.
+    """Estimate the magnitude of the terms of each gradient: with random signs per row, terms no longer cancel.
 
-    In the gradient of a bias even the terms of one row cancel: there each pair has a sign of its own. And where one key has
-    all the weight, next to nothing is left of the weight times its derivative, which is of the size of 1.
+    In the gradient of a bias the terms of one row cancel too, so each pair gets its own sign. If one key has all the
+    weight, the weight times its derivative nearly vanishes, although the terms are of the order of 1.
     """
     generator = torch.Generator().manual_seed(0)
     sizes = dict.fromkeys(leaves, 0.0)
@@ -92,10 +109,10 @@ def _sizes(outputs: Tensors, weights: Tensors, leaves: Tensors) -> dict[str, flo
 
 
 def _cancelled(outputs: Tensors, weights: Tensors, leaves: Tensors, rate: float) -> dict[str, float]:
-    """How large the gradients are before the mean over the row is subtracted: dS = P dP - P (sum of P dP). Where a row has
-    one key these are equal, and what is left of them is what the two were rounded by: as sums over the values, in
-    proportion to the terms of these. Of each row by itself, so that under other signs of the rows, what cancels does so no
-    longer.
+    """Estimate the magnitude of the gradients before the row mean is subtracted: dS = P dP - P (sum of P dP).
+
+    If a row has one key, the two terms are equal and their difference is pure rounding error, which is proportional to
+    the terms of the sums over E. Rows get random signs, so that they do not cancel one another.
     """
     values = leaves["v"].detach().repeat_interleave(outputs["full"].shape[1] // max(leaves["v"].shape[1], 1), 1)
     pairs = outputs["full"].detach() * (weights["out"].abs() @ values.abs().mT / (1 - rate if rate < 1 else 1.0))
@@ -107,14 +124,17 @@ def _cancelled(outputs: Tensors, weights: Tensors, leaves: Tensors, rate: float)
     return largest
 
 
-def solved(problem: Problem, dtype: torch.dtype, blur: torch.Generator | None = None) -> tuple[Tensors, Tensors]:
-    """What the oracle says in some precision, and the leaves that its graph starts from: with a `blur`, the numbers of the
-    problem are off by up to a unit of the last place.
+def evaluate_oracle(
+    problem: Problem, dtype: torch.dtype, noise_generator: torch.Generator | None = None
+) -> tuple[Tensors, Tensors]:
+    """Return the results of the oracle in a precision, and the leaf tensors of its graph.
+
+    With a `noise_generator`, the inputs are perturbed by up to one unit in the last place.
     """
     leaves = {name: x.detach().to(dtype) for name, x in problem.clean.items()}
-    if blur is not None:
+    if noise_generator is not None:
         noise = {
-            n: (torch.rand(x.shape, generator=blur, dtype=dtype) - 0.5) * torch.finfo(dtype).eps
+            n: (torch.rand(x.shape, generator=noise_generator, dtype=dtype) - 0.5) * torch.finfo(dtype).eps
             for n, x in leaves.items()
         }
         leaves = {name: torch.where(x.isfinite(), x + x * noise[name], x) for name, x in leaves.items()}
@@ -125,127 +145,127 @@ def solved(problem: Problem, dtype: torch.dtype, blur: torch.Generator | None = 
 def _cotangents(problem: Problem, exact: Tensors) -> Tensors:
     generator = torch.Generator().manual_seed(len(problem.choices))
     result = {}
-    for name in wanted(problem):
-        # Numbers that every dtype can hold.
+    for name in differentiable_outputs(problem):
+        # Values that every dtype represents exactly.
         result[name] = torch.randn(exact[name].shape, generator=generator).bfloat16().double()
-    # Where a derivative jumps, rounding decides which one a kernel finds; where NaN is, there is nothing to compare.
+    # Where a derivative jumps, rounding decides which side a backend is on: these rows get a cotangent of 0.
     scale = exact["scores"].detach()
     scale = scale[scale.isfinite()].abs().max().item() if scale.isfinite().any() else 1.0
     margin = 256 * torch.finfo(torch.float32).eps * max(scale, 1.0)
     rows = oracle.kinks(exact, margin, problem.alpha, problem.summary.top if problem.summary else 0)
-    silent = {"max": rows["max"] | rows["weights"], "top_weights": rows["top"] | rows["weights"]}
+    jumps = {"max": rows["max"] | rows["weights"], "top_weights": rows["top"] | rows["weights"]}
     for name, weights in result.items():
         if name == "received":
             result[name] = weights * (not bool(rows["weights"].any()))
         elif name == "rows":
-            chosen = silent.get(name, rows["weights"])[:, :, list(problem.summary.row_numbers)]  # type: ignore[union-attr]
+            chosen = jumps.get(name, rows["weights"])[:, :, list(problem.summary.row_numbers)]  # type: ignore[union-attr]
             result[name] = weights.masked_fill(chosen[..., None], 0.0)
         else:
-            flags = silent.get(name, rows["weights"])
+            flags = jumps.get(name, rows["weights"])
             result[name] = weights.masked_fill(flags.view(*flags.shape, *[1] * (weights.dim() - 3)), 0.0)
     return result
 
 
 def gradients_of(outputs: Tensors, weights: Tensors, leaves: Tensors) -> Tensors:
-    """The gradients of the weighted sum of the outputs; 0 where there is none."""
+    """Return the gradients of the weighted sum of the outputs; 0 where autograd returns None."""
     used = [name for name in weights if outputs[name].requires_grad]
-    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    results: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if used:
-        given = [weights[name].to(outputs[name].dtype) for name in used]
+        grad_outputs = [weights[name].to(outputs[name].dtype) for name in used]
         sums = [outputs[name] for name in used]
-        found = torch.autograd.grad(sums, list(leaves.values()), given, allow_unused=True, retain_graph=True)
+        results = torch.autograd.grad(sums, list(leaves.values()), grad_outputs, allow_unused=True, retain_graph=True)
     return {
         name: torch.zeros_like(x) if gradient is None else gradient
-        for (name, x), gradient in zip(leaves.items(), found, strict=True)
+        for (name, x), gradient in zip(leaves.items(), results, strict=True)
     }
 
 
-def ask(problem: Problem, kernel: str | None, leaves: Tensors) -> Tensors:
-    """The library's outputs and summaries, by name; it proves that this kernel ran."""
+def run_backend(problem: Problem, backend: str | None, leaves: Tensors) -> Tensors:
+    """Return the outputs and summaries of a backend by name; assert that this backend ran."""
     with regard.record_backends() as ran:
-        answer = regard.attention(**problem.ask(leaves), backend=kernel)
-    assert kernel is None or ran == [kernel], f"{ran} ran instead of {kernel}"
+        result = regard.attention(**problem.arguments(leaves), backend=backend)
+    assert backend is None or ran == [backend], f"{ran} ran instead of {backend}"
     if problem.summary is None:
-        return {"out": answer}
-    out, seen = answer
-    found = {"out": out, **{name: x for name, x in seen._asdict().items() if x is not None and name != "top"}}
-    if seen.top is not None:
-        found["top_weights"], found["top_keys"] = seen.top
-    return found
+        return {"out": result}
+    out, summary = result
+    results = {"out": out, **{name: x for name, x in summary._asdict().items() if x is not None and name != "top"}}
+    if summary.top is not None:
+        results["top_weights"], results["top_keys"] = summary.top
+    return results
 
 
-def fresh(problem: Problem) -> Tensors:
-    """The tensors of a problem as new leaves, laid out as they are."""
+def new_leaves(problem: Problem) -> Tensors:
+    """Return the tensors of a problem as new leaves, with the same memory layout."""
     return {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
 
 
-def judge(problem: Problem, kernel: str, told: Truth) -> None:
-    """Raise an AssertionError unless a kernel gives what the oracle says, within the budget.
+def compare(problem: Problem, backend: str, reference: Reference) -> None:
+    """Raise an AssertionError if the results of a backend exceed their error budgets.
 
-    The largest error is often that of a single number: of the one large weight, or of the one score beside a threshold,
-    where derivatives magnify what was rounded. The plain way may be right there by luck, and once in a thousand problems
-    the kernel is not; so where a kernel is over budget, the plain way is measured again.
+    The largest error is often that of a single element, such as the one score next to a threshold, where derivatives
+    magnify rounding errors. The error of the baseline may be small there by chance, so that about one correct result in
+    1000 exceeds its budget. Therefore the baseline is measured again before the comparison fails.
     """
     try:
-        compare_all(problem, kernel, told)
+        compare_once(problem, backend, reference)
     except OverBudgetError:
-        compare_all(problem, kernel, measured_again(problem, told))
+        compare_once(problem, backend, remeasure_baseline(problem, reference))
 
 
-def measured_again(problem: Problem, told: Truth) -> Truth:
-    """The same truth with yardsticks that know more errors of the plain way: on the same numbers, rounded once more."""
-    outputs, gradients = dict(told.outputs), dict(told.gradients)
-    for seed in range(_AGAIN):
-        blur = torch.Generator().manual_seed(seed)
-        straight, leaves = solved(problem, told.straight["out"].dtype, blur)
-        found = gradients_of(straight, told.cotangents, leaves)
-        for yardsticks, again in ((outputs, straight), (gradients, found)):
-            for name, y in yardsticks.items():
-                yardsticks[name] = replace(y, least=max(y.least, replace(y, straight=again[name]).error))
-    return replace(told, outputs=outputs, gradients=gradients)
+def remeasure_baseline(problem: Problem, reference: Reference) -> Reference:
+    """Return the reference with budgets that include the baseline errors on perturbed copies of the inputs."""
+    outputs, gradients = dict(reference.outputs), dict(reference.gradients)
+    for seed in range(_REMEASUREMENTS):
+        noise_generator = torch.Generator().manual_seed(seed)
+        baseline, leaves = evaluate_oracle(problem, reference.baseline["out"].dtype, noise_generator)
+        results = gradients_of(baseline, reference.cotangents, leaves)
+        for budgets, again in ((outputs, baseline), (gradients, results)):
+            for name, y in budgets.items():
+                budgets[name] = replace(y, least=max(y.least, replace(y, baseline=again[name]).error))
+    return replace(reference, outputs=outputs, gradients=gradients)
 
 
-def compare_all(problem: Problem, kernel: str, told: Truth) -> None:
-    leaves = fresh(problem)
-    found = ask(problem, kernel, leaves)
-    assert set(found) - {"top_keys"} == set(told.cotangents), f"{set(found)} were given"
-    assert found["out"].dtype == problem.dtype
-    clear = ~told.tainted
-    for name in told.cotangents:
-        judge_output(problem, name, found[name], told, kernel)
-    if "top_keys" in found:
-        judge_top(problem, found["top_weights"], found["top_keys"], told)
-    # Rows that NaN reaches give NaN to the gradients of all that they attend to, and of every parameter.
-    gradients = gradients_of(found, told.cotangents, leaves)
-    places = {"q": clear[..., None]}
-    if told.tainted.any():
-        touched = (told.tainted[..., None] & problem.allowed).any(2)
+def compare_once(problem: Problem, backend: str, reference: Reference) -> None:
+    leaves = new_leaves(problem)
+    results = run_backend(problem, backend, leaves)
+    assert set(results) - {"top_keys"} == set(reference.cotangents), f"got {set(results)}"
+    assert results["out"].dtype == problem.dtype
+    clear = ~reference.tainted
+    for name in reference.cotangents:
+        compare_output(problem, name, results[name], reference, backend)
+    if "top_keys" in results:
+        compare_top(problem, results["top_weights"], results["top_keys"], reference)
+    # Rows that NaN reaches propagate NaN to the gradients of all keys they attend to, and of every parameter.
+    gradients = gradients_of(results, reference.cotangents, leaves)
+    selected = {"q": clear[..., None]}
+    if reference.tainted.any():
+        touched = (reference.tainted[..., None] & problem.allowed).any(2)
         touched = touched.unflatten(1, (problem.tensors["k"].shape[1], -1)).any(2)[..., None]
-        places |= {"k": ~touched, "v": ~touched}
+        selected |= {"k": ~touched, "v": ~touched}
     for name, gradient in gradients.items():
-        if name in "qkv" or not told.tainted.any():
+        if name in "qkv" or not reference.tainted.any():
             assert gradient.dtype == problem.tensors[name].dtype
-            check(f"gradient of {name}", gradient, told.gradients[name], places.get(name))
+            assert_within_budget(f"gradient of {name}", gradient, reference.gradients[name], selected.get(name))
 
 
-def _see_nan(problem: Problem, where: str) -> Tensor:
-    """The rows (B, H, L) that attend to NaN in k or v, or as NaN: what comes of inf is what arithmetic makes of it."""
+def _rows_with_nan(problem: Problem, where: str) -> Tensor:
+    """Return the rows (B, H, L) whose query is NaN or that attend to NaN in k or v; inf is not included."""
     q, k = (problem.tensors[name].isnan().any(-1) for name in ("q", where))
     k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1)
     return ((q[..., :, None] | k[..., None, :]) & problem.allowed).any(-1)
 
 
-def judge_output(problem: Problem, name: str, got: Tensor, told: Truth, kernel: str = "") -> None:
-    """One output, where NaN does not reach, and NaN where it does."""
-    tainted, where = told.tainted, None
+def compare_output(problem: Problem, name: str, got: Tensor, reference: Reference, backend: str = "") -> None:
+    """Compare one output where NaN does not reach, and assert that it is NaN elsewhere."""
+    tainted, where = reference.tainted, None
     if tainted.any():
         if name in ("out", "lse"):
-            # The kernels of the GPU take q, k and v as they are, unless they are made of others.
-            as_it_is = kernel == "triton" and problem.choices["score"] in ("scaled_dot", "dot")
-            nan = _see_nan(problem, "k") if as_it_is else tainted
+            # The Triton kernels read q, k and v themselves, unless a score transforms them first.
+            keeps_inf = backend == "triton" and problem.choices["score"] in ("scaled_dot", "dot")
+            nan = _rows_with_nan(problem, "k") if keeps_inf else tainted
             assert bool(got[nan].isnan().all()), f"{name}: rows that attend to NaN are not NaN"
             if name == "out":
-                assert bool(got[_see_nan(problem, "v")].isnan().any(-1).all()), "NaN of a value is lost"
+                assert bool(got[_rows_with_nan(problem, "v")].isnan().any(-1).all()), "NaN of a value is lost"
         if name == "received":
             where = ~(tainted[..., None] & problem.allowed).any(2)
         elif name == "rows":
@@ -255,33 +275,36 @@ def judge_output(problem: Problem, name: str, got: Tensor, told: Truth, kernel: 
             where = ~(tainted[..., None] & problem.allowed)
         else:
             where = ~tainted.view(*tainted.shape, *[1] * (got.dim() - 3))
-    exact = told.outputs[name]
+    exact = reference.outputs[name]
     if name in ("received", "rows", "full") and where is not None:
-        # What a row may not attend to has no weight, even in a row of NaN.
-        cleared = [x.detach().masked_fill(tainted[..., None], 0.0) for x in (told.exact["full"], told.straight["full"])]
+        # Masked keys have weight 0, even in a row of NaN.
+        cleared = [
+            x.detach().masked_fill(tainted[..., None], 0.0)
+            for x in (reference.exact["full"], reference.baseline["full"])
+        ]
         chosen = list(problem.summary.row_numbers)  # type: ignore[union-attr]
         take = {"received": lambda x: x.sum(2), "rows": lambda x: x[:, :, chosen], "full": lambda x: x}[name]
-        exact = replace(exact, exact=take(cleared[0]), straight=take(cleared[1]))
-    check(name, got, exact, where)
+        exact = replace(exact, exact=take(cleared[0]), baseline=take(cleared[1]))
+    assert_within_budget(name, got, exact, where)
 
 
-def judge_top(problem: Problem, weights: Tensor, keys: Tensor, told: Truth) -> None:
-    """The keys named are those that have the weights; -1 names none."""
-    clear = ~told.tainted[..., None]
-    full, there = told.exact["full"].detach(), told.exact["scores"].detach() > -torch.inf
+def compare_top(problem: Problem, weights: Tensor, keys: Tensor, reference: Reference) -> None:
+    """Compare the top keys with their weights; -1 stands for no key."""
+    clear = ~reference.tainted[..., None]
+    full, present = reference.exact["full"].detach(), reference.exact["scores"].detach() > -torch.inf
     count = keys.shape[-1]
-    expected = there.sum(-1, keepdim=True).clamp(max=count)
-    assert bool((((keys >= 0).sum(-1, keepdim=True) == expected) | ~clear).all()), "top: keys are missing, or invented"
+    expected = present.sum(-1, keepdim=True).clamp(max=count)
+    assert bool((((keys >= 0).sum(-1, keepdim=True) == expected) | ~clear).all()), "top: wrong number of keys"
     assert bool(((keys < 0) <= (weights == 0)).logical_or(~clear).all()), "top: a weight without a key"
     sorted_keys = keys.sort(-1).values
     twice = (sorted_keys[..., 1:] == sorted_keys[..., :-1]) & (sorted_keys[..., 1:] >= 0)
-    assert not bool((twice & clear).any()), "top: a key is named twice"
+    assert not bool((twice & clear).any()), "top: duplicate key"
     if full.shape[-1]:
-        named = torch.where(keys >= 0, full.gather(-1, keys.clamp(min=0)), 0.0)
-        straight = torch.where(keys >= 0, told.straight["full"].detach().gather(-1, keys.clamp(min=0)), 0.0)
-        check(
+        at_keys = torch.where(keys >= 0, full.gather(-1, keys.clamp(min=0)), 0.0)
+        baseline = torch.where(keys >= 0, reference.baseline["full"].detach().gather(-1, keys.clamp(min=0)), 0.0)
+        assert_within_budget(
             "top weights at their keys",
             weights,
-            replace(told.outputs["top_weights"], exact=named, straight=straight),
+            replace(reference.outputs["top_weights"], exact=at_keys, baseline=baseline),
             clear,
         )

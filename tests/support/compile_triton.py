@@ -1,8 +1,14 @@
-"""Compile the kernels of the GPU where there is none: `python tests/support/compile_triton.py ARCHITECTURE [NAME ...]`.
+"""Compile the Triton kernels without a GPU: `python tests/support/compile_triton.py ARCHITECTURE [NAME ...]`.
 
-The architecture is a number such as 90. Triton's compiler, and NVIDIA's assembler that comes with it, need no GPU. Prints a line
-of JSON per kernel: its registers, what it spills of them (bytes, and instructions in its loops), how many instructions each loop
-has (an outer one with those inside), and how many of all are products of the matrix units.
+ARCHITECTURE is a number such as 90. Triton's compiler and NVIDIA's assembler, which comes with it, need no GPU. Prints one
+line of JSON per kernel:
+
+    registers            registers per thread
+    spilled              bytes of stack per thread
+    spills in loops      instructions in loops that access local memory
+    loops                instructions of each loop, including those of inner loops
+    shared               bytes of shared memory
+    products, powers     instructions of the matrix units, and exponentials (in PTX)
 """
 
 from __future__ import annotations
@@ -26,18 +32,17 @@ from triton.backends.compiler import GPUTarget
 
 from regard import mask, normalizer, position, score
 from regard.backends.triton import additive_backward_kernels as additive_backward
-from regard.backends.triton import backend as serve
-from regard.backends.triton import launch, tuning
+from regard.backends.triton import backend, launch, tuning
 from regard.components.summary import Summary
 from regard.plan import nonfinite
 from regard.plan.assemble import make_problem
 
 _L = 512
-_FILES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Driver:
-    """What Triton asks of a GPU before it compiles."""
+    """A driver that answers what Triton asks before it compiles."""
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -55,32 +60,35 @@ class Driver:
         return torch.device("cpu")
 
 
-def compile_only(kernel: Any, grid: tuple[int, ...], shape: tuning.Shape, *arguments: Any) -> None:
-    """In the place of `regard.backends.triton.call.start`."""
-    made = kernel.warmup(*arguments, grid=grid, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True)
+def compile_only(kernel: Any, grid: tuple[int, ...], config: tuning.LaunchConfig, *arguments: Any) -> None:
+    """Compile a kernel and print a line about it. Replaces `regard.backends.triton.call.launch_kernel`."""
+    compiled = kernel.warmup(
+        *arguments, grid=grid, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(compiled.asm["cubin"])
         file.flush()
-        usage_text, code = (_dump(file.name, what) for what in ("-res-usage", "-sass"))
+        usage_text, code = (_dump(file.name, option) for option in ("-res-usage", "-sass"))
     loops, spills = _loops(code)
     usage = dict(part.split(":") for part in usage_text.split() if part.count(":") == 1 and part[0] in "RS")
-    ptx = made.asm["ptx"]
+    ptx = compiled.asm["ptx"]
     print(
         json.dumps({
             "kernel": kernel.__name__, "registers": int(usage["REG"]), "spilled": int(usage["STACK"]),
-            "spills in loops": spills, "loops": loops, "shared": made.metadata.shared, "products": ptx.count("wgmma.mma_async.sync") + ptx.count("mma.sync"),
+            "spills in loops": spills, "loops": loops, "shared": compiled.metadata.shared, "products": ptx.count("wgmma.mma_async.sync") + ptx.count("mma.sync"),
             "powers": ptx.count("ex2.approx"),
         }), flush=True,
     )  # fmt: skip
 
 
-def _dump(file: str, what: str) -> str:
-    return subprocess.run([_FILES / "cuobjdump", what, file], capture_output=True, text=True, check=True).stdout
+def _dump(file: str, option: str) -> str:
+    return subprocess.run([_TOOLS / "cuobjdump", option, file], capture_output=True, text=True, check=True).stdout
 
 
 def _loops(code: str) -> tuple[list[int], int]:
-    """How many instructions each loop has, and how many in any write to local memory, or read from it: a loop is what a branch
-    goes back over.
+    """Return the number of instructions of each loop, and how many instructions in loops access local memory.
+
+    A loop is the code between a backward branch and its target.
     """
     lines = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)]
     back = [(int(to[1], 16), at) for at, text in lines if (to := re.search(r"BRA.*?(0x[0-9a-f]+)", text))]
@@ -90,17 +98,19 @@ def _loops(code: str) -> tuple[list[int], int]:
     return counts, sum(any(first <= at <= last for first, last in loops) for at in spills)
 
 
-def _run(dtype: torch.dtype = torch.bfloat16, D: int = 64, L: int = _L, G: int = 2, **words: Any) -> None:
-    """The forward and, without a summary, the backward pass."""
+def _run(dtype: torch.dtype = torch.bfloat16, D: int = 64, L: int = _L, G: int = 2, **arguments: Any) -> None:
+    """Run the forward pass and, without a summary, the backward pass."""
     q = torch.randn(1, 4, L, D).to(dtype).requires_grad_()
     k, v = (torch.randn(1, G, _L, D).to(dtype).requires_grad_() for _ in range(2))
     names = ("score", "normalizer", "mask", "bias", "softcap", "dropout", "seed", "summary")
-    told = {**dict.fromkeys(names), "dropout": 0.0, **words}
-    plan, tensors, *_ = make_problem(q, k, v, *[told[name] for name in names], masks_nonfinite=True)
-    out, *rest = serve.forward(plan, tensors)
+    arguments = {**dict.fromkeys(names), "dropout": 0.0, **arguments}
+    plan, tensors, *_ = make_problem(q, k, v, *[arguments[name] for name in names], masks_nonfinite=True)
+    out, *rest = backend.forward(plan, tensors)
     if plan.summary.outputs:
         return
-    serve.backward(plan, tensors, (out, *rest[-2:]), (torch.randn_like(out),), [x.is_floating_point() for x in tensors])
+    backend.backward(
+        plan, tensors, (out, *rest[-2:]), (torch.randn_like(out),), [x.is_floating_point() for x in tensors]
+    )
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -136,12 +146,12 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 def main(architecture: int, *names: str) -> None:
-    """Compile the cases by name, all by default."""
+    """Compile the named cases; all by default."""
     triton.runtime.driver.set_active(Driver(architecture))
     tuning._architecture = lambda device: divmod(architecture, 10)  # type: ignore[assignment]
-    tuning.programs = lambda device: 264
-    launch.start = additive_backward.start = compile_only
-    nonfinite.are_finite = lambda *x: False  # type: ignore[assignment]  # on a GPU nobody knows, without a wait
+    tuning.max_programs = lambda device: 264
+    launch.launch_kernel = additive_backward.launch_kernel = compile_only
+    nonfinite.are_finite = lambda *x: False  # type: ignore[assignment]  # on a GPU, checking would wait for it
     for name in names or CASES:
         print(json.dumps({"case": name}), flush=True)
         CASES[name]()

@@ -1,17 +1,22 @@
-"""What tests of the native CPU backend share."""
+"""Helpers for the tests of the native CPU backend."""
 
 from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck
 from support.problems import Problem
+from torch import Tensor
 
 import regard
 from regard.backends.cpu import extension
 
 # The instruction sets of this machine.
 SETS = extension.instructions()
-# What the native backend takes, for random problems.
+# The choices that the native backend supports, for random problems.
 NATIVE = {
     "score": ("scaled_dot", "dot", "cosine", "bilinear", "gaussian", "distance", "additive"),
     "normalizer": ("softmax", "softmax", "sigmoid", "sparsemax", "entmax"),
@@ -23,6 +28,38 @@ COMMON = {"deadline": None, "database": None, "suppress_health_check": list(Heal
 
 
 def why_not(problem: Problem) -> str | None:
-    """Why the native backend does not take a problem, or None."""
+    """Return why the native backend does not support a problem, or None."""
     leaves = {name: x.detach() for name, x in problem.tensors.items()}
-    return regard.explain(**problem.ask(leaves)).reasons["cpu"]
+    return regard.explain(**problem.arguments(leaves)).reasons["cpu"]
+
+
+def packed_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative: Tensor | None = None,
+    sink: Tensor | None = None,
+    mask_tensors: Sequence[Tensor] = (),
+    mask: Sequence[int] = (),
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    normalizer: int = 0,
+    alpha: float = 2.0,
+    dropout: float = 0.0,
+    seed: int = 0,
+    allow_bf16_dot: bool = True,
+) -> tuple[Any, ...]:
+    """Return the arguments of the native operators from q to seed, in order.
+
+    Unlike `regard.backends.cpu.pack.pack`, it needs no plan, and also packs combinations and values that no plan has.
+    """
+    optional = (weight, key_bias, query_bias, bias, relative, sink)
+    present_mask = sum(1 << i for i, x in enumerate(optional) if x is not None)
+    floats = struct.unpack("4q", struct.pack("4d", scale, softcap, alpha, dropout))
+    packed = torch.tensor([normalizer, int(allow_bf16_dot), *floats, *mask])
+    return q, k, v, [*[x for x in optional if x is not None], *mask_tensors], present_mask, packed, seed

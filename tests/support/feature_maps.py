@@ -1,4 +1,4 @@
-"""What the tests of `regard.nn.vision` share: a way to compare, and formulas of attention in plain torch."""
+"""Comparisons and reference attention for the tests of `regard.nn.vision`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ B, C, H, W = 3, 8, 5, 7
 
 
 def shaken(layer: nn.Module) -> nn.Module:
-    """In float64, with no parameter at a place where it does nothing."""
+    """Convert to float64 and perturb the parameters, so that none has its initial value."""
     for parameter in layer.double().parameters():
         parameter.data += torch.randn_like(parameter) * 0.3
     return layer
@@ -26,16 +26,16 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 def same(got: Tensor, expected: Tensor, *inputs: Tensor) -> None:
-    """Equal, and with equal gradients, whatever the gradient of the result."""
+    """Assert that outputs, and gradients for a random output gradient, are equal up to rounding."""
     close(got, expected)
-    pull = torch.randn_like(expected)
-    gradients = (torch.autograd.grad(out, inputs, pull) for out in (got, expected))
+    dout = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(out, inputs, dout) for out in (got, expected))
     for mine, theirs in zip(*gradients, strict=True):
         close(mine, theirs)
 
 
 def softmax_of(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v for tokens (B, L, heads D), head by head."""
+    """Compute softmax(q k^T / sqrt(D) + bias) v of tokens (B, L, heads D), head by head."""
     parts = []
     for h, (a, b, c) in enumerate(zip(*(x.chunk(heads, -1) for x in (q, k, v)), strict=True)):
         scores = a @ b.mT / a.shape[-1] ** 0.5
@@ -48,5 +48,5 @@ def image(y: Tensor, height: int, width: int) -> Tensor:
 
 
 def tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W, C), place by place."""
+    """(B, C, H, W) -> (B, H W, C), position by position."""
     return torch.stack([x[:, :, r, c] for r in range(x.shape[2]) for c in range(x.shape[3])], 1)

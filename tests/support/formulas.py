@@ -1,4 +1,4 @@
-"""What the tests of attention over a memory share: a way to compare, and the formulas of the papers, key by key."""
+"""Comparisons, and the formulas of additive and Luong attention, for the tests of layers with a memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Equal within rounding, on the scale of the largest."""
+    """Assert equality up to rounding, relative to the largest element."""
     scale = max([1.0, *[x.detach().abs().max().item() for x in expected if x.numel()]])
     for x, y in zip(got, expected, strict=True):
         assert x.shape == y.shape
@@ -23,20 +23,20 @@ def close(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 def same(got: Sequence[Tensor], expected: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
-    """Equal, with equal gradients, whatever the gradients of the results."""
+    """Assert that outputs, and gradients for random output gradients, are equal up to rounding."""
     close(got, expected)
-    pulls = [torch.randn_like(x) for x in expected]
-    words = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    close(*([*torch.autograd.grad(outs, leaves, pulls, **words)] for outs in (got, expected)))
+    douts = [torch.randn_like(x) for x in expected]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    close(*([*torch.autograd.grad(outs, leaves, douts, **options)] for outs in (got, expected)))
 
 
 def lengths_allow(n: Tensor, L: int, S: int) -> Tensor:
-    """(B, L, S): the keys within the lengths."""
+    """Return which keys are within the lengths, (B, L, S)."""
     return (torch.arange(S) < n[:, None])[:, None].expand(-1, L, -1)
 
 
 def softmax(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Row by row over the keys that are allowed; 0 where there is none."""
+    """Return the softmax over the allowed keys of each row; 0 if there is none."""
     rows = []
     for row, may in zip(scores.flatten(0, -2), allowed.flatten(0, -2), strict=True):
         e = torch.where(may, (row - row.detach()[may].max() if may.any() else row).exp(), 0.0)
@@ -45,7 +45,7 @@ def softmax(scores: Tensor, allowed: Tensor) -> Tensor:
 
 
 def additive(layer: Any, query: Tensor, key: Tensor, more: Tensor | None = None) -> Tensor:
-    """Scores (B, L, S) of Bahdanau et al. (2015); `more` (B, S, width) is added in the hidden layer."""
+    """Return scores (B, L, S) of Bahdanau et al. (2015). `more` (B, S, width) is added to the hidden layer."""
     W, U, v, b = layer.query_map.weight, layer.key_map.weight, layer.v, layer.query_map.bias
     rows = []
     for i, q in enumerate(query):
@@ -56,7 +56,7 @@ def additive(layer: Any, query: Tensor, key: Tensor, more: Tensor | None = None)
 
 
 def luong(layer: Any, query: Tensor, key: Tensor) -> Tensor:
-    """Scores (B, L, S) of Luong et al. (2015), equation 8."""
+    """Return scores (B, L, S) of Luong et al. (2015), equation 8."""
     if layer.score == "concat":
         return additive(layer, query, key)
     W = torch.eye(key.shape[-1], dtype=key.dtype) if layer.score == "dot" else layer.query_map.weight.T
@@ -66,7 +66,7 @@ def luong(layer: Any, query: Tensor, key: Tensor) -> Tensor:
 
 
 def luong_weights(layer: Any, query: Tensor, key: Tensor, n: Tensor, start: int = 0) -> Tensor:
-    """The weights (B, L, S) that the values get."""
+    """Return the weights (B, L, S) of the values."""
     scores, allowed = luong(layer, query, key), lengths_allow(n, query.shape[1], key.shape[1]).clone()
     gaussian = torch.ones_like(scores).detach()
     for b in range(len(query)):
@@ -75,19 +75,19 @@ def luong_weights(layer: Any, query: Tensor, key: Tensor, n: Tensor, start: int 
                 if layer.local == "monotonic":
                     allowed[b, i, j] &= start + i - layer.reach <= j <= start + i + layer.reach
                 if layer.local == "predictive":
-                    p = place(layer, query[b, i], int(n[b]))
+                    p = predicted_center(layer, query[b, i], int(n[b]))
                     allowed[b, i, j] &= bool(p - layer.reach <= j <= p + layer.reach)
                     gaussian[b, i, j] = torch.exp(-((j - p) ** 2) / (2 * (layer.reach / 2) ** 2))
     return softmax(scores, allowed) * gaussian
 
 
-def place(layer: Any, query: Tensor, length: int) -> Tensor:
-    """Equation 9."""
+def predicted_center(layer: Any, query: Tensor, length: int) -> Tensor:
+    """Return p of Luong et al. (2015), equation 9."""
     return length * torch.sigmoid(layer.position_v @ torch.tanh(layer.position_map.weight @ query))
 
 
 def shaken(layer: nn.Module) -> Any:
-    """In float64, with no parameter at 0."""
+    """Convert to float64 and perturb the parameters, so that none is 0."""
     for parameter in layer.double().parameters():
         parameter.data += torch.randn_like(parameter) * 0.3
     return layer

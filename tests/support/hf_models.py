@@ -1,4 +1,4 @@
-"""Small models of Hugging Face, each with inputs."""
+"""Small Hugging Face models, each with inputs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 IDS = torch.randint(5, 90, (2, 17), generator=torch.Generator().manual_seed(0))
 PADDED = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_fill(1, torch.arange(12, 17), 0)}
 SMALL = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-# Words of `generate`: four tokens, always the same.
-quiet = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+# Arguments of `generate`: four tokens, deterministic.
+GENERATE = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
 
 def bert(implementation: str) -> tuple[nn.Module, dict[str, Tensor]]:

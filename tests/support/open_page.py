@@ -13,26 +13,28 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 
 
 def problems(page_file: Path) -> list[str]:
-    """What goes wrong when the page is opened."""
+    """Return the errors that occur when the page is opened."""
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if chromium is None:
         return ["chromium is not installed"]
-    found: list[str] = []
+    errors: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page()
-        page.on("console", lambda message: found.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: found.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else found.append(f"request {r.url}"))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "request", lambda r: None if r.url.startswith(("file:", "data:")) else errors.append(f"request {r.url}")
+        )
         page.goto(page_file.resolve().as_uri())
         page.wait_for_timeout(500)
         if not page.locator("canvas").count():
-            found.append("the page draws nothing")
+            errors.append("the page has no canvas")
         browser.close()
-    return found
+    return errors
 
 
 if __name__ == "__main__":
-    wrong = problems(Path(sys.argv[1]))
-    print("\n".join(wrong) if wrong else f"{sys.argv[1]} opens without an error")
-    raise SystemExit(bool(wrong))
+    errors = problems(Path(sys.argv[1]))
+    print("\n".join(errors) if errors else f"{sys.argv[1]} opens without errors")
+    raise SystemExit(bool(errors))

@@ -1,7 +1,7 @@
-"""What attention is, done the plain way: one batch row and one head after the other, in whatever precision the inputs
-have. Tests run it in float64, as the truth; `budget.py` also runs it in the precision of a kernel, as a yardstick.
+"""The reference implementation of attention: one batch row and one head at a time, in the precision of its inputs.
 
-It shares no code with the library. Gradients come from autograd.
+Tests run it in float64 for the reference, and in the precision of a backend for the baseline of error budgets. It
+shares no code with the library. Gradients come from autograd.
 
     q (B, H, L, D)    k (B, G, S, D)    v (B, G, S, E)    allowed (B, H, L, S)    ->    out (B, H, L, E)
 """
@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The scores of one head: q (L, D), k (S, D), the head, its key/value head -> (L, S).
+# Scores of one head: q (L, D), k (S, D), index of the head, index of its key/value head -> (L, S).
 Score = Callable[[Tensor, Tensor, int, int], Tensor]
-# The weights of one head: s (L, S), the head -> (L, S).
+# Weights of one head: s (L, S), index of the head -> (L, S).
 Normalizer = Callable[[Tensor, int], Tensor]
 
 
 def of_head(x: Any, head: int, axes: int = 0) -> Any:
-    """A parameter's own part of a head: x itself unless it is a tensor with an axis of heads before its `axes`."""
+    """Return the part of a parameter for one head: x[head] if x is a tensor with more than `axes` dimensions, else
+    x.
+    """
     return x[head] if isinstance(x, Tensor) and x.dim() > axes else x
 
 
@@ -78,21 +80,21 @@ def additive(
 
 
 def gaussian_as_product(q: Tensor, k: Tensor, h: int, g: int, sigma: Any = 1.0) -> Tensor:
-    q, k = _centred(q, k)
+    q, k = _centered(q, k)
     return _distance_as_product(q / of_head(sigma, h), k / of_head(sigma, h), 0.5)
 
 
 def distance_as_product(q: Tensor, k: Tensor, h: int, g: int, scale: float | None = None) -> Tensor:
-    return _distance_as_product(*_centred(q, k), 1 / math.sqrt(max(q.shape[1], 1)) if scale is None else scale)
+    return _distance_as_product(*_centered(q, k), 1 / math.sqrt(max(q.shape[1], 1)) if scale is None else scale)
 
 
-def _centred(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    centre = torch.zeros_like(q[:1])
+def _centered(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    center = torch.zeros_like(q[:1])
     if len(k):
         mean = k.detach().mean(0, keepdim=True)
-        towards = mean / mean.square().sum().sqrt().clamp(min=1e-30)
-        centre = towards * torch.einsum("jd,d->j", k.detach(), towards[0]).min().clamp(min=0)
-    return q - centre, k - centre
+        direction = mean / mean.square().sum().sqrt().clamp(min=1e-30)
+        center = direction * torch.einsum("jd,d->j", k.detach(), direction[0]).min().clamp(min=0)
+    return q - center, k - center
 
 
 def _distance_as_product(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -109,13 +111,14 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     "additive": additive,
 }
 
-# What the plain way is for scores that kernels take as a dot product: a distance, done so, rounds at the size of |q|^2
-# and |k|^2 (once the keys are moved towards the origin) instead of |q - k|^2. It is a way to round, not another truth: float64 never takes it.
+# Baselines of scores that backends compute as a dot product: such a distance rounds at the size of |q|^2 and |k|^2 (of
+# keys translated direction the origin) instead of |q - k|^2. This only changes the rounding; the float64 reference does
+# not use it.
 AS_PRODUCT: dict[str, Callable[..., Tensor]] = {"gaussian": gaussian_as_product, "distance": distance_as_product}
 
 
 def one_by_one(pair: Callable[[Tensor, Tensor], Tensor]) -> Score:
-    """A score from its formula for one query vector and one key vector."""
+    """Return a score from its formula for one query vector and one key vector."""
 
     def score(q: Tensor, k: Tensor, h: int, g: int) -> Tensor:
         if not len(q) or not len(k):
@@ -126,18 +129,18 @@ def one_by_one(pair: Callable[[Tensor, Tensor], Tensor]) -> Score:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Normalizers: rows of scores, at least one of each finite, the rest perhaps -inf.
+# Normalizers of rows of scores, of which at least one is finite and others may be -inf.
 
 
 def softmax(s: Tensor, h: int, sink: Any = None) -> Tensor:
     top = s.detach().amax(-1, keepdim=True)
     if sink is None:
-        grown = (s - top).exp()
-        return grown / grown.sum(-1, keepdim=True)
+        exponentials = (s - top).exp()
+        return exponentials / exponentials.sum(-1, keepdim=True)
     sink = torch.as_tensor(of_head(sink, h), dtype=s.dtype)
     top = torch.maximum(top, sink.detach())
-    grown = (s - top).exp()
-    return grown / (grown.sum(-1, keepdim=True) + (sink - top).exp())
+    exponentials = (s - top).exp()
+    return exponentials / (exponentials.sum(-1, keepdim=True) + (sink - top).exp())
 
 
 def sigmoid(s: Tensor, h: int, bias: Any = 0.0) -> Tensor:
@@ -145,24 +148,24 @@ def sigmoid(s: Tensor, h: int, bias: Any = 0.0) -> Tensor:
 
 
 def sparsemax(s: Tensor, h: int) -> Tensor:
-    """Martins, Astudillo (2016), algorithm 1: sort, and keep the scores that lie above the threshold they imply."""
-    # Moved so that the largest is 0, which changes no weight: the threshold is then no larger than the weights.
+    """Martins, Astudillo (2016), algorithm 1: sort, and keep the scores above the threshold that they imply."""
+    # Subtract the maximum, which changes no weight: then the threshold is no larger than the weights.
     s = s - s.detach().amax(-1, keepdim=True)
     size = torch.arange(1, s.shape[-1] + 1, dtype=s.dtype)
     down = s.sort(-1, descending=True).values
-    # -inf sorts last, where it cannot belong to the support.
+    # -inf sorts last, outside the support.
     total = torch.where(down > -math.inf, down, 0.0).cumsum(-1)
     support = (down > -math.inf) & (1 + size * down > total)
     count = support.sum(-1, keepdim=True)
     tau = (total.gather(-1, count - 1) - 1) / count
-    # A running total rounds at every step: in float64, 131 weights were off by 70 units of the last place of their sum. (In
-    # float32 torch runs it in float64, so that no yardstick showed it.) Once more, then, from what they miss, which is small.
+    # cumsum rounds at every step: in float64, the error of 131 weights was 70 units in the last place of their sum. (In
+    # float32, torch accumulates in float64.) One correction step with the small residual removes this error.
     tau = tau + ((s - tau).clamp(min=0).sum(-1, keepdim=True) - 1) / count
     return (s - tau).clamp(min=0)
 
 
 def entmax(s: Tensor, h: int, alpha: float = 1.5) -> Tensor:
-    """Bisection for tau, then one step of Newton's method with a graph: at the root, it gives tau its true gradient."""
+    """Bisection for tau, then one differentiable step of Newton's method, which gives tau its exact gradient."""
     power = 1 / (alpha - 1)
     z = (alpha - 1) * s
     with torch.no_grad():
@@ -186,17 +189,19 @@ NORMALIZERS: dict[str, Callable[..., Tensor]] = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Biases (H, L, S), by how many positions each key lies behind its query.
+# Biases (H, L, S), from the number of positions of each key before its query.
 
 
 def behind(L: int, S: int, align: str | int | None) -> list[list[int]]:
-    """[i][j]: how far key j lies behind query i, which stands at key i ("start"), i + S - L ("end") or i + n (n)."""
+    """Return [i][j]: the number of positions of key j before query i, at key i ("start"), i + S - L ("end") or i + n
+    (n).
+    """
     first = {"start": 0, "end": S - L, None: 0}.get(align, align)  # type: ignore[arg-type]
     return [[first + i - j for j in range(S)] for i in range(L)]  # type: ignore[operator]
 
 
 def alibi(H: int, steps: list[list[int]], slopes: Tensor | None, like: Tensor) -> Tensor:
-    """Press, Smith, Lewis (2022): the penalty grows with the distance, by a slope per head."""
+    """Press, Smith, Lewis (2022): a penalty proportional to the distance, with a slope per head."""
     if slopes is None:
         slopes = torch.tensor(_alibi_slopes(H), dtype=torch.float64)
     far = torch.tensor([[abs(step) for step in row] for row in steps]).reshape(len(steps), -1).to(like.dtype)
@@ -205,7 +210,7 @@ def alibi(H: int, steps: list[list[int]], slopes: Tensor | None, like: Tensor) -
 
 def _alibi_slopes(H: int) -> list[float]:
     # "For n heads, our set of slopes is the geometric sequence that starts at 2^(-8/n) and uses that same value as its
-    # ratio"; the authors' code fills up other n from the sequence of the next power of two, every second one.
+    # ratio"; the authors' code extends it for other n by every second slope of the next power of two.
     if H & (H - 1) == 0:
         return [(2 ** (-8 / H)) ** (h + 1) for h in range(H)]
     power = 2 ** int(math.log2(H))
@@ -213,7 +218,7 @@ def _alibi_slopes(H: int) -> list[float]:
 
 
 def t5(steps: list[list[int]], table: Tensor, bidirectional: bool, max_distance: int) -> Tensor:
-    """Raffel et al. (2020): a number per bucket of distances and head, table (buckets, H)."""
+    """Raffel et al. (2020): a bias per bucket of distances and head, table (buckets, H)."""
     bucket = [[_t5_bucket(step, len(table), bidirectional, max_distance) for step in row] for row in steps]
     index = torch.tensor(bucket, dtype=torch.int64).reshape(len(steps), -1)
     return torch.stack([table[:, h][index] for h in range(table.shape[1])])
@@ -227,7 +232,7 @@ def _t5_bucket(step: int, buckets: int, bidirectional: bool, max_distance: int) 
     exact = buckets // 2
     if far < exact:
         return start + far
-    # exact + floor(log(far / exact) / log(max_distance / exact) * rest), in whole numbers: the most steps m with
+    # exact + floor(log(far / exact) / log(max_distance / exact) * rest), in integers: the most steps m with
     # (max_distance / exact)^(m / rest) <= far / exact.
     rest = buckets - exact
     steps = 0
@@ -253,11 +258,11 @@ def _mix(x: int) -> int:
 
 
 def keep(B: int, H: int, L: int, S: int, seed: int, rate: float) -> Tensor:
-    """Which weights survive dropout, bool (B, H, L, S), by whole numbers of 32 bits."""
-    kept = torch.zeros(B, H, L, S, dtype=torch.bool)
+    """Return which weights dropout keeps, bool (B, H, L, S), with 32-bit integer arithmetic."""
+    keep_mask = torch.zeros(B, H, L, S, dtype=torch.bool)
     threshold = min(round(rate * 2**32), 2**32 - 1)
     if rate >= 1:
-        return kept
+        return keep_mask
     for b in range(B):
         for h in range(H):
             for i in range(L):
@@ -265,9 +270,9 @@ def keep(B: int, H: int, L: int, S: int, seed: int, rate: float) -> Tensor:
                 for part in (seed >> 32, b, h, i):
                     row = _mix((row * _GOLDEN ^ part) & _MASK)
                 factor = _mix(row ^ _GOLDEN) | 1
-                words = [_mix((j + row) * factor & _MASK) for j in range(S)]
-                kept[b, h, i] = torch.tensor([word >= threshold for word in words], dtype=torch.bool)
-    return kept
+                hashes = [_mix((j + row) * factor & _MASK) for j in range(S)]
+                keep_mask[b, h, i] = torch.tensor([x >= threshold for x in hashes], dtype=torch.bool)
+    return keep_mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,17 +289,17 @@ def attend(
     allowed: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    kept: Tensor | None = None,
+    keep_mask: Tensor | None = None,
     rate: float = 0.0,
     sink: Any = None,
     top: int = 0,
     member: Tensor | None = None,
     rows: Sequence[int] = (),
 ) -> dict[str, Tensor]:
-    """The output and every summary, by name; besides, (B, H, L, S): `scores`, masked, and `bias`.
+    """Return the output and all summaries by name, and the masked `scores` (B, H, L, S) and `bias` (B, H, L, S).
 
-    bias broadcasts to (B, H, L, S); `kept` (B, H, L, S) are the weights that dropout leaves; `sink` is that of the
-    normalizer, for the log-sum-exp; member (B, N, S) are groups of keys.
+    `bias` broadcasts to (B, H, L, S). `keep_mask` (B, H, L, S) are the weights that dropout keeps. `sink` is that of
+    the normalizer, for the log-sum-exp. `member` (B, N, S) are groups of keys.
     """
     (B, H, L, _), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
     allowed = torch.ones(B, H, L, S, dtype=torch.bool) if allowed is None else allowed
@@ -307,59 +312,61 @@ def attend(
             s = s if softcap is None else softcap * torch.tanh(s / softcap)
             s = s if bias is None else s + bias[b, h]
             s = torch.where(allowed[b, h], s, -math.inf)
-            there = s > -math.inf
-            some = there.any(-1, keepdim=True)
+            present = s > -math.inf
+            any_present = present.any(-1, keepdim=True)
             p = s
             if S:
-                p = normalizer(torch.where(some, s, 0.0), h)
-                p = torch.where(some & there, p, 0.0)
-            dealt = p if kept is None else torch.where(kept[b, h], p, 0.0) * (1 / (1 - rate) if rate < 1 else 0.0)
-            parts["out"].append(torch.einsum("ij,je->ie", dealt, v[b, g]))
+                p = normalizer(torch.where(any_present, s, 0.0), h)
+                p = torch.where(any_present & present, p, 0.0)
+            dropped = (
+                p if keep_mask is None else torch.where(keep_mask[b, h], p, 0.0) * (1 / (1 - rate) if rate < 1 else 0.0)
+            )
+            parts["out"].append(torch.einsum("ij,je->ie", dropped, v[b, g]))
             parts["lse"].append(_log_sum_exp(s, of_head(sink, h)))
             parts["full"].append(p)
             parts["scores"].append(s)
     shapes = {"out": (B, H, L, E), "lse": (B, H, L), "full": (B, H, L, S), "scores": (B, H, L, S)}
-    found = {n: torch.stack(x).reshape(shapes[n]) if x else q.new_zeros(shapes[n]) for n, x in parts.items()}
+    results = {n: torch.stack(x).reshape(shapes[n]) if x else q.new_zeros(shapes[n]) for n, x in parts.items()}
     if bias is not None:
-        found["bias"] = bias
-    p = found["full"]
-    found["max"] = p.amax(-1) if S else p.new_zeros(B, H, L)
-    found["entropy"] = -torch.where(p > 0, p * torch.where(p > 0, p, 1.0).log(), 0.0).sum(-1)
-    found["received"] = p.sum(2)
-    found["rows"] = p[:, :, list(rows)]
+        results["bias"] = bias
+    p = results["full"]
+    results["max"] = p.amax(-1) if S else p.new_zeros(B, H, L)
+    results["entropy"] = -torch.where(p > 0, p * torch.where(p > 0, p, 1.0).log(), 0.0).sum(-1)
+    results["received"] = p.sum(2)
+    results["rows"] = p[:, :, list(rows)]
     if member is not None:
-        found["mass"] = torch.einsum("bhij,bnj->bhin", p, member.to(p.dtype))
+        results["mass"] = torch.einsum("bhij,bnj->bhin", p, member.to(p.dtype))
     if top:
         best = p.sort(-1, descending=True).values[..., :top]
-        found["top_weights"] = torch.nn.functional.pad(best, (0, top - best.shape[-1]))
-    return found
+        results["top_weights"] = torch.nn.functional.pad(best, (0, top - best.shape[-1]))
+    return results
 
 
 def _log_sum_exp(s: Tensor, sink: Any) -> Tensor:
-    """Over the last axis, and a sink; -inf where there is nothing to sum."""
+    """Return the log-sum-exp over the last dimension, including a sink; -inf if all scores are -inf."""
     if sink is not None:
         s = torch.cat([s, torch.as_tensor(sink, dtype=s.dtype).expand(len(s), 1)], 1)
     if not s.shape[1]:
         return s.new_full((len(s),), -math.inf)
     top = s.detach().amax(-1, keepdim=True)
-    some = top > -math.inf
-    total = torch.where(some, s - torch.where(some, top, 0.0), 0.0).exp().sum(-1)
-    return torch.where(some[:, 0], total.log() + torch.where(some, top, 0.0)[:, 0], -math.inf)
+    any_present = top > -math.inf
+    total = torch.where(any_present, s - torch.where(any_present, top, 0.0), 0.0).exp().sum(-1)
+    return torch.where(any_present[:, 0], total.log() + torch.where(any_present, top, 0.0)[:, 0], -math.inf)
 
 
-def kinks(found: dict[str, Tensor], margin: float, alpha: float | None = None, top: int = 0) -> dict[str, Tensor]:
-    """The rows (B, H, L) whose derivatives are about to jump: rounding may put them on either side.
+def kinks(results: dict[str, Tensor], margin: float, alpha: float | None = None, top: int = 0) -> dict[str, Tensor]:
+    """Return the rows (B, H, L) close to a jump of a derivative, where rounding decides which side a backend is on.
 
-    "max" and "top": two of the largest scores differ by less than `margin`; "weights": a score lies within `margin` of
+    "max" and "top": two of the largest scores differ by less than `margin`. "weights": a score lies within `margin` of
     the threshold of entmax.
     """
-    s, p = found["scores"].detach(), found["full"].detach()
-    nobody = torch.zeros(s.shape[:3], dtype=torch.bool)
+    s, p = results["scores"].detach(), results["full"].detach()
+    no_rows = torch.zeros(s.shape[:3], dtype=torch.bool)
     if not s.shape[-1]:
-        return {"max": nobody, "top": nobody, "weights": nobody}
+        return {"max": no_rows, "top": no_rows, "weights": no_rows}
     best = s.sort(-1, descending=True).values
     close = (best[..., :-1] - best[..., 1:]) < margin
-    rows = {"max": close[..., :1].any(-1), "top": close[..., :top].any(-1), "weights": nobody}
+    rows = {"max": close[..., :1].any(-1), "top": close[..., :top].any(-1), "weights": no_rows}
     if alpha is not None:
         # On the support, p = gap^(1 / (alpha - 1)) with gap = (alpha - 1) s - tau.
         gap = torch.where(p > 0, p, 1.0) ** (alpha - 1)

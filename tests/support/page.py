@@ -1,4 +1,4 @@
-"""What a page holds and shows, read back; and tokens that no page may take for markup."""
+"""Readers for the data and the content of pages, and tokens that must not become markup."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ TOKENS = ["[CLS]", "the", "cat", HOSTILE, "un", "##like", "'", '"', "&amp;", "{{
 
 
 def block(document: str) -> dict[str, Any]:
-    """The data in a page."""
-    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', document, re.S)
-    assert found
-    loaded: dict[str, Any] = json.loads(found[1])
+    """Return the data of a page."""
+    match = re.search(r'<script id="data" type="application/json">(.*?)</script>', document, re.S)
+    assert match
+    loaded: dict[str, Any] = json.loads(match[1])
     return loaded
 
 
-def unpacked(text: str) -> list[int]:
+def decode_varints(text: str) -> list[int]:
+    """Decode base64 varints."""
     numbers, number, shift = [], 0, 0
     for byte in base64.b64decode(text):
         number |= (byte & 127) << shift
@@ -31,8 +32,8 @@ def unpacked(text: str) -> list[int]:
 
 
 def read_back(text: str, queries: int) -> list[tuple[bool, dict[int, float]]]:
-    """The rows of a packed head: (complete, {key: weight}), after the description in pack.py and not its code."""
-    stream = iter(unpacked(text))
+    """Decode the rows of a head as (complete, {key: weight}), as specified in pack.py but without its code."""
+    stream = iter(decode_varints(text))
     out = []
     for _ in range(queries):
         head, key, row = next(stream), -1, {}
@@ -45,5 +46,6 @@ def read_back(text: str, queries: int) -> list[tuple[bool, dict[int, float]]]:
 
 
 def figures(tab: Any, kind: str) -> list[str]:
-    found: list[str] = tab.locator(f".column.{kind} .figure").all_text_contents()
-    return found
+    """Return the numbers beside the tokens of a column, "query" or "key"."""
+    texts: list[str] = tab.locator(f".column.{kind} .figure").all_text_contents()
+    return texts

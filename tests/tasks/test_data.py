@@ -1,4 +1,4 @@
-"""Files become examples, or an error that says where and why."""
+"""Files are read as examples, or raise an error with the location and the cause."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from regard.tasks.data import DataError, Labelled, Pair, Place, Tagged, read_labelled, read_pairs, read_tagged
+from regard.tasks.data import DataError, Labeled, Location, Pair, Tagged, read_labeled, read_pairs, read_tagged
 
 
 @pytest.fixture
@@ -27,18 +27,18 @@ Write = Callable[[str, bytes | str], Path]
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
-def test_pairs_of_two_files(write: Write, ending: str) -> None:
+def test_read_pairs_from_two_files(write: Write, ending: str) -> None:
     one, two = write(f"a.en{ending}", "a b\n\u2028c d\n"), write(f"a.de{ending}", "\ufeffä\r\nö")
-    assert read_pairs([one, two]) == [Pair("a b", "ä", Place(one, 1)), Pair("c d", "ö", Place(one, 2))]
+    assert read_pairs([one, two]) == [Pair("a b", "ä", Location(one, 1)), Pair("c d", "ö", Location(one, 2))]
 
 
-def test_pairs_and_labels_of_columns(write: Write) -> None:
+def test_read_two_columns(write: Write) -> None:
     path = write("a.tsv", "source\ttarget\na b\tc\n\n x \ty z\n")
-    assert read_pairs([path]) == [Pair("a b", "c", Place(path, 2)), Pair("x", "y z", Place(path, 4))]
+    assert read_pairs([path]) == [Pair("a b", "c", Location(path, 2)), Pair("x", "y z", Location(path, 4))]
     path, other = write("b.tsv", "sentence\tLabel\ngood\t1\n"), write("c.tsv", "bad\t0\n")
-    assert read_labelled([path, other]) == [
-        Labelled("good", "1", Place(path, 2)),
-        Labelled("bad", "0", Place(other, 1)),
+    assert read_labeled([path, other]) == [
+        Labeled("good", "1", Location(path, 2)),
+        Labeled("bad", "0", Location(other, 1)),
     ]
 
 
@@ -57,11 +57,11 @@ CONLLU = """# newdoc
 """
 
 
-def test_tagged(write: Write) -> None:
+def test_read_tagged(write: Write) -> None:
     path = write("a.conllu.gz", CONLLU)
     assert read_tagged([path]) == [
-        Tagged(["vamos", "nos", "mar"], ["VERB", "PRON", "NOUN"], Place(path, 4)),
-        Tagged(["Sí"], ["INTJ"], Place(path, 12)),
+        Tagged(["vamos", "nos", "mar"], ["VERB", "PRON", "NOUN"], Location(path, 4)),
+        Tagged(["Sí"], ["INTJ"], Location(path, 12)),
     ]
 
 
@@ -71,44 +71,44 @@ def _message(read: Callable[[Sequence[Path]], Any], *paths: Path) -> str:
     return str(error.value).replace(f"{paths[0].parent}/", "")
 
 
-def test_what_is_wrong_is_said_with_its_place(write: Write, tmp_path: Path) -> None:
+def test_errors_name_location_and_cause(write: Write, tmp_path: Path) -> None:
     absent = tmp_path / "absent.tsv"
     assert _message(read_pairs, absent) == "absent.tsv: cannot be read (No such file or directory)"
     assert _message(read_pairs, write("e.tsv", " \n\n")) == "e.tsv: is empty"
-    assert _message(read_labelled, write("h.tsv", "text\tlabel\n")) == "h.tsv: has no examples, only a header"
+    assert _message(read_labeled, write("h.tsv", "text\tlabel\n")) == "h.tsv: has no examples, only a header"
     assert _message(read_pairs, write("c.tsv", "a\tb\na b c\n")) == (
         "c.tsv, line 2: has 1 column; expected two: source, tab, target"
     )
-    assert _message(read_labelled, write("c.tsv", "a\tb\tc\n")) == (
+    assert _message(read_labeled, write("c.tsv", "a\tb\tc\n")) == (
         "c.tsv, line 1: has 3 columns; expected two: text, tab, label"
     )
-    assert _message(read_labelled, write("c.tsv", "a\tb\n\tc\n")) == (
+    assert _message(read_labeled, write("c.tsv", "a\tb\n\tc\n")) == (
         "c.tsv, line 2: the first column is empty; expected text, tab, label"
     )
-    assert _message(read_labelled, write("c.tsv", "a\t \n")) == (
+    assert _message(read_labeled, write("c.tsv", "a\t \n")) == (
         "c.tsv, line 1: the second column is empty; expected text, tab, label"
     )
     assert _message(read_pairs, write("l.tsv", "a\tb\nsch\xf6n\tc\n".encode("latin-1"))) == (
         "l.tsv, line 2: byte 4, 0xf6, is not UTF-8; save the file as UTF-8"
     )
     assert _message(read_pairs, write("a", "1\n2\n"), write("b", "1\n")) == (
-        "a has 2 lines, but b has 1; expected as many"
+        "a has 2 lines, but b has 1; expected equal numbers"
     )
     assert _message(read_pairs, write("a", "1\n2\n"), write("b", "1\n\n")) == (
-        "b, line 2: is empty, but line 2 of the other file is to match it"
+        "b, line 2: is empty; expected the counterpart of line 2 of the other file"
     )
     assert _message(read_pairs, *[write("a", "1\n")] * 3) == (
-        "3 files are given; expected one with two columns, or two with a line each"
+        "got 3 files; expected one with two columns, or two with parallel lines"
     )
     assert _message(read_pairs, write("g.tsv", "a\tb\n").rename(tmp_path / "g.gz")) == (
-        "g.gz: is no whole gzip file (Not a gzipped file (b'a\\t'))"
+        "g.gz: is not a complete gzip file (Not a gzipped file (b'a\\t'))"
     )
     short = tmp_path / "t.gz"
     short.write_bytes(gzip.compress(b"a\tb\n" * 99)[:-9])
-    assert _message(read_pairs, short).startswith("t.gz: is no whole gzip file (")
+    assert _message(read_pairs, short).startswith("t.gz: is not a complete gzip file (")
     assert _message(read_tagged, write("u.conllu", "1\ta\ta\t_\t_\t_\t0\troot\t_\t_\n")) == (
-        "u.conllu, line 1: 'a', in the sentence that begins here, has no tag (column 4, UPOS)"
+        "u.conllu, line 1: 'a', in the sentence that starts here, has no tag (column 4, UPOS)"
     )
     assert _message(read_tagged, write("u.conllu", "\n\n1 a DET\nx\n")).startswith(
-        "u.conllu, line 3: the sentence that begins here is not CoNLL-U ("
+        "u.conllu, line 3: the sentence that starts here is not valid CoNLL-U ("
     )

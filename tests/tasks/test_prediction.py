@@ -1,4 +1,4 @@
-"""Training, measuring, predicting and looking from the command line, as its users do."""
+"""The commands train, evaluate, predict and look, on small models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = ["--width", "32", "--layers", "1", "--batch", "64", "--rate", "0.01", "-
 
 
 def run(*arguments: str, expect: int = 0, stdin: str = "") -> str:
-    """What a command prints, or says where it goes wrong; in this process, for each new one takes seconds."""
+    """Return the output of a command, or its error. Runs in this process, since a new one takes seconds."""
     out, errors = io.StringIO(), io.StringIO()
     with (
         redirect_stdout(out), redirect_stderr(errors), patch.object(sys, "stdin", io.StringIO(stdin)),
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def translator(folder: Path) -> str:
-    """Trained on two files, with two files to choose by."""
+    """A model trained on two files, with two files of dev examples."""
     examples = [(p.source[:2], p.source) for p in pairs(80)]
     for part, some in (("train", examples[:60]), ("dev", examples[60:])):
         for side, ending in ((0, "en"), (1, "de")):
@@ -46,46 +46,46 @@ def translator(folder: Path) -> str:
     options = ["--dev", names[2], "--dev", names[3], "--vocabulary", "40", "--heads", "2", "--epochs", "2"]
     out = str(folder / "translator")
     done = run("train", "translate", *names[:2], *options, *SMALL, "--out", out)
-    assert "60 examples to learn from, 20 to choose by; transformer model" in done
+    assert "60 training examples, 20 dev examples; transformer model" in done
     assert "epoch   2/2" in done
     assert "BLEU" in done
     return out
 
 
-def test_translate(translator: str, folder: Path) -> None:
-    measured = json.loads(
+def test_translate_evaluates_and_predicts(translator: str, folder: Path) -> None:
+    metrics = json.loads(
         run("evaluate", translator, str(folder / "dev.en"), str(folder / "dev.de"), "--json", "--beams", "2")
     )
-    assert measured.keys() == {"examples", "BLEU", "chrF"}
-    assert measured["examples"] == 20
+    assert metrics.keys() == {"examples", "BLEU", "chrF"}
+    assert metrics["examples"] == 20
     texts = folder / "texts"
     texts.write_text("ab\n\ncd\n")
     lines = run("predict", translator, str(texts)).splitlines()
     assert len(lines) == 3
     assert run("predict", translator, stdin="ab\n\ncd\n").splitlines() == lines
-    one = json.loads(run("predict", translator, "ab", "--json"))
-    assert one["text"] == lines[0]
-    assert len(one["weights"]) == len(one["target"]) + 1
+    prediction = json.loads(run("predict", translator, "ab", "--json"))
+    assert prediction["text"] == lines[0]
+    assert len(prediction["weights"]) == len(prediction["target"]) + 1
     assert run("predict", translator, "ab") == f"{lines[0]}\n"
 
 
-def test_look_at_a_translation(translator: str, folder: Path) -> None:
+def test_look_at_translation(translator: str, folder: Path) -> None:
     page = folder / "page.html"
     out = run("look", translator, "abc", "--out", str(page))
-    for word in ("encoder", "cross"):
-        assert word in out
+    for expected in ("encoder", "cross"):
+        assert expected in out
     assert "translator" in page.read_text(encoding="utf-8")
     assert "expected one text, in quotes" in run("look", translator, "a", "b", "--out", str(page), expect=2)
 
 
 @pytest.mark.parametrize("model", ["recurrent", "transformer"])
-def test_tag(model: str, folder: Path) -> None:
+def test_tag_trains_and_predicts(model: str, folder: Path) -> None:
     path, out = folder / "tags.conllu", str(folder / f"tagger-{model}")
     rows = ["".join(f"{i}\t{w}\t_\t{t}\t_\t_\t_\t_\t_\t_\n" for i, (w, t) in enumerate(zip(s.words, s.tags, strict=True), 1))
             for s in sentences(60)]  # fmt: skip
     path.write_text("\n".join(rows))
     done = run("train", "tag", str(path), *SMALL, "--epochs", "1", "--model", model, "--out", out)
-    assert "57 examples to learn from, 3 to choose by" in done
+    assert "57 training examples, 3 dev examples" in done
     assert "accuracy" in run("evaluate", out, str(path))
     tagged = run("predict", out, "zu bdfes klgung").split()
     assert [token.split("/")[0] for token in tagged] == ["zu", "bdfes", "klgung"]
@@ -95,30 +95,40 @@ def test_tag(model: str, folder: Path) -> None:
         assert "layer 1" in run("look", out, "zu bdfes klgung", "--out", str(folder / "p"))
 
 
-def test_classify(folder: Path) -> None:
+def test_classify_trains_and_predicts(folder: Path) -> None:
     path, out = folder / "reviews.tsv", str(folder / "classifier")
-    path.write_text("text\tlabel\n" + "".join(f"{one.text}\t{one.label}\n" for one in reviews(60)))
+    path.write_text("text\tlabel\n" + "".join(f"{review.text}\t{review.label}\n" for review in reviews(60)))
     run("train", "classify", str(path), *SMALL, "--epochs", "1", "--model", "conv", "--out", out)
-    label, chance = run("predict", out, "good but bad").split("\t")
+    label, probability = run("predict", out, "good but bad").split("\t")
     assert label in ("+", "-")
-    assert 0.5 <= float(chance) <= 1
+    assert 0.5 <= float(probability) <= 1
     (folder / "new.tsv").write_text("fine\t?\n")
     wrong = run("evaluate", out, str(folder / "new.tsv"), expect=2)
-    assert "new.tsv, line 1: the label '?' was not seen in training" in wrong
+    assert "new.tsv, line 1: label is '?'; expected one of those in the training data: " in wrong
 
 
-def test_bad_calls(folder: Path) -> None:
-    def told(*arguments: str) -> str:
+@pytest.mark.parametrize("option", ["--nproc", "--workers"])
+def test_train_with_several_processes(option: str, folder: Path) -> None:
+    """The file metrics.json names the setting as in version 0.1, whose option `--workers` is accepted."""
+    path, out = folder / f"reviews{option}.tsv", folder / f"classifier{option}"
+    path.write_text("".join(f"{review.text}\t{review.label}\n" for review in reviews(40)))
+    run("train", "classify", str(path), *SMALL, "--epochs", "1", "--model", "conv", option, "2", "--out", str(out))
+    assert json.loads((out / "metrics.json").read_text())["training"]["workers"] == 2
+
+
+def test_train_reports_invalid_arguments(folder: Path) -> None:
+    def error(*arguments: str) -> str:
         return run(*arguments, "--out", str(folder / "never"), expect=2)
 
-    assert "DATA: no file is given; expected some to learn tag from" in told("train", "tag")
-    assert "--model: 'conv'; expected one of transformer, recurrent, for translate" in told(
+    assert "DATA: is missing; expected at least one file of examples for tag" in error("train", "tag")
+    assert "expected --nproc alone" in error("train", "tag", "x", "--nproc", "2", "--workers", "2")
+    assert "--model: 'conv'; expected one of transformer, recurrent, for translate" in error(
         "train", "translate", "x", "--model", "conv"
     )
-    assert "--hidden: the conv model of tag has no such setting" in told(
+    assert "--hidden: the conv model of tag has no such setting" in error(
         "train", "tag", "x", "--model", "conv", "--hidden", "3"
     )
-    assert "absent.tsv: cannot be read" in told("train", "classify", str(folder / "absent.tsv"))
+    assert "absent.tsv: cannot be read" in error("train", "classify", str(folder / "absent.tsv"))
     assert not (folder / "never").exists()
     gone = run("predict", str(folder / "never"), "x", expect=2)
-    assert "is no directory of a trained model" in gone
+    assert "is not a directory of a trained model" in gone

@@ -1,4 +1,4 @@
-"""Training learns, repeats itself, survives interruptions, and leaves a directory that can be opened."""
+"""Training converges, is reproducible, resumes after interruptions, and writes a directory that can be loaded."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import torch
 from support.examples import pairs, reviews, sentences
 
 from regard.tasks import classify, tag, translate
-from regard.tasks.data import DataError, Labelled, Place, Tagged, split
+from regard.tasks.data import DataError, Labeled, Location, Tagged, split
 from regard.tasks.open import is_task, open_task
 from regard.tasks.task import Task
 from regard.tasks.train import Epoch, Step, Training, train
 
 _SMALL = {"width": 32, "layers": 1, "dropout": 0.0}
 _QUICK = Training(epochs=2, batch=64, rate=0.01, warmup=5)
-SEQUENCES = translate.Settings(units="symbols", heads=2, hidden=32, **_SMALL)
-# A task, its settings, examples, and how well it does after some epochs.
+SEQUENCES = translate.TranslateSettings(units="symbols", heads=2, hidden=32, **_SMALL)
+# Task class, settings, examples, number of epochs, and the bound of the metric after them.
 TASKS: dict[str, tuple[type[Task], Any, Callable[..., Any], int, float]] = {
     "transformer": (translate.Translate, SEQUENCES, pairs, 30, 25.0),
     "recurrent": (translate.Translate, replace(SEQUENCES, model="recurrent"), pairs, 15, 25.0),
-    **{f"tag, {kind}": (tag.Tag, tag.Settings(kind, heads=2, **_SMALL), sentences, 6, 97.0)
+    **{f"tag, {kind}": (tag.Tag, tag.TagSettings(kind, heads=2, **_SMALL), sentences, 6, 97.0)
        for kind in ("recurrent", "transformer", "conv")},
-    **{f"classify, {kind}": (classify.Classify, classify.Settings(kind, heads=2, **_SMALL), reviews, 8, 97.0)
+    **{f"classify, {kind}": (classify.Classify, classify.ClassifySettings(kind, heads=2, **_SMALL), reviews, 8, 97.0)
        for kind in ("recurrent", "transformer", "conv")},
 }  # fmt: skip
 
@@ -40,23 +40,23 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-LONG = {"transformer"}  # half a minute
+SLOW = {"transformer"}  # half a minute
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in TASKS])
-def test_it_learns_and_is_kept(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TASKS])
+def test_train_learns_and_saves_best_epoch(name: str, tmp_path: Path) -> None:
     kind, settings, make, epochs, goal = TASKS[name]
-    told: list[Step | Epoch] = []
+    events: list[Step | Epoch] = []
     training = replace(_QUICK, epochs=epochs, patience=epochs)
-    task, history = train(kind, settings, training, make(600), make(100, 1), tmp_path, tell=told.append)
+    task, history = train(kind, settings, training, make(600), make(100, 1), tmp_path, tell=events.append)
     best = history.best
     assert best is not None
-    measured = best.dev[task.metric]
-    assert measured <= goal if task.fewer_is_better else measured >= goal
-    assert [one for one in told if isinstance(one, Epoch)] == history.epochs
-    steps = [one for one in told if isinstance(one, Step) and one.epoch == 1]
-    assert [one.done for one in steps] == list(range(1, steps[0].steps + 1))
-    # What was kept is the best, and does the same once it is opened.
+    value = best.dev[task.metric]
+    assert value <= goal if task.fewer_is_better else value >= goal
+    assert [event for event in events if isinstance(event, Epoch)] == history.epochs
+    steps = [event for event in events if isinstance(event, Step) and event.epoch == 1]
+    assert [step.done for step in steps] == list(range(1, steps[0].steps + 1))
+    # The saved model is that of the best epoch.
     assert is_task(tmp_path)
     again = open_task(tmp_path)
     dev = make(100, 1)
@@ -69,7 +69,7 @@ def test_it_learns_and_is_kept(name: str, tmp_path: Path) -> None:
     assert len(metrics["epochs"]) == len(history.epochs)
 
 
-def test_what_predictions_tell(tmp_path: Path) -> None:
+def test_predictions_have_probabilities_and_weights(tmp_path: Path) -> None:
     task = translate.Translate.begin(SEQUENCES, pairs(50))
     one, two = task.predict(["abc", "dd"], beams=3)
     assert one.source == ["a", "b", "c", "</s>"]
@@ -78,37 +78,37 @@ def test_what_predictions_tell(tmp_path: Path) -> None:
     assert two == task.predict(["dd"], beams=3, align=False)[0]._replace(weights=two.weights)
     assert one.text == " ".join(one.target)
 
-    labels = tag.Tag.begin(tag.Settings(heads=2, **_SMALL), sentences(50))
-    (found,) = labels.predict(["Do not, bdfung!"])
-    assert found.words == ["Do", "not", ",", "bdfung", "!"]
-    assert len(found.tags) == len(found.chances) == 5
+    labels = tag.Tag.begin(tag.TagSettings(heads=2, **_SMALL), sentences(50))
+    (tagging,) = labels.predict(["Do not, bdfung!"])
+    assert tagging.words == ["Do", "not", ",", "bdfung", "!"]
+    assert len(tagging.tags) == len(tagging.chances) == 5
     assert labels.predict([" "])[0].words == []
 
-    review = classify.Classify.begin(classify.Settings(heads=2, **_SMALL), reviews(50))
-    (told,) = review.predict(["good but the plot"])
-    assert set(told.chances) == {"+", "-"}
-    assert abs(sum(told.chances.values()) - 1) < 1e-5
-    assert told.chances[told.label] == max(told.chances.values())
-    assert told.weights.shape == (4,)
-    assert abs(float(told.weights.sum()) - 1) < 1e-5
+    review = classify.Classify.begin(classify.ClassifySettings(heads=2, **_SMALL), reviews(50))
+    (prediction,) = review.predict(["good but the plot"])
+    assert set(prediction.chances) == {"+", "-"}
+    assert abs(sum(prediction.chances.values()) - 1) < 1e-5
+    assert prediction.chances[prediction.label] == max(prediction.chances.values())
+    assert prediction.weights.shape == (4,)
+    assert abs(float(prediction.weights.sum()) - 1) < 1e-5
 
 
 def _weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def _plain(history: Any) -> list[Epoch]:
+def _without_time(history: Any) -> list[Epoch]:
     return [replace(epoch, seconds=0.0) for epoch in history.epochs]
 
 
 @pytest.mark.parametrize("name", ["transformer", "recurrent", "tag, recurrent", "classify, transformer"])
-def test_the_same_seed_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+def test_same_seed_gives_same_bits(name: str, tmp_path: Path) -> None:
     kind, settings, make, _, _ = TASKS[name]
     settings = replace(settings, dropout=0.2)
     runs = {}
     for label, seed in (("one", 0), ("two", 0), ("other", 1)):
         _, history = train(kind, settings, replace(_QUICK, seed=seed), make(200), make(50, 1), tmp_path / label)
-        runs[label] = (_weights(tmp_path / label), _plain(history))
+        runs[label] = (_weights(tmp_path / label), _without_time(history))
     assert runs["one"] == runs["two"]
     assert runs["one"][0] != runs["other"][0]
 
@@ -118,40 +118,40 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("where", [(1, 3), (2, 1), (3, 4)])
-def test_it_goes_on_after_an_interruption(where: tuple[int, int], tmp_path: Path) -> None:
+def test_interrupted_run_resumes_to_same_model(where: tuple[int, int], tmp_path: Path) -> None:
     kind, settings, make, _, _ = TASKS["transformer"]
     settings, training = replace(settings, dropout=0.2), replace(_QUICK, epochs=4)
 
-    def stop(news: Step | Epoch) -> None:
-        if isinstance(news, Step) and (news.epoch, news.done) == where:
+    def stop(event: Step | Epoch) -> None:
+        if isinstance(event, Step) and (event.epoch, event.done) == where:
             raise Interrupted
 
     def run(folder: str, tell: Callable[[Step | Epoch], None] = lambda _: None) -> Any:
         return train(kind, settings, training, make(200), make(50, 1), tmp_path / folder, tell=tell)[1]
 
-    whole = run("whole")
+    uninterrupted = run("uninterrupted")
     with pytest.raises(Interrupted):
-        run("cut", stop)
-    torch.manual_seed(99)  # what happened in between does not matter
-    assert _plain(run("cut")) == _plain(whole)
-    assert _weights(tmp_path / "cut") == _weights(tmp_path / "whole")
+        run("interrupted", stop)
+    torch.manual_seed(99)  # the state of the default generator has no effect
+    assert _without_time(run("interrupted")) == _without_time(uninterrupted)
+    assert _weights(tmp_path / "interrupted") == _weights(tmp_path / "uninterrupted")
 
 
-def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_run_with_other_settings_is_not_resumed(tmp_path: Path) -> None:
     kind, settings, make, _, _ = TASKS["transformer"]
 
-    def stop(news: Step | Epoch) -> None:
-        if isinstance(news, Step) and news.epoch == 2:
+    def stop(event: Step | Epoch) -> None:
+        if isinstance(event, Step) and event.epoch == 2:
             raise Interrupted
 
     with pytest.raises(Interrupted):
         train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path, tell=stop)
     with pytest.raises(
-        DataError, match=r"interrupted run with other settings \(rate was 0.01, and is 0.02\); give the same"
+        DataError, match=r"interrupted run with other settings \(rate was 0.01 and is now 0.02\); use the same"
     ):
         train(kind, settings, replace(_QUICK, rate=0.02), make(100), make(20, 1), tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(DataError, match=r"checkpoint\.pt: is no checkpoint"):
+    with pytest.raises(DataError, match=r"checkpoint\.pt: is not a valid checkpoint"):
         train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path)
     (tmp_path / "checkpoint.pt").unlink()
     with pytest.raises(DataError, match="is not empty; expected a new directory, or one with an interrupted run"):
@@ -160,17 +160,16 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
         train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path / "config.json")
 
 
-def test_it_stops_where_nothing_gets_better(tmp_path: Path) -> None:
+def test_training_stops_without_improvement(tmp_path: Path) -> None:
     kind, settings, make, _, _ = TASKS["classify, recurrent"]
     training = replace(_QUICK, epochs=50, patience=2)
     _, history = train(kind, settings, training, make(300), make(50, 1), tmp_path)
     assert history.best is not None
     assert len(history.epochs) == history.best.number + 2 < 50
-    kept = open_task(tmp_path).evaluate(make(50, 1))
-    assert kept == history.best.dev
+    assert open_task(tmp_path).evaluate(make(50, 1)) == history.best.dev
 
 
-def test_which_of_two_is_better() -> None:
+def test_better_compares_metrics() -> None:
     def make(units: str) -> Any:
         return translate.Translate.begin(replace(SEQUENCES, units=units, vocabulary=30), pairs(20))
 
@@ -182,40 +181,44 @@ def test_which_of_two_is_better() -> None:
     assert make("symbols").better({"word error": 3.0, "symbol error": 1.0}, {"word error": 4.0, "symbol error": 0.5})
 
 
-def test_what_was_not_seen_in_training_is_said(tmp_path: Path) -> None:
-    place = Place(Path("new.tsv"), 7)
-    review = classify.Classify.begin(classify.Settings(heads=2, **_SMALL), reviews(20))
-    with pytest.raises(DataError, match=r"new\.tsv, line 7: the label '\?' was not seen in training; it saw '\+', '-'"):
-        review.evaluate([Labelled("good", "?", place)])
-    labels = tag.Tag.begin(tag.Settings(heads=2, **_SMALL), sentences(50))
+def test_unknown_labels_raise(tmp_path: Path) -> None:
+    place = Location(Path("new.tsv"), 7)
+    review = classify.Classify.begin(classify.ClassifySettings(heads=2, **_SMALL), reviews(20))
     with pytest.raises(
-        DataError, match=r"new\.tsv, line 7: 'it' has the tag 'X', which training did not see; it saw ADJ, "
+        DataError, match=r"new\.tsv, line 7: label is '\?'; expected one of those in the training data: '\+', '-'"
+    ):
+        review.evaluate([Labeled("good", "?", place)])
+    labels = tag.Tag.begin(tag.TagSettings(heads=2, **_SMALL), sentences(50))
+    with pytest.raises(
+        DataError, match=r"new\.tsv, line 7: tag of 'it' is 'X'; expected one of those in the training data: ADJ, "
     ):
         labels.evaluate([Tagged(["it"], ["X"], place)])
-    with pytest.raises(DataError, match="1 examples are too few to put some aside"):
+    with pytest.raises(DataError, match="got 1 examples, too few to hold some out"):
         split([1], [0.05])
 
 
-def test_a_bad_directory_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is no directory of a trained model \(config\.json: No such file"):
+def test_open_task_rejects_invalid_directories(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not a directory of a trained model \(config\.json: No such file"):
         open_task(tmp_path)
-    review = classify.Classify.begin(classify.Settings(heads=2, **_SMALL), reviews(20))
+    review = classify.Classify.begin(classify.ClassifySettings(heads=2, **_SMALL), reviews(20))
     review.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
 
-    def told(change: dict[str, Any]) -> str:
+    def error_after(change: dict[str, Any]) -> str:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(DataError) as error:
             open_task(tmp_path)
         return str(error.value)
 
-    assert "task is 'sing'; expected one of translate, tag, classify" in told({"task": "sing"})
-    assert "is not what this version of regard writes" in told({"settings": {"wide": 3}})
-    assert "is not what this version of regard writes" in told({"settings": {**config["settings"], "width": -1}})
-    assert "expected plain names" in told({"vocabularies": ["../../etc/passwd"]})
-    assert "does not hold the weights" in told({"settings": {**config["settings"], "width": 1_000_000}})
+    assert "task is 'sing'; expected one of translate, tag, classify" in error_after({"task": "sing"})
+    assert "is not a valid configuration for this version of regard" in error_after({"settings": {"wide": 3}})
+    assert "is not a valid configuration for this version of regard" in error_after(
+        {"settings": {**config["settings"], "width": -1}}
+    )
+    assert "expected plain names" in error_after({"vocabularies": ["../../etc/passwd"]})
+    assert "does not contain the weights" in error_after({"settings": {**config["settings"], "width": 1_000_000}})
     (tmp_path / "config.json").write_text("[")
-    with pytest.raises(DataError, match=r"config\.json: is no JSON"):
+    with pytest.raises(DataError, match=r"config\.json: is not valid JSON"):
         open_task(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04pickle")
@@ -223,12 +226,12 @@ def test_a_bad_directory_is_said(tmp_path: Path) -> None:
         open_task(tmp_path)
 
 
-def test_bad_settings() -> None:
+def test_invalid_settings_raise() -> None:
     with pytest.raises(ValueError, match="settings: model is 'x'; expected 'transformer' or 'recurrent'"):
-        translate.Settings(model="x")
+        translate.TranslateSettings(model="x")
     unknown: Any = "x"
     with pytest.raises(ValueError, match="settings: cell is 'x'; expected 'gru' or 'lstm'"):
-        translate.Settings(cell=unknown)
+        translate.TranslateSettings(cell=unknown)
     with pytest.raises(ValueError, match="training: rate is 0; expected a finite number > 0"):
         Training(rate=0)
     with pytest.raises(ValueError, match="training: average is 1; expected a number from 0 to 1, without 1"):

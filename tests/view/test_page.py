@@ -1,4 +1,4 @@
-"""The page, in a real browser: it shows what the tensors hold, asks for nothing, and no token can become markup."""
+"""The page in a real browser: it shows the weights of the tensors, makes no requests, and no token becomes markup."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ import torch
 from support.browser import Opener
 from support.page import HOSTILE, TOKENS, block, figures, read_back
 from support.paths import ROOT
-from support.records import random, seen
+from support.records import make_record, random_weights
 from torch import Tensor
 
 from regard.view import pack
 from regard.view.page import page
 from regard.view.record import rows
 
-FULL = [random(2, 5, 12, 12, seed=layer) for layer in range(3)]
+FULL = [random_weights(2, 5, 12, 12, seed=layer) for layer in range(3)]
 
 
-# What goes into the page
+# The document
 
 
 @pytest.mark.parametrize("k", [1, 4, 11, 23])
 @pytest.mark.parametrize("causal", [False, True])
-def test_packed_rows_hold_the_weights(k: int, causal: bool) -> None:
-    weights = random(2, 3, 23, 23, seed=k, causal=causal)
-    record = seen(weights, k=k, causal=causal)
-    for head, text in enumerate(pack.heads(rows(record, 1), 23)):
+def test_encode_rows_round_trip(k: int, causal: bool) -> None:
+    weights = random_weights(2, 3, 23, 23, seed=k, causal=causal)
+    record = make_record(weights, k=k, causal=causal)
+    for head, text in enumerate(pack.encode_rows(rows(record, 1), 23)):
         for i, (complete, row) in enumerate(read_back(text, 23)):
-            mayattend = i + 1 if causal else 23
-            assert complete == (k >= mayattend)
-            assert len(row) == min(k, mayattend)
+            allowed = i + 1 if causal else 23
+            assert complete == (k >= allowed)
+            assert len(row) == min(k, allowed)
             for key, weight in row.items():
                 assert abs(weight - float(weights[1, head, i, key])) <= 0.5 / 16383 + 1e-6
 
 
-def test_a_page_that_is_too_large_keeps_the_largest_weights_and_says_what_it_left() -> None:
-    weights = random(1, 2, 9, 9, seed=5)
-    text = pack.heads(rows(seen(weights), 0), 3)[1]
+def test_encode_rows_keeps_largest_weights_within_limit() -> None:
+    weights = random_weights(1, 2, 9, 9, seed=5)
+    text = pack.encode_rows(rows(make_record(weights), 0), 3)[1]
     for i, (complete, row) in enumerate(read_back(text, 9)):
         assert not complete
         assert set(row) == set(weights[0, 1, i].topk(3).indices.tolist())
 
 
-def test_a_page_of_72_heads_and_128_tokens_stays_small() -> None:
-    records = [seen(random(1, 12, 128, 128, seed=layer, sharp=1.0), layer) for layer in range(6)]
+def test_page_of_72_heads_and_128_tokens_is_small() -> None:
+    records = [make_record(random_weights(1, 12, 128, 128, seed=layer, sharp=1.0), layer) for layer in range(6)]
     assert len(page(records, [f"token{n}" for n in range(128)]).encode()) < 2_500_000
 
 
-def test_the_script_is_built_from_its_source(tmp_path: Path) -> None:
-    """What is in the package is what `make page` makes, names what it is made of, and stays small."""
+def test_script_matches_its_source(tmp_path: Path) -> None:
+    """The committed script is the output of `make page`, names its dependencies, and is small."""
     modules = "frontend/node_modules/.package-lock.json"
     if not (ROOT / modules).exists():
-        pytest.skip("the libraries of the page are not installed: npm ci --prefix frontend")
+        pytest.skip("the dependencies of the page are not installed: npm ci --prefix frontend")
     built = tmp_path / "page.js"
     subprocess.run(["make", "page", f"PAGE={built}", "-o", modules], cwd=ROOT, check=True, capture_output=True)
     script = built.read_text("utf-8")
@@ -67,8 +67,10 @@ def test_the_script_is_built_from_its_source(tmp_path: Path) -> None:
     assert len(script) < 110_000
 
 
-def test_no_token_or_title_leaves_its_place() -> None:
-    document = page([seen(FULL[0])], TOKENS, title="</title><script>alert(2)</script>{{style}}", subtitle="<b>x</b>")
+def test_tokens_and_titles_cannot_become_markup() -> None:
+    document = page(
+        [make_record(FULL[0])], TOKENS, title="</title><script>alert(2)</script>{{style}}", subtitle="<b>x</b>"
+    )
     assert document.count("<script") == 2
     assert document.count("</script") == 2
     assert "<img" not in document
@@ -78,73 +80,73 @@ def test_no_token_or_title_leaves_its_place() -> None:
     assert data["title"] == "</title><script>alert(2)</script>{{style}}"
     assert "default-src &#x27;none&#x27;" in document
     assert "unsafe" not in document
-    assert not re.search(r"https?://(?!www\.w3\.org/)", document), "an address that is not the name of a format"
+    assert not re.search(r"https?://(?!www\.w3\.org/)", document), "an address other than an XML namespace"
 
 
-def test_half_a_surrogate_pair_can_still_be_written(tmp_path: Path) -> None:
-    document = page([seen(random(1, 1, 2, 2, seed=0))], ["\ud83d", "b"], title="\udc00")
+def test_page_with_lone_surrogate_can_be_written(tmp_path: Path) -> None:
+    document = page([make_record(random_weights(1, 1, 2, 2, seed=0))], ["\ud83d", "b"], title="\udc00")
     (tmp_path / "page.html").write_text(document, encoding="utf-8")
 
 
-def test_a_sigmoid_or_a_sink_does_not_break_the_page() -> None:
+def test_page_accepts_rows_that_do_not_sum_to_one() -> None:
     weights = torch.rand(1, 2, 5, 5, generator=torch.Generator().manual_seed(0))
-    assert block(page([seen(weights), seen(weights / 9, 1)], list("abcde")))
-    nothing = replace(seen(torch.zeros(1, 1, 3, 3), causal=True), received=None)
+    assert block(page([make_record(weights), make_record(weights / 9, 1)], list("abcde")))
+    nothing = replace(make_record(torch.zeros(1, 1, 3, 3), causal=True), received=None)
     assert block(page([nothing], list("abc")))["layers"][0]["heads"][0]["words"] == "attends to nothing"
 
 
-def test_errors_name_the_argument() -> None:
-    record = seen(FULL[0])
+def test_invalid_arguments_are_named() -> None:
+    record = make_record(FULL[0])
     with pytest.raises(ValueError, match="records is empty"):
         page([], TOKENS)
     with pytest.raises(ValueError, match="tokens has 2 entries: expected 12"):
         page([record], ["a", "b"])
     with pytest.raises(ValueError, match="batch is 2: expected 0 <= batch < 2"):
         page([record], TOKENS, batch=2)
-    cross = seen(random(1, 2, 5, 3, seed=0), kind="cross")
+    cross = make_record(random_weights(1, 2, 5, 3, seed=0), kind="cross")
     with pytest.raises(ValueError, match="key_tokens has 2 entries: expected 3"):
         page([cross], list("abcde"), key_tokens=["x", "y"])
     with pytest.raises(ValueError, match="tokens has 4 entries: expected 5"):
         page([cross], list("abcd"), key_tokens=list("xyz"))
 
 
-# What the browser makes of it
+# In the browser
 
 
-def assert_shows(shown: list[str], weights: Tensor) -> None:
-    assert len(shown) == len(weights)
-    for text, weight in zip(shown, weights.tolist(), strict=True):
+def assert_shows(texts: list[str], weights: Tensor) -> None:
+    assert len(texts) == len(weights)
+    for text, weight in zip(texts, weights.tolist(), strict=True):
         assert re.fullmatch(r"[01]\.\d{3}", text)
         assert abs(float(text) - weight) < 0.0006
 
 
-def test_hovering_a_token_shows_its_weights(opened: Opener) -> None:
-    tab = opened(page([seen(weights, n) for n, weights in enumerate(FULL)], TOKENS, batch=1), at="#2.3")
+def test_hover_on_token_shows_its_weights(opened: Opener) -> None:
+    tab = opened(page([make_record(weights, n) for n, weights in enumerate(FULL)], TOKENS, batch=1), at="#2.3")
     assert tab.locator("#head-title").text_content() == "Layer 2 · Head 3"
     row = FULL[2][1, 3]
-    tab.locator(".column.ask li").nth(4).hover()
-    assert_shows(figures(tab, "answer"), row[4])
+    tab.locator(".column.query li").nth(4).hover()
+    assert_shows(figures(tab, "key"), row[4])
     assert f"{float(row[4].max()):.3f}" in tab.locator("#reading").text_content()
-    tab.locator(".column.answer li").nth(7).hover()
-    assert_shows(figures(tab, "ask"), row[:, 7])
+    tab.locator(".column.key li").nth(7).hover()
+    assert_shows(figures(tab, "query"), row[:, 7])
     tab.locator(".word").nth(2).hover()
-    assert_shows(figures(tab, "answer"), row[2])
+    assert_shows(figures(tab, "key"), row[2])
     tab.mouse.move(700, 2)
-    received = [float(text) for text in figures(tab, "answer")]
+    received = [float(text) for text in figures(tab, "key")]
     assert received == pytest.approx(row.sum(0).tolist(), abs=0.006)
 
 
-def test_a_click_keeps_a_token_and_escape_lets_go(opened: Opener) -> None:
-    tab = opened(page([seen(FULL[0])], TOKENS), at="#0.1")
-    tab.locator(".column.ask li").nth(5).click()
+def test_click_pins_a_token_and_escape_releases_it(opened: Opener) -> None:
+    tab = opened(page([make_record(FULL[0])], TOKENS), at="#0.1")
+    tab.locator(".column.query li").nth(5).click()
     tab.mouse.move(700, 2)
-    assert_shows(figures(tab, "answer"), FULL[0][0, 1, 5])
+    assert_shows(figures(tab, "key"), FULL[0][0, 1, 5])
     tab.keyboard.press("Escape")
     assert tab.locator("#lines.focused").count() == 0
 
 
-def test_choosing_a_head_by_mouse_and_by_keys(opened: Opener) -> None:
-    tab = opened(page([seen(weights, n) for n, weights in enumerate(FULL)], TOKENS), at="#0.0")
+def test_head_selection_by_mouse_and_keys(opened: Opener) -> None:
+    tab = opened(page([make_record(weights, n) for n, weights in enumerate(FULL)], TOKENS), at="#0.0")
     tab.locator(".thumb").nth(5 + 2).click()
     assert tab.locator("#head-title").text_content() == "Layer 1 · Head 2"
     tab.keyboard.press("ArrowDown")
@@ -152,94 +154,97 @@ def test_choosing_a_head_by_mouse_and_by_keys(opened: Opener) -> None:
     assert tab.locator("#head-title").text_content() == "Layer 2 · Head 3"
     assert tab.evaluate("document.activeElement.getAttribute('aria-label')").startswith("layer 2, head 3: ")
     assert tab.locator('.thumb[aria-selected="true"]').count() == 1
-    tab.locator(".column.ask li").nth(6).hover()
-    assert_shows(figures(tab, "answer"), FULL[2][0, 3, 6])
+    tab.locator(".column.query li").nth(6).hover()
+    assert_shows(figures(tab, "key"), FULL[2][0, 3, 6])
     assert tab.evaluate("location.hash") == "#2.3"
-    tab.get_by_role("button", name="Head after").click()
+    tab.get_by_role("button", name="Next head").click()
     assert tab.locator("#head-title").text_content() == "Layer 2 · Head 4"
 
 
-def test_tokens_are_reached_by_the_arrow_keys(opened: Opener) -> None:
-    tab = opened(page([seen(FULL[0])], TOKENS), at="#0.2")
+def test_arrow_keys_move_over_tokens_and_cells(opened: Opener) -> None:
+    tab = opened(page([make_record(FULL[0])], TOKENS), at="#0.2")
     tab.locator("#facts .link").focus()
     tab.keyboard.press("Tab")
     for key in ("ArrowDown", "ArrowDown", "ArrowDown"):
         tab.keyboard.press(key)
-    assert_shows(figures(tab, "answer"), FULL[0][0, 2, 3])
+    assert_shows(figures(tab, "key"), FULL[0][0, 2, 3])
     tab.keyboard.press("ArrowRight")
-    assert_shows(figures(tab, "ask"), FULL[0][0, 2, :, 3])
+    assert_shows(figures(tab, "query"), FULL[0][0, 2, :, 3])
     tab.locator("#matrix .sheet").focus()
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         tab.keyboard.press(key)
     assert tab.locator("#matrix .tip").text_content().endswith(f"{float(FULL[0][0, 2, 1, 1]):.3f}")
 
 
-def test_hovering_the_matrix_tells_its_cell(opened: Opener) -> None:
-    tab = opened(page([seen(FULL[1])], TOKENS), at="#0.4")
+def test_hover_on_matrix_shows_the_weight_of_the_cell(opened: Opener) -> None:
+    tab = opened(page([make_record(FULL[1])], TOKENS), at="#0.4")
     box = tab.locator("#matrix .sheet canvas").bounding_box()
     tab.mouse.move(box["x"] + box["width"] - 4, box["y"] + box["height"] - 4)
     assert tab.locator("#matrix .tip").text_content() == f"[SEP] → [SEP] {float(FULL[1][0, 4, 11, 11]):.3f}"
 
 
-def test_a_hostile_token_stays_text(opened: Opener) -> None:
-    tab = opened(page([seen(FULL[0])], TOKENS, title=HOSTILE, subtitle=HOSTILE))
+def test_token_with_markup_is_shown_as_text(opened: Opener) -> None:
+    tab = opened(page([make_record(FULL[0])], TOKENS, title=HOSTILE, subtitle=HOSTILE))
     assert tab.locator("#title").text_content() == HOSTILE
     assert tab.locator(".word").nth(3).text_content() == HOSTILE
     tab.locator(".word").nth(3).hover()
     assert HOSTILE in tab.locator("#reading").text_content()
     assert tab.locator("img").count() == 0
-    assert tab.locator(".column.ask .token").nth(5).text_content() == "like"
-    assert tab.locator(".column.ask li").nth(5).get_attribute("title").startswith("##like ")
+    assert tab.locator(".column.query .token").nth(5).text_content() == "like"
+    assert tab.locator(".column.query li").nth(5).get_attribute("title").startswith("##like ")
 
 
-def test_what_was_not_recorded_is_stated(opened: Opener) -> None:
-    weights = random(1, 2, 29, 29, seed=3)
-    record = replace(seen(weights, k=6), received=None, entropy=None)
+def test_page_states_unrecorded_weights(opened: Opener) -> None:
+    weights = random_weights(1, 2, 29, 29, seed=3)
+    record = replace(make_record(weights, k=6), received=None, entropy=None)
     tab = opened(page([record], [f"w{n}" for n in range(29)]), at="#0.1")
     rest = 1 - weights[0, 1].topk(6).values.sum(-1)
     assert f"{float(rest.mean()):.3f} of a row" in tab.locator("#facts").text_content()
-    tab.locator(".column.ask li").nth(8).hover()
+    tab.locator(".column.query li").nth(8).hover()
     assert f"{float(rest[8]):.3f} in 23 other keys, not recorded" in tab.locator("#reading").text_content()
     least = float(weights[0, 1, 8].topk(6).values[-1])
     known = weights[0, 1, 8].topk(6).indices.tolist()
-    for key, text in enumerate(figures(tab, "answer")):
-        wanted = f"{float(weights[0, 1, 8, key]):.3f}" if key in known else f"≤{least:.3f}"
-        assert text == wanted
-    assert tab.locator(".column.answer li.unknown").count() == 23
+    for key, text in enumerate(figures(tab, "key")):
+        expected = f"{float(weights[0, 1, 8, key]):.3f}" if key in known else f"≤{least:.3f}"
+        assert text == expected
+    assert tab.locator(".column.key li.unknown").count() == 23
     assert "not recorded" in tab.locator("#legend").text_content()
-    assert figures(tab, "ask") == [""] * 29
+    assert figures(tab, "query") == [""] * 29
     assert "not recorded" in tab.locator("#facts div").first.text_content()
     tab.mouse.move(700, 2)
-    assert all(text.startswith("≥") for text in figures(tab, "answer"))
+    assert all(text.startswith("≥") for text in figures(tab, "key"))
 
 
-def test_what_may_not_be_attended_is_not_zero(opened: Opener) -> None:
-    weights = random(1, 2, 11, 11, seed=4, causal=True)
-    tab = opened(page([seen(weights, k=11, causal=True)], [f"w{n}" for n in range(11)]), at="#0.0")
-    tab.locator(".column.ask li").nth(3).hover()
-    shown = figures(tab, "answer")
+def test_page_marks_masked_weights(opened: Opener) -> None:
+    weights = random_weights(1, 2, 11, 11, seed=4, causal=True)
+    tab = opened(page([make_record(weights, k=11, causal=True)], [f"w{n}" for n in range(11)]), at="#0.0")
+    tab.locator(".column.query li").nth(3).hover()
+    shown = figures(tab, "key")
     assert_shows(shown[:4], weights[0, 0, 3, :4])
     assert shown[4:] == ["–"] * 7
-    assert "may not attend" in tab.locator("#legend").text_content()
+    assert "masked" in tab.locator("#legend").text_content()
     assert "not recorded" not in tab.locator("#legend").text_content()
 
 
-def test_cross_attention_and_a_cache_find_their_texts(opened: Opener) -> None:
-    own, cross = random(1, 2, 3, 5, seed=6, causal=True), random(1, 2, 5, 7, seed=7)
+def test_cross_attention_and_cached_steps_use_their_texts(opened: Opener) -> None:
+    own, cross = random_weights(1, 2, 3, 5, seed=6, causal=True), random_weights(1, 2, 5, 7, seed=7)
     source = [f"s{n}" for n in range(7)]
-    tab = opened(page([seen(own, causal=True), seen(cross, kind="cross")], list("abcde"), key_tokens=source), at="#1.1")
+    tab = opened(
+        page([make_record(own, causal=True), make_record(cross, kind="cross")], list("abcde"), key_tokens=source),
+        at="#1.1",
+    )
     assert tab.locator("#head-title").text_content() == "Cross layer 0 · Head 1"
-    tab.locator(".column.ask li").nth(4).hover()
-    assert_shows(figures(tab, "answer"), cross[0, 1, 4])
-    assert tab.locator(".column.answer .token").all_text_contents() == source
+    tab.locator(".column.query li").nth(4).hover()
+    assert_shows(figures(tab, "key"), cross[0, 1, 4])
+    assert tab.locator(".column.key .token").all_text_contents() == source
     tab.locator(".thumb").nth(0).click()
-    assert tab.locator(".column.ask .token").all_text_contents() == list("cde")
-    tab.locator(".column.ask li").nth(1).hover()
-    assert_shows(figures(tab, "answer")[:4], own[0, 0, 1, :4])
+    assert tab.locator(".column.query .token").all_text_contents() == list("cde")
+    tab.locator(".column.query li").nth(1).hover()
+    assert_shows(figures(tab, "key")[:4], own[0, 0, 1, :4])
 
 
-def test_thumbnails_habits_views_and_theme(opened: Opener) -> None:
-    tab = opened(page([seen(weights, n) for n, weights in enumerate(FULL)], TOKENS), scheme="dark")
+def test_thumbnails_patterns_views_and_theme(opened: Opener) -> None:
+    tab = opened(page([make_record(weights, n) for n, weights in enumerate(FULL)], TOKENS), scheme="dark")
     picture = "document.querySelector('.thumb canvas').toDataURL()"
     pictures = {tab.evaluate(picture)}
     for name in ("Received", "Spread"):
@@ -254,31 +259,31 @@ def test_thumbnails_habits_views_and_theme(opened: Opener) -> None:
     dark = tab.evaluate(background)
     tab.locator("#theme").click()
     assert tab.evaluate(background) != dark
-    for name, left in (("Lines", "#matrix"), ("Matrix", "#lines")):
+    for name, hidden in (("Lines", "#matrix"), ("Matrix", "#lines")):
         tab.get_by_role("radio", name=name).click()
-        assert not tab.locator(left).is_visible()
+        assert not tab.locator(hidden).is_visible()
     assert tab.locator("#matrix .sheet canvas").bounding_box()["width"] > 100
 
 
-def test_a_phone_shows_it_without_scrolling_sideways(opened: Opener) -> None:
-    records = [seen(random(1, 12, 12, 12, seed=9), n) for n in range(2)]
+def test_page_fits_a_phone(opened: Opener) -> None:
+    records = [make_record(random_weights(1, 12, 12, 12, seed=9), n) for n in range(2)]
     tab = opened(page(records, TOKENS), width=390, has_touch=True)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-    tab.locator(".column.ask li").nth(2).tap()
-    assert tab.locator(".column.ask li.chosen").count() == 1
-    assert "looks at" in tab.locator("#reading").text_content()
+    tab.locator(".column.query li").nth(2).tap()
+    assert tab.locator(".column.query li.chosen").count() == 1
+    assert "attends to" in tab.locator("#reading").text_content()
 
 
-def test_everything_that_can_be_pressed_has_a_name(opened: Opener) -> None:
-    tab = opened(page([seen(FULL[0])], TOKENS))
+def test_interactive_elements_have_accessible_names(opened: Opener) -> None:
+    tab = opened(page([make_record(FULL[0])], TOKENS))
     script = """[...document.querySelectorAll('button, [role], [tabindex="0"]')]
         .filter((e) => !['presentation', 'row', 'status'].includes(e.getAttribute('role')) && e.id !== 'detail')
         .filter((e) => !(e.getAttribute('aria-label') || e.textContent.trim())).map((e) => e.outerHTML)"""
     assert tab.evaluate(script) == []
 
 
-def test_the_saved_picture_stands_alone(opened: Opener, tmp_path: Path) -> None:
-    tab = opened(page([seen(FULL[0])], TOKENS, title="a <model>"))
+def test_saved_svg_is_self_contained(opened: Opener, tmp_path: Path) -> None:
+    tab = opened(page([make_record(FULL[0])], TOKENS, title="a <model>"))
     with tab.expect_download() as download:
         tab.get_by_role("button", name="Save picture", exact=True).click()
     download.value.save_as(tmp_path / "picture.svg")

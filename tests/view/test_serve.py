@@ -1,4 +1,4 @@
-"""The server of records: the page and its heads, to this machine, and nothing else."""
+"""The server returns the page and its heads, to this machine only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 from support.page import block, read_back
-from support.records import random, seen
+from support.records import make_record, random_weights
 
 from regard.view.data import Data, PageInput
 from regard.view.serve import serving
 from regard.watch import Recording
 
-RECORDS = [seen(random(1, 3, 9, 9, seed=n), n, k=4) for n in range(2)]
+RECORDS = [make_record(random_weights(1, 3, 9, 9, seed=n), n, k=4) for n in range(2)]
 TOKENS = [f"w{n}" for n in range(9)]
 
 
@@ -31,27 +31,27 @@ def port() -> Iterator[int]:
         yield int(found[1])
 
 
-def ask(port: int, path: str, host: str = "127.0.0.1", method: str = "GET") -> tuple[int, bytes]:
+def request(port: int, path: str, host: str = "127.0.0.1", method: str = "GET") -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.putrequest(method, path, skip_host=True)
     connection.putheader("Host", f"{host}:{port}")
     connection.endheaders()
-    answer = connection.getresponse()
-    body = answer.read()
+    response = connection.getresponse()
+    body = response.read()
     connection.close()
-    return answer.status, body
+    return response.status, body
 
 
-def test_the_page_and_the_heads_that_it_does_not_hold(port: int) -> None:
-    status, body = ask(port, "/")
+def test_server_returns_page_and_heads(port: int) -> None:
+    status, body = request(port, "/")
     document = body.decode()
     data = block(document)
     assert status == 200
     assert data["served"]
     assert "connect-src &#x27;self&#x27;" in document
     held = [head["rows"] is not None for layer in data["layers"] for head in layer["heads"]]
-    assert sum(held) == 1, "the one that it opens with"
-    status, body = ask(port, "/head/1/2")
+    assert sum(held) == 1, "the head that is shown first"
+    status, body = request(port, "/head/1/2")
     assert status == 200
     rows = read_back(json.loads(body)["rows"], 9)
     for i, (_, row) in enumerate(rows):
@@ -65,25 +65,25 @@ def test_the_page_and_the_heads_that_it_does_not_hold(port: int) -> None:
         "/head/99999999999/0", "/?", "/head/0/0?x=/etc/passwd", "http://127.0.0.1/etc/passwd",
     ],
 )  # fmt: skip
-def test_nothing_else_is_answered(port: int, path: str) -> None:
-    status, body = ask(port, path)
+def test_other_paths_are_not_found(port: int, path: str) -> None:
+    status, body = request(port, path)
     assert status == 404
     assert b"root:" not in body
 
 
-def test_other_names_and_methods_are_refused(port: int) -> None:
-    assert ask(port, "/", host="evil.example")[0] == 403
-    assert ask(port, "/", host="localhost")[0] == 200
+def test_other_hosts_and_methods_are_refused(port: int) -> None:
+    assert request(port, "/", host="evil.example")[0] == 403
+    assert request(port, "/", host="localhost")[0] == 200
     for method in ("POST", "PUT", "DELETE"):
-        assert ask(port, "/", method=method)[0] == 501
+        assert request(port, "/", method=method)[0] == 501
 
 
-def test_a_port_that_is_taken(port: int) -> None:
+def test_port_in_use_raises(port: int) -> None:
     with pytest.raises(OSError, match="in use"), serving(Data([PageInput("served", RECORDS, TOKENS)]), port=port):
         pass
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_serve_command_serves_a_saved_recording(tmp_path: Path) -> None:
     path = tmp_path / "seen.safetensors"
     Recording(RECORDS, TOKENS).save(path)
     process = subprocess.Popen(
@@ -96,7 +96,7 @@ def test_the_command(tmp_path: Path) -> None:
             line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
         assert found, line
-        assert ask(int(found[1]), "/head/0/0")[0] == 200
+        assert request(int(found[1]), "/head/0/0")[0] == 200
     finally:
         process.kill()
         process.wait()

@@ -1,4 +1,4 @@
-"""Watching changes nothing, leaves nothing behind, and reports the weights that eager attention gives."""
+"""A watch keeps outputs and process state, and records the weights that eager attention computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.hf_models import MODELS, bert, llama, t5
-from support.records import dense
+from support.records import dense_weights
 from torch import Tensor, nn
 
 import regard
@@ -19,37 +19,37 @@ import regard
 )
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 @pytest.mark.parametrize("family", MODELS)
-def test_hugging_face(family: str, implementation: str) -> None:
+def test_hugging_face_models_record_eager_weights(family: str, implementation: str) -> None:
     torch.manual_seed(0)
     model, inputs = MODELS[family]("sdpa")
     model.eval()
     if implementation == "flex_attention" and not model._supports_flex_attn:
         pytest.skip(f"transformers has no FlexAttention for {family}")
-    if implementation == "flex_attention" and family == "t5":  # of a second text it reads the bias out of bounds
+    if implementation == "flex_attention" and family == "t5":  # transformers reads its bias out of bounds for batches
         inputs = {name: x[:1] for name, x in inputs.items()}
     with torch.no_grad():
         model.set_attn_implementation("sdpa" if implementation == "flex_attention" else implementation)
         before = model(**inputs).last_hidden_state
         model.set_attn_implementation(implementation)
-        with regard.watch(model, top=17, rows=[0, 5]) as seen:
+        with regard.watch(model, top=17, rows=[0, 5]) as recording:
             watched = model(**inputs).last_hidden_state
         assert model.config._attn_implementation == implementation
         model.set_attn_implementation("eager")
         after = model(**inputs).last_hidden_state
         eager = model(**inputs, output_attentions=True)
-    if implementation == "eager":  # it takes the weights itself, and keeps on doing so
+    if implementation == "eager":  # computes the weights itself, also under a watch
         assert torch.equal(watched, before)
         assert torch.equal(after, before)
-    # Rounding alone: the same sums in another order.
+    # Rounding only: the same sums in another order.
     scale = before.abs().max()
     assert (watched - before).abs().max() <= 64 * torch.finfo(torch.float32).eps * scale
-    truth = _in_order_of_calls(eager)
-    assert len(seen) == len(truth)
-    for record, weights in zip(seen, truth, strict=True):
+    expected = _in_order_of_calls(eager)
+    assert len(recording) == len(expected)
+    for record, weights in zip(recording, expected, strict=True):
         _, H, L, S = weights.shape
         assert (record.heads, record.queries, record.keys) == (H, L, S)
         bound = 32 * torch.finfo(torch.float32).eps
-        assert (dense(record) - weights).abs().max() <= bound
+        assert (dense_weights(record) - weights).abs().max() <= bound
         assert record.received is not None
         assert (record.received - weights.sum(-2)).abs().max() <= bound * L
         assert record.entropy is not None
@@ -67,27 +67,27 @@ def _in_order_of_calls(outputs: object) -> list[Tensor]:
     return list(outputs.attentions)  # type: ignore[attr-defined]
 
 
-def test_kinds_and_names() -> None:
+def test_kinds_names_and_layers() -> None:
     model, inputs = t5("sdpa")
-    with torch.no_grad(), regard.watch(model.eval()) as seen:
+    with torch.no_grad(), regard.watch(model.eval()) as recording:
         model(**inputs)
         model(**inputs)
-    assert [record.kind for record in seen][:6] == ["self", "self", "decoder", "cross", "decoder", "cross"]
-    assert [record.causal for record in seen][:6] == [False, False, True, False, True, False]
-    assert [record.layer for record in seen] == [*range(6), *range(6)]
-    assert {record.call for record in seen[6:]} == {1}
-    assert int((seen[2].top.keys[0, 0] >= 0).sum(-1)[1]) == 2, (
-        "a later key is none, though it is in the list of T5's mask"
+    assert [record.kind for record in recording][:6] == ["self", "self", "decoder", "cross", "decoder", "cross"]
+    assert [record.causal for record in recording][:6] == [False, False, True, False, True, False]
+    assert [record.layer for record in recording] == [*range(6), *range(6)]
+    assert {record.call for record in recording[6:]} == {1}
+    assert int((recording[2].top.keys[0, 0] >= 0).sum(-1)[1]) == 2, (
+        "later keys of T5's additive mask must not be listed"
     )
-    assert seen[3].name == "decoder.block.0.layer.1.EncDecAttention"
-    assert repr(seen) == "Recording(12 calls in 6 layers; 4 heads, 9 queries x 17 keys at last)"
+    assert recording[3].name == "decoder.block.0.layer.1.EncDecAttention"
+    assert repr(recording) == "Recording(12 calls in 6 layers; 4 heads, 9 queries x 17 keys in the last call)"
 
 
-def test_left_out_weight_is_known() -> None:
+def test_missing_weight() -> None:
     model, inputs = llama("sdpa")
-    with torch.no_grad(), regard.watch(model.eval(), top=3, layers=[1]) as seen:
+    with torch.no_grad(), regard.watch(model.eval(), top=3, layers=[1]) as recording:
         model(**inputs)
-    (record,) = seen
+    (record,) = recording
     assert record.layer == 1
     assert record.top.weights.shape == (2, 4, 17, 3)
     left = 1 - record.top.weights.sum(-1)
@@ -95,8 +95,8 @@ def test_left_out_weight_is_known() -> None:
     assert float(record.missing[..., 10:].min()) > 0
 
 
-class Handmade(nn.Module):
-    """Attention as people write it, with a name that was imported early."""
+class CustomAttention(nn.Module):
+    """A custom module that calls SDPA by a name bound at import."""
 
     attend = staticmethod(F.scaled_dot_product_attention)
 
@@ -109,37 +109,37 @@ class Handmade(nn.Module):
         return type(self).attend(q, k, v, is_causal=True, scale=0.5)
 
 
-def test_handmade_and_gradients() -> None:
-    model, x = Handmade(), torch.randn(3, 7, 8)
-    plain = torch.autograd.grad(model(x).square().sum(), model.inner.weight)[0]
-    with regard.watch(model) as seen:
+def test_custom_attention_gradients() -> None:
+    model, x = CustomAttention(), torch.randn(3, 7, 8)
+    expected = torch.autograd.grad(model(x).square().sum(), model.inner.weight)[0]
+    with regard.watch(model) as recording:
         watched = torch.autograd.grad(model(x).square().sum(), model.inner.weight)[0]
-    assert torch.allclose(plain, watched, rtol=1e-5, atol=float(plain.abs().max()) * 1e-6)
-    assert seen[0].causal
-    assert seen[0].top.weights.shape == (3, 1, 7, 8)
-    assert not seen[0].top.weights.requires_grad
+    assert torch.allclose(expected, watched, rtol=1e-5, atol=float(expected.abs().max()) * 1e-6)
+    assert recording[0].causal
+    assert recording[0].top.weights.shape == (3, 1, 7, 8)
+    assert not recording[0].top.weights.requires_grad
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_multihead(need_weights: bool) -> None:
+def test_multihead_attention(need_weights: bool) -> None:
     torch.manual_seed(0)
     layer, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 6, 16)
     padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
     arguments = {"key_padding_mask": padding, "need_weights": need_weights}
     with torch.no_grad():
         before = layer(x, x, x, **arguments)
-        with regard.watch(layer, top=6, rows=[1]) as seen:
+        with regard.watch(layer, top=6, rows=[1]) as recording:
             watched = layer(x, x, x, **arguments)
         _, weights = layer(x, x, x, key_padding_mask=padding, average_attn_weights=False)
     assert torch.allclose(before[0], watched[0], atol=1e-6)
     assert (before[1] is None) == (watched[1] is None)
     if need_weights:
         assert torch.allclose(before[1], watched[1], atol=1e-6)
-    assert torch.allclose(dense(seen[0]), weights, atol=1e-6)
-    assert int(seen[0].top.keys[1, :, :, 4:].max()) == -1
+    assert torch.allclose(dense_weights(recording[0]), weights, atol=1e-6)
+    assert int(recording[0].top.keys[1, :, :, 4:].max()) == -1
 
 
-def test_transformer_encoder_in_all_modes() -> None:
+def test_transformer_encoder_in_train_and_eval_mode() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, dropout=0.1, batch_first=True), 2)
     x = torch.randn(2, 5, 16)
     for mode in (encoder.train, encoder.eval):
@@ -147,40 +147,40 @@ def test_transformer_encoder_in_all_modes() -> None:
         torch.manual_seed(1)
         before = encoder(x)
         torch.manual_seed(1)
-        with regard.watch(encoder) as seen:
+        with regard.watch(encoder) as recording:
             watched = encoder(x)
-        assert [record.name for record in seen] == ["layers.0.self_attn", "layers.1.self_attn"]
+        assert [record.name for record in recording] == ["layers.0.self_attn", "layers.1.self_attn"]
         assert torch.allclose(before, watched, atol=1e-5)
 
 
-class Ours(nn.Module):
-    """A layer that calls `attention` itself, asks for summaries, and drops weights when it is told to."""
+class RegardAttention(nn.Module):
+    """A layer that calls `regard.attention`, with any arguments."""
 
-    def __init__(self, **words: object) -> None:
+    def __init__(self, **arguments: object) -> None:
         super().__init__()
-        self.words = words
+        self.arguments = arguments
 
     def forward(self, x: Tensor) -> object:
         return regard.attention(
-            x, x[..., :2, :, :] if x.dim() > 3 else x, x[..., :2, :, :] if x.dim() > 3 else x, **self.words
+            x, x[..., :2, :, :] if x.dim() > 3 else x, x[..., :2, :, :] if x.dim() > 3 else x, **self.arguments
         )
 
 
 @pytest.mark.parametrize("axes", [(5, 3), (2, 5, 3), (2, 4, 5, 3), (2, 3, 4, 5, 3)])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("summary", [None, regard.Summary(lse=True, rows=[1])])
-def test_our_own_attention(axes: tuple[int, ...], dropout: float, summary: regard.Summary | None) -> None:
-    """Any score and normalizer, with the same bits as unwatched, and the weights of its own formula."""
+def test_regard_attention(axes: tuple[int, ...], dropout: float, summary: regard.Summary | None) -> None:
+    """Any score and normalizer, with bit-identical outputs and the weights of their formulas."""
     x = torch.randn(axes, generator=torch.Generator().manual_seed(0))
-    words = {
+    arguments = {
         "score": regard.score.Additive(torch.ones(3)),
         "mask": regard.mask.causal() & regard.mask.window(3),
         "seed": 1,
     }
-    words |= {"normalizer": regard.normalizer.Sparsemax(), "summary": summary, "dropout": dropout}
-    model = Ours(**words)
+    arguments |= {"normalizer": regard.normalizer.Sparsemax(), "summary": summary, "dropout": dropout}
+    model = RegardAttention(**arguments)
     before = model(x)
-    with regard.watch(model, top=5) as seen:
+    with regard.watch(model, top=5) as recording:
         watched = model(x)
     if summary is None:
         assert torch.equal(watched, before)
@@ -188,28 +188,29 @@ def test_our_own_attention(axes: tuple[int, ...], dropout: float, summary: regar
         assert torch.equal(watched[0], before[0])
         assert torch.equal(watched[1].lse, before[1].lse)
         assert torch.equal(watched[1].rows, before[1].rows)
-    (record,) = seen
-    full = Ours(**words | {"summary": regard.Summary(full=True), "dropout": 0.0, "seed": None})(x)[1].full
+    (record,) = recording
+    arguments |= {"summary": regard.Summary(full=True), "dropout": 0.0, "seed": None}
+    full = RegardAttention(**arguments)(x)[1].full
     assert record.causal
-    assert torch.equal(dense(record), full.reshape(dense(record).shape))
+    assert torch.equal(dense_weights(record), full.reshape(dense_weights(record).shape))
 
 
-def test_recurrent_decoders() -> None:
-    """What looks at a memory is cross attention, step by step or all at once, and nothing else is told of."""
+def test_recurrent_decoders_record_cross_attention() -> None:
+    """Attention to the memory is recorded per step or in one call, and nothing else is."""
     x, memory = torch.randn(2, 3, 4), torch.randn(2, 7, 6)
     for order, calls in (("bahdanau", 3), ("luong", 1)):
         torch.manual_seed(0)
         model = regard.nn.recurrent.RecurrentDecoder(4, 5, 6, regard.nn.AdditiveAttention(5, 6, 8), order=order)
-        with regard.watch(model, top=7) as seen:
+        with regard.watch(model, top=7) as recording:
             model(x, memory)
-        assert [record.kind for record in seen] == ["cross"] * calls
-        whole = model(x, memory, summary=regard.Summary(full=True))[2].full
-        assert whole is not None
-        told = torch.cat([dense(record)[:, 0] for record in seen], 1)
-        torch.testing.assert_close(told, whole)
+        assert [record.kind for record in recording] == ["cross"] * calls
+        full = model(x, memory, summary=regard.Summary(full=True))[2].full
+        assert full is not None
+        weights = torch.cat([dense_weights(record)[:, 0] for record in recording], 1)
+        torch.testing.assert_close(weights, full)
 
 
-def test_nothing_stays_behind() -> None:
+def test_exception_restores_state() -> None:
     model, inputs = bert("eager")
     hooks = [len(module._forward_hooks) for module in model.modules()]
 
@@ -225,8 +226,8 @@ def test_nothing_stays_behind() -> None:
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
-def test_nested_watches_and_other_models() -> None:
-    model, other, x = Handmade(), Handmade(), torch.randn(2, 5, 8)
+def test_watch_records_only_its_model() -> None:
+    model, other, x = CustomAttention(), CustomAttention(), torch.randn(2, 5, 8)
     with regard.watch(model) as outer:
         other(x)
         with regard.watch(other) as inner:
@@ -236,17 +237,17 @@ def test_nested_watches_and_other_models() -> None:
     assert len(inner) == 1
 
 
-def test_threads_watch_their_own() -> None:
+def test_threads_record_their_own_model() -> None:
     counts: dict[int, int] = {}
 
-    def work(number: int) -> None:
+    def run(number: int) -> None:
         layer, x = nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 6, 16)
-        with regard.watch(layer) as seen:
+        with regard.watch(layer) as recording:
             for _ in range(number + 1):
                 layer(x, x, x, need_weights=False)
-        counts[number] = len(seen)
+        counts[number] = len(recording)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -255,11 +256,11 @@ def test_threads_watch_their_own() -> None:
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
-def test_bad_calls() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(TypeError, match=r"model: str; expected a torch\.nn\.Module"), regard.watch("bert"):  # type: ignore[arg-type]
         pass
-    with pytest.raises(ValueError, match="top: 0; expected a whole number > 0"), regard.watch(nn.Linear(1, 1), top=0):
+    with pytest.raises(ValueError, match="top: 0; expected an integer > 0"), regard.watch(nn.Linear(1, 1), top=0):
         pass
     linear = nn.Linear(1, 1)
-    with pytest.warns(UserWarning, match="no attention was seen in Linear"), regard.watch(linear):
+    with pytest.warns(UserWarning, match="no attention was recorded in Linear"), regard.watch(linear):
         linear(torch.ones(1))

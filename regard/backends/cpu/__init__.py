@@ -1,1 +1,1 @@
-"""The native CPU kernels: C++ in csrc/, in memory linear in length."""
+"""The native CPU backend: C++ kernels in csrc/, with memory linear in sequence length."""

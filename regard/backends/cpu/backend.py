@@ -1,4 +1,4 @@
-"""The native CPU kernels: what they serve, and how a plan is told to them. The kernels themselves stand in csrc/."""
+"""The native CPU backend: which problems it supports, and its forward and backward pass. The kernels are in csrc/."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ about = "native CPU kernels, in linear memory"
 is_automatic = True
 masks_nonfinite = False
 is_differentiable = False
-# Per row the largest score and the inverse of the sum, in one tensor; and the output in float32, empty if it is that already.
+# The maximum score and the inverse sum of each row, in one tensor; and the output in float32, empty if it already is.
 saved = 2
 
 
 def is_for(device_type: str) -> bool:
-    """The kernels take tensors on the CPU."""
+    """Return whether the backend runs on a type of device: the CPU."""
     return device_type == "cpu"
 
 
-# The largest weights are saved in order while the scores go by: too many, and keeping them costs more than sorting.
-_MOST = 64
+# Top-k weights are kept by insertion; for a larger k, sorting is faster.
+_MAX_TOP = 64
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
-    """Why it cannot serve a problem; None if it can."""
+    """Return why the backend does not support a problem; None if it does."""
     q, k, v = tensors[:3]
     if extension.missing:
         return extension.missing
@@ -53,37 +53,36 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     if not (q.numel() and k.numel() and v.numel()):
         return "an axis has size zero"
     if plan.nonfinite_q is not None and not torch.compiler.is_compiling():
-        # A compiled graph cannot know: there it is found out at every call, and `tiled` computes it.
+        # In a compiled graph the values are unknown: there each call checks them, and `tiled` computes the nonfinite case.
         return "queries, keys or values hold NaN or inf, under a mask"
     if plan.bias is not None and not isinstance(plan.bias, TensorBias | ALiBi | T5):
         return f"it has no bias but a tensor, ALiBi and T5, and {type(plan.bias).__name__} is none"
     if not can_encode(plan.mask):
         return "it has no masks in Python"
-    if plan.summary.top > _MOST:
-        return f"it gives no more than the {_MOST} largest weights"
+    if plan.summary.top > _MAX_TOP:
+        return f"it gives no more than the {_MAX_TOP} largest weights"
     return None
 
 
 def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tuple[Tensor, ...]:
-    """All outputs of a problem, in the order of `Plan.outputs`, and the extras: empty where this is the `last` pass, with
-    no backward pass to follow.
+    """Compute all outputs of a problem, in the order of `Plan.outputs`, followed by the saved tensors.
+
+    The saved tensors are empty if no backward pass follows (`is_last`).
     """
     if any_flagged(plan, tensors):
         outputs = tiled.forward(plan, tensors)
         return *outputs, *empty_saved(sizes(*tensors[:2]), tensors[0].new_empty(0, dtype=torch.float32), tensors[2])
     packed, arguments = pack(plan, tensors)
     member = packed.member and packed.member(tensors)
-    needs_grad = packed.wanted + (IS_LAST if is_last else 0)
-    out, stats, *rest = extension.ops.forward_told.default(
-        *arguments, plan.summary.top, member, packed.rows, needs_grad
-    )
-    # Where there is none it is empty, as `stats` are of the last pass: to make a tensor takes a microsecond.
+    requested = packed.requested + (IS_LAST if is_last else 0)
+    out, stats, *rest = extension.ops.forward.default(*arguments, plan.summary.top, member, packed.rows, requested)
+    # Reuse the empty `stats` as the empty `exact`: creating a tensor takes a microsecond.
     exact = rest.pop(0) if out.dtype != torch.float32 else stats if is_last else out.new_empty(0)
-    return out, *[rest[place] for place in packed.places], stats, exact
+    return out, *[rest[index] for index in packed.order], stats, exact
 
 
 def empty_saved(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:
-    """Tensors like the extras, with nothing in them; `like` is float32."""
+    """Return uninitialized tensors with the shapes and dtypes of the saved tensors; `like` is float32."""
     rows = (size.B, size.H, size.L)
     return [like.new_empty(2, *rows), like.new_empty((*rows, v.shape[-1]) if v.dtype != torch.float32 else 0)]
 
@@ -95,27 +94,27 @@ def backward(
     gradients: Sequence[Tensor | None],
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the tensors that are `needs_grad`, from those of the outputs (None = zero)."""
+    """Return the gradients of the tensors selected by `needs_grad`, from those of the outputs (None = zero)."""
     packed, arguments = pack(plan, tensors)
     dout, *others = gradients
     given = {name: g for name, g in zip(packed.names, others, strict=True) if g is not None and name != "top_keys"}
-    # The log-sum-exp of the scores is no part of what else than a softmax tells of them.
+    # Only softmax has an LSE gradient here; `tiled` computes the others.
     dlse = given.pop("lse", None) if isinstance(plan.normalizer, Softmax) else None
     if given or (dout is None and dlse is None) or any_flagged(plan, tensors):
         return tiled.backward(plan, tensors, (), gradients, needs_grad)
     out, stats, exact = saved
     dout = torch.zeros_like(out) if dout is None else dout
     needed = needed_grads(plan, tuple(needs_grad))
-    found = extension.ops.backward_told.default(
+    grads = extension.ops.backward.default(
         exact if exact.numel() else out, contiguous_rows(dout), stats, None if dlse is None else dlse.contiguous(), *arguments,
         needed.bits,
     )  # fmt: skip
     results: list[Tensor | None] = [None] * len(tensors)
-    results[:3] = [g if want else None for g, want in zip(found, needs_grad[:3], strict=False)]
+    results[:3] = [g if is_needed else None for g, is_needed in zip(grads, needs_grad[:3], strict=False)]
     if len(tensors) == 3:
         return tuple(results)
-    rest = iter(found[3:])
-    for index in needed.added:
+    rest = iter(grads[3:])
+    for index in needed.biases:
         results[index] = next(rest).to(tensors[index].dtype)
     if needed.relative:
         for index, gradient in through_table(plan, tensors, next(rest), needed.relative):

@@ -1,6 +1,6 @@
-"""Masks as the native operators take them: a list of nodes, eight integers each, in postfix order.
+"""Encoding of masks for the native operators: nodes of eight integers each, in postfix order.
 
-kind, three parameters, two indices of inner nodes, two indices of tensors
+A node is (kind, three parameters, the indices of two child nodes, the indices of two tensors).
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from regard.components.mask import And, Band, Before, Blocks, Dense, Documents, 
 from regard.components.tile import Sizes
 
 Shapes = tuple[tuple[int, ...], ...]
-# From the tensors of a call to one that an operator takes.
+# Maps the tensors of a call to an argument of an operator.
 Maker = Callable[[Sequence[Tensor]], Tensor]
 _UNLIMITED = 1 << 40
 
 
 def can_encode(mask: Mask | None) -> bool:
-    """Whether every part of a mask is of a kind that the native kernels have."""
+    """Return whether the native kernels support every node of a mask."""
     if isinstance(mask, And | Or):
         return can_encode(mask.left) and can_encode(mask.right)
     return can_encode(mask.inner) if isinstance(mask, Not) else mask is None or type(mask) in _NODES
 
 
 def encode_mask(mask: Mask, size: Sizes, shapes: Shapes, nodes: list[int], tensors: list[Maker]) -> int:
-    """Append the nodes of a mask to `nodes`, and the makers of its tensors to `tensors`; return the index of its node."""
-    parameters, inner, indices = _NODES[type(mask)](mask, size, shapes, nodes, tensors)
+    """Append the nodes of a mask to `nodes` and the makers of its tensors to `tensors`; return the index of its root."""
+    parameters, children, indices = _NODES[type(mask)](mask, size, shapes, nodes, tensors)
     kind = list(_NODES).index(type(mask))
-    nodes += [kind, *parameters, *inner, *indices]
+    nodes += [kind, *parameters, *children, *indices]
     return len(nodes) // 8 - 1
 
 
@@ -74,7 +74,7 @@ def _not(mask: Not, size: Sizes, shapes: Shapes, nodes: list[int], tensors: list
     return (0, 0, 0), (inner, inner), (-1, -1)
 
 
-# In the order of `MaskNode::Kind` in csrc/problem.h.
+# The position of a mask in this table is its `MaskNode::Kind` in csrc/problem.h.
 _NODES: dict[type[Mask], Callable[..., _Node]] = {
     Band: _band,
     Before: _before,
@@ -87,8 +87,8 @@ _NODES: dict[type[Mask], Callable[..., _Node]] = {
 }
 
 
-def _add_tensor(how: Callable[[Tensor], Tensor], slot: Any, tensors: list[Maker]) -> int:
-    tensors.append(lambda given: how(given[slot.index]))
+def _add_tensor(convert: Callable[[Tensor], Tensor], slot: Any, tensors: list[Maker]) -> int:
+    tensors.append(lambda inputs: convert(inputs[slot.index]))
     return len(tensors) - 1
 
 

@@ -1,4 +1,4 @@
-"""Packed arguments: a plan and its tensors as the native operators take them."""
+"""Packed arguments: a plan and its tensors in the form that the native operators take."""
 
 from __future__ import annotations
 
@@ -21,117 +21,117 @@ from regard.plan import cache
 from regard.plan.problem import Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What the forward pass gives beside its output, in its order, and the bits that ask for it. What has none is asked for by a
-# number, or by what it is to be of.
+# The summaries in the order in which the forward operator returns them, and the bits that request them. Those with bit 0 are
+# requested by an argument of their own.
 _BITS = {
     "lse": 1, "max": 2, "entropy": 4, "top_weights": 0, "top_keys": 0, "received": 16, "full": 32, "rows": 0, "mass": 0,
 }  # fmt: skip
-# The bit that says that no backward pass follows.
+# The bit for a forward pass without a backward pass.
 IS_LAST = 8
 
 
 class PackedArgs(NamedTuple):
-    """The arguments of the operators that depend on a plan and on shapes only."""
+    """The arguments of the operators that depend only on a plan and on shapes."""
 
-    # Those there are of weight, key_bias, query_bias, bias, relative and sink, then those of the mask.
+    # Of weight, key_bias, query_bias, bias, relative and sink those that are present, then those of the mask.
     tensors: list[Maker]
-    there: int  # a bit for each of the six
-    whole: list[int]  # what is told in numbers, and the same in a tensor
-    numbers: Tensor
+    present_mask: int  # one bit for each of the six
+    integers: list[int]  # the integer and float arguments, and the nodes of the mask
+    packed: Tensor  # the same as a tensor
     member: Maker | None
     rows: list[int]
-    wanted: int
+    requested: int  # the bits of the requested summaries
     names: tuple[str, ...]  # of all outputs but the first
-    places: tuple[int, ...]  # of the same in what the operator gives
+    order: tuple[int, ...]  # the indices of these outputs in the results of the operator
 
 
-# For a short sequence, to find out anew what a plan says would take longer than to compute it. Plans hold no tensors.
+# Cached: for short sequences, packing would take longer than the kernel. Plans hold no tensors.
 @cache.derived
-def _packed_args(plan: Plan, shapes: Shapes, pairs: bool) -> PackedArgs:
+def _packed_args(plan: Plan, shapes: Shapes, allow_bf16_dot: bool) -> PackedArgs:
     score, normalizer, bias, summary = plan.score, plan.normalizer, plan.bias, plan.summary
     (B, H, L, D), (_, G, S, _) = shapes[:2]
     size = Sizes(B, H, G, L, S)
-    weight = key_bias = query_bias = added = relative = sink = None
+    weight = key_bias = query_bias = dense_bias = relative = sink = None
     scale = 1.0
     if isinstance(score, Additive):
-        weight = _made(_floats, score.v)
+        weight = _maker(_floats, score.v)
     elif isinstance(score, Product):
-        key_bias, query_bias = _made(_floats, score.key_bias), _made(_floats, score.query_bias)
+        key_bias, query_bias = _maker(_floats, score.key_bias), _maker(_floats, score.query_bias)
         scale = D**-0.5 if score.scale is None else score.scale
     if isinstance(bias, TensorBias):
-        added = _made(_known_type, bias.tensor)
+        dense_bias = _maker(_supported_dtype, bias.tensor)
     elif bias is not None:
         relative = partial(relative_table, bias, size, torch.float32)
-    number = _number(normalizer)
-    if number is not None and (isinstance(number, Slot) or number or isinstance(normalizer, Softmax)):
-        sink = partial(_per_head, number, H)
-    words = (weight, key_bias, query_bias, added, relative, sink)
+    sink_or_bias = _sink_or_bias(normalizer)
+    if sink_or_bias is not None and (isinstance(sink_or_bias, Slot) or sink_or_bias or isinstance(normalizer, Softmax)):
+        sink = partial(_per_head, sink_or_bias, H)
+    optional = (weight, key_bias, query_bias, dense_bias, relative, sink)
     nodes: list[int] = []
     masks: list[Maker] = []
     if plan.mask is not None:
         encode_mask(plan.mask, size, shapes, nodes, masks)
     alpha = normalizer.alpha if isinstance(normalizer, Entmax) else 2.0
-    reals = struct.pack("4d", scale, plan.softcap or 0.0, alpha, plan.dropout)
-    whole = [_kind(normalizer), int(pairs), *struct.unpack("4q", reals), *nodes]
-    with torch._C._DisableTorchDispatch():  # a tensor with numbers, whatever is made of those of this call
-        numbers = torch.tensor(whole, device="cpu")
+    floats = struct.pack("4d", scale, plan.softcap or 0.0, alpha, plan.dropout)
+    integers = [_kind(normalizer), int(allow_bf16_dot), *struct.unpack("4q", floats), *nodes]
+    with torch._C._DisableTorchDispatch():  # a tensor with values, even if the tensors of this call are fake
+        packed = torch.tensor(integers, device="cpu")
     names = plan.outputs[1:]
-    given = [name for name in _BITS if name in names]
+    returned = [name for name in _BITS if name in names]
     return PackedArgs(
-        [*[word for word in words if word is not None], *masks],
-        sum(1 << i for i, word in enumerate(words) if word is not None), whole, numbers,
-        _made(_groups, summary.mass), [row % L for row in summary.row_numbers],
-        sum(_BITS[name] for name in given), names, tuple(given.index(name) for name in names),
+        [*[make for make in optional if make is not None], *masks],
+        sum(1 << i for i, make in enumerate(optional) if make is not None), integers, packed,
+        _maker(_groups, summary.mass), [row % L for row in summary.row_numbers],
+        sum(_BITS[name] for name in returned), names, tuple(returned.index(name) for name in names),
     )  # fmt: skip
 
 
 def pack(plan: Plan, tensors: Sequence[Tensor]) -> tuple[PackedArgs, tuple[Any, ...]]:
-    """What the operators take between q and what is asked for, in their order."""
-    # Rounded to bfloat16, weights would do for the gradients of q, k and v, but not for those of parameters.
-    pairs = len(tensors) == 3 or not any(x.is_floating_point() for x in tensors[3:])
+    """Return the packed arguments, and the arguments of the operators from q to seed, in order."""
+    # Weights rounded to bfloat16 are precise enough for the gradients of q, k and v, but not for those of parameters.
+    allow_bf16_dot = len(tensors) == 3 or not any(x.is_floating_point() for x in tensors[3:])
     shapes: Shapes = tuple([x.shape for x in tensors])
     if torch._C._is_tracing():  # by torch.jit: sizes are tensors
         shapes = tuple(tuple(int(n) for n in shape) for shape in shapes)
-    told = _packed_args(plan, shapes, pairs)
+    args = _packed_args(plan, shapes, allow_bf16_dot)
     q, k, v = tensors[:3]
-    return told, (
-        contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), [make(tensors) for make in told.tensors], told.there,
-        # Tensors of other classes, such as those without numbers, go together with none that were made before.
-        told.numbers if type(q) in (Tensor, torch.nn.Parameter) else torch.tensor(told.whole, device="cpu"),
+    return args, (
+        contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), [make(tensors) for make in args.tensors], args.present_mask,
+        # Subclasses, such as fake tensors, must not be mixed with a cached tensor.
+        args.packed if type(q) in (Tensor, torch.nn.Parameter) else torch.tensor(args.integers, device="cpu"),
         int(tensors[plan.seed.index]) if plan.dropout else 0,
     )  # fmt: skip
 
 
-# In the order of `Normalizer` in csrc/problem.h; sparsemax is the entmax of order 2.
+# The values of `Normalizer` in csrc/problem.h; sparsemax is entmax of order 2.
 NORMALIZERS: dict[type[Normalizer], int] = {Softmax: 0, Sigmoid: 1, Entmax: 2, Sparsemax: 2}
 
 
 def _kind(normalizer: Normalizer) -> int:
-    return next(kind for word, kind in NORMALIZERS.items() if isinstance(normalizer, word))
+    return next(kind for cls, kind in NORMALIZERS.items() if isinstance(normalizer, cls))
 
 
-def _number(normalizer: Normalizer) -> Any:
-    """The sink of a softmax, the bias of a sigmoid."""
+def _sink_or_bias(normalizer: Normalizer) -> Any:
+    """Return the sink of a softmax or the bias of a sigmoid; None for other normalizers."""
     if isinstance(normalizer, Softmax):
         return normalizer.sink
     return normalizer.bias if isinstance(normalizer, Sigmoid) else None
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous."""
+    """Return the tensor with its last dimension contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _made(how: Callable[[Tensor], Tensor], slot: Any) -> Maker | None:
-    """A tensor of a word, as the operators take it; None where there is none."""
-    return None if slot is None else lambda tensors: how(tensors[slot.index].detach())
+def _maker(convert: Callable[[Tensor], Tensor], slot: Any) -> Maker | None:
+    """Return a function that converts the tensor of a slot; None if the slot is empty."""
+    return None if slot is None else lambda tensors: convert(tensors[slot.index].detach())
 
 
 def _floats(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _known_type(x: Tensor) -> Tensor:
+def _supported_dtype(x: Tensor) -> Tensor:
     return x if x.dtype in DTYPES else x.float()
 
 
@@ -139,16 +139,16 @@ def _groups(member: Tensor) -> Tensor:
     return member if member.dim() == 3 else member[None]
 
 
-def _per_head(number: float | Slot, heads: int, tensors: Sequence[Tensor]) -> Tensor:
-    if isinstance(number, Slot):
-        return tensors[number.index].detach().float().expand(heads).contiguous()
-    return torch.full((heads,), number, dtype=torch.float32)
+def _per_head(value: float | Slot, heads: int, tensors: Sequence[Tensor]) -> Tensor:
+    if isinstance(value, Slot):
+        return tensors[value.index].detach().float().expand(heads).contiguous()
+    return torch.full((heads,), value, dtype=torch.float32)
 
 
 class NeededGrads(NamedTuple):
-    """The indices of the words' tensors whose gradients are wanted, and the bits that ask for all gradients."""
+    """The indices of the parameter tensors that need gradients, and the bits that request all gradients."""
 
-    added: list[int]
+    biases: list[int]
     relative: list[int]
     normalizer: int | None
     weight: int | None
@@ -156,16 +156,18 @@ class NeededGrads(NamedTuple):
 
 
 @cache.derived
-def needed_grads(plan: Plan, wanted: tuple[bool, ...]) -> NeededGrads:
+def needed_grads(plan: Plan, needs_grad: tuple[bool, ...]) -> NeededGrads:
+    """Return which gradients the backward operator has to compute."""
+
     def index(slot: Any) -> int | None:
-        return slot.index if isinstance(slot, Slot) and wanted[slot.index] else None
+        return slot.index if isinstance(slot, Slot) and needs_grad[slot.index] else None
 
     score, bias = plan.score, plan.bias
     dot = score if isinstance(score, Product) else Product()
-    added = [index(dot.key_bias), index(dot.query_bias), index(bias.tensor) if isinstance(bias, TensorBias) else None]
+    biases = [index(dot.key_bias), index(dot.query_bias), index(bias.tensor) if isinstance(bias, TensorBias) else None]
     parts = [] if bias is None or isinstance(bias, TensorBias) else [index(part) for part in vars(bias).values()]
     relative = [part for part in parts if part is not None]
-    normalizer, weight = index(_number(plan.normalizer)), index(score.v) if isinstance(score, Additive) else None
-    bits = [*wanted[:3], *[part is not None for part in (*added, relative or None, normalizer, weight)]]
-    asked = sum(bit << i for i, bit in enumerate(bits))
-    return NeededGrads([part for part in added if part is not None], relative, normalizer, weight, asked)
+    normalizer, weight = index(_sink_or_bias(plan.normalizer)), index(score.v) if isinstance(score, Additive) else None
+    bits = [*needs_grad[:3], *[part is not None for part in (*biases, relative or None, normalizer, weight)]]
+    requested = sum(bit << i for i, bit in enumerate(bits))
+    return NeededGrads([part for part in biases if part is not None], relative, normalizer, weight, requested)

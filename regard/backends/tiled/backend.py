@@ -1,7 +1,7 @@
 """The equation in strips of plain PyTorch: any device, any score, memory linear in length, forward and backward.
 
 Rows are whole, so any normalizer and any summary is taken in one pass, and the backward pass is the forward pass of a
-strip, done again with a graph. Two levels keep that graph small: one from the scores of the strip to its weights and
+block, done again with a graph. Two levels keep that graph small: one from the scores of the block to its weights and
 summaries, and one per segment of keys from q, k and the words to the scores. The four products around them are written
 out: autograd would compute those of the keys and values in the layout that is twice as slow.
 """
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.equation import can_be_empty, finish, over, scores
-from regard.backends.tiled.strip import Strip, place, strips, taken
+from regard.backends.equation import aggregate, can_be_empty, concat_ranges, scores
+from regard.backends.tiled.row_block import RowBlock, read_gradient, row_blocks, write_output
 from regard.components.component import Slot, fill, slots
 from regard.components.function import FunctionScore
 from regard.components.position import TensorBias
@@ -41,7 +41,7 @@ def is_for(device_type: str) -> bool:
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
-    """It serves everything but what the graph of autograd does not show it."""
+    """Return why it cannot serve a problem; it serves everything whose closures autograd shows."""
     if isinstance(plan.score, FunctionScore) and plan.score.captured is None:
         return "the score closes over a tensor that torch.func differentiates, and hides it from us"
     return None
@@ -56,12 +56,14 @@ def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tup
     size = sizes(q, k)
     outputs = dict(zip(names, empty_outputs(plan, names, size, q, v, tensors[2].dtype), strict=True))
     with torch.no_grad(), _in_full_precision(q):
-        for strip in strips(plan, size, q.device):
-            s = _scores(plan, q, k, strip)
-            found = strip.has(names)
-            values = finish(plan, s, strip.all_keys(v), strip.tile, strip.columns, found, _empty_rows(plan, s, strip))
+        for block in row_blocks(plan, size, q.device):
+            s = _scores(plan, q, k, block)
+            found = block.contributes_to(names)
+            values = aggregate(
+                plan, s, block.all_keys(v), block.tile, block.columns, found, _empty_rows(plan, s, block)
+            )
             for name, value in zip(found, values, strict=True):
-                place(plan, name, outputs[name], strip, value)
+                write_output(plan, name, outputs[name], block, value)
     return tuple(outputs.values())
 
 
@@ -79,9 +81,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the tensors that need one, from those of the outputs (None = zero)."""
     given = plan.named(gradients)
-    # The output is the product of the weights that are kept and the values: the graph ends at the weights.
+    # The output is the product of the weights after dropout and the values: the graph ends at the weights.
     dout = given.pop("out", None)
-    names = (*given, "kept") if dout is not None else tuple(given)
+    names = (*given, "dropped") if dout is not None else tuple(given)
     tensors = zero_nonfinite(plan, tensors)
     q, k, v = (widen(x.detach()) for x in tensors[:3])
     totals = _Totals(tensors, needs_grad)
@@ -90,20 +92,20 @@ def backward(
     from_weights = [i for i in slots(plan.normalizer) if needs_grad[i]]
     size = sizes(q, k)
     with torch.no_grad(), _in_full_precision(q):
-        for strip in strips(with_leaves, size, q.device):
-            s = _scores(with_leaves, q, k, strip).detach().requires_grad_()
-            values, found = strip.all_keys(v), strip.has(names)
+        for block in row_blocks(with_leaves, size, q.device):
+            s = _scores(with_leaves, q, k, block).detach().requires_grad_()
+            values, found = block.all_keys(v), block.contributes_to(names)
             with torch.enable_grad():
-                empty = _empty_rows(with_leaves, s.detach(), strip)
-                outputs = finish(with_leaves, s, values, strip.tile, strip.columns, found, empty)
+                empty = _empty_rows(with_leaves, s.detach(), block)
+                outputs = aggregate(with_leaves, s, values, block.tile, block.columns, found, empty)
             pairs = []
             for name, output in zip(found, outputs, strict=True):
-                if name == "kept":
-                    some = fold_heads(strip.queries(dout).to(values.dtype), values)  # type: ignore[arg-type]
-                    totals.add_keys(2, strip, some.mT @ fold_heads(output.detach(), values))
+                if name == "dropped":
+                    some = fold_heads(block.queries(dout).to(values.dtype), values)  # type: ignore[arg-type]
+                    totals.add_keys(2, block, some.mT @ fold_heads(output.detach(), values))
                     gradient = (some @ values.mT).view(output.shape)
                 else:
-                    gradient = taken(plan, name, given[name], strip).to(output.dtype)
+                    gradient = read_gradient(plan, name, given[name], block).to(output.dtype)
                 if output.requires_grad:
                     pairs.append((output, gradient))
             if not pairs:
@@ -111,16 +113,16 @@ def backward(
             ds, *dparameters = _gradients(pairs, [s, *(leaves[i] for i in from_weights)])
             for i, parameter in zip(from_weights, dparameters, strict=True):
                 totals.add(i, parameter)
-            if ds is not None and strip.columns:
-                # Pairs that may not attend have no gradient, whatever NaN stands in the row.
-                for keys in strip.partial:
-                    ds[..., strip.places(keys)].masked_fill_(~strip.allowed(with_leaves, keys), 0.0)
-                _from_scores(plan, with_leaves, q, k, strip, ds, leaves, totals)
+            if ds is not None and block.columns:
+                # Masked pairs have no gradient, even in a row of NaN.
+                for keys in block.partial:
+                    ds[..., block.columns_of(keys)].masked_fill_(~block.allowed(with_leaves, keys), 0.0)
+                _from_scores(plan, with_leaves, q, k, block, ds, leaves, totals)
     return tuple(zero_nonfinite(plan, tensors, totals.results(tensors)))
 
 
 class _Totals:
-    """The gradients, while they are summed up; of k and v with the keys innermost, as their products give them."""
+    """Running sums of the gradients. Those of k and v are transposed, keys innermost, as the products return them."""
 
     def __init__(self, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> None:
         self.sums = [
@@ -138,23 +140,23 @@ class _Totals:
         if total is not None and gradient is not None:
             total.add_(gradient)
 
-    def add_queries(self, strip: Strip, gradient: Tensor) -> None:
+    def add_queries(self, block: RowBlock, gradient: Tensor) -> None:
         if self.sums[0] is not None:
-            strip.queries(self.sums[0]).add_(gradient)
+            block.queries(self.sums[0]).add_(gradient)
 
-    def add_keys(self, index: int, strip: Strip, gradient: Tensor, segment: Range | None = None) -> None:
-        """Add the gradient (b, g, n, w) of k or v, for one segment or the whole strip."""
+    def add_keys(self, index: int, block: RowBlock, gradient: Tensor, segment: Range | None = None) -> None:
+        """Add the gradient (b, g, n, w) of k or v, for one segment or the whole block."""
         total = self.sums[index]
         if total is None:
             return
         if segment is not None:
-            strip.keys(total.mT, segment).mT.add_(gradient)
+            block.keys(total.mT, segment).mT.add_(gradient)
             return
-        for keys in strip.columns:
-            strip.keys(total.mT, keys).mT.add_(gradient[..., strip.places(keys)])
+        for keys in block.columns:
+            block.keys(total.mT, keys).mT.add_(gradient[..., block.columns_of(keys)])
 
     def results(self, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-        """The gradients in the shapes and dtypes of the tensors."""
+        """Return the gradients in the shapes and dtypes of the tensors."""
         results = [None if x is None else x.mT.contiguous() if i in (1, 2) else x for i, x in enumerate(self.sums)]
         return tuple([None if x is None else x.to(y.dtype) for x, y in zip(results, tensors, strict=True)])
 
@@ -164,27 +166,27 @@ def _from_scores(
     with_leaves: Plan,
     q: Tensor,
     k: Tensor,
-    strip: Strip,
+    block: RowBlock,
     ds: Tensor,
     leaves: Sequence[Tensor],
     totals: _Totals,
 ) -> None:
-    """From the gradient of a strip's scores to those of q, k and what the score and the bias hold."""
+    """Add the gradients of q, k and the tensors of score and bias, from that of a block's scores."""
     score, bias = with_leaves.score, with_leaves.bias
     closed = isinstance(score, Product) and plan.softcap is None
-    # What remains for autograd: everything that shapes the scores, or the bias alone.
+    # Autograd differentiates everything before the scores, or the bias alone where the product has a closed form.
     parameters = [i for i in slots(plan.bias if closed else (plan.score, plan.bias)) if i in totals.needs_grad]
     parameters = [i for i in parameters if not _is_added(plan, i)]
-    some_q = strip.queries(q).detach()
-    for keys in strip.segments(with_leaves, q.shape[-1]):
-        part = dataclasses.replace(strip.tile, k=keys)
-        some_k, gradient = strip.keys(k, keys).detach(), ds[..., strip.places(keys)]
+    some_q = block.queries(q).detach()
+    for keys in block.segments(with_leaves, q.shape[-1]):
+        part = dataclasses.replace(block.tile, k=keys)
+        some_k, gradient = block.keys(k, keys).detach(), ds[..., block.columns_of(keys)]
         if isinstance(plan.bias, TensorBias):
             total = totals.sums[_index(plan.bias.tensor)]
             if total is not None:
                 part.cut(total).add_(gradient.sum_to_size(part.cut(total).shape))
         if closed:
-            _product(plan.score, score, strip, keys, some_q, some_k, gradient, totals)  # type: ignore[arg-type]
+            _product(plan.score, score, block, keys, some_q, some_k, gradient, totals)  # type: ignore[arg-type]
         inputs = [
             *([] if closed else [some_q.requires_grad_(), some_k.requires_grad_()]),
             *(leaves[i] for i in parameters),
@@ -199,22 +201,22 @@ def _from_scores(
         if not closed:
             dq, dk = found[:2]
             if dq is not None:
-                totals.add_queries(strip, dq)
+                totals.add_queries(block, dq)
             if dk is not None:
-                totals.add_keys(1, strip, dk.mT, keys)
+                totals.add_keys(1, block, dk.mT, keys)
         for i, parameter in zip(parameters, found[0 if closed else 2 :], strict=True):
             totals.add(i, parameter)
 
 
 def _product(
-    plan: Product, score: Product, strip: Strip, keys: Range, q: Tensor, k: Tensor, ds: Tensor, totals: _Totals
+    plan: Product, score: Product, block: RowBlock, keys: Range, q: Tensor, k: Tensor, ds: Tensor, totals: _Totals
 ) -> None:
-    """The gradients of a score that is a product, from ds (b, h, l, s)."""
+    """Add the gradients of a dot-product score, from ds (b, h, l, s)."""
     folded = fold_heads(ds, k)
-    totals.add_queries(strip, score.scaled((folded @ k).view(q.shape)))
-    totals.add_keys(1, strip, fold_heads(score.scaled(q), k).mT @ folded, keys)
-    _add_bias(totals, plan.key_bias, (strip.tile.b, strip.tile.g, keys), folded, -2)
-    _add_bias(totals, plan.query_bias, (strip.tile.b, strip.tile.h, strip.tile.q), ds, -1)
+    totals.add_queries(block, score.scaled((folded @ k).view(q.shape)))
+    totals.add_keys(1, block, fold_heads(score.scaled(q), k).mT @ folded, keys)
+    _add_bias(totals, plan.key_bias, (block.tile.b, block.tile.g, keys), folded, -2)
+    _add_bias(totals, plan.query_bias, (block.tile.b, block.tile.h, block.tile.q), ds, -1)
 
 
 def _add_bias(totals: _Totals, slot: Any, parts: tuple[Range, Range, Range], ds: Tensor, axis: int) -> None:
@@ -229,16 +231,16 @@ def _index(slot: Any) -> int:
 
 
 def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    # What a user's score computes once, outside, from its parameters belongs to every segment's graph: it must stay.
+    # Whatever a user's score computed once from its parameters is part of the graph of every segment: it is retained.
     return torch.autograd.grad(
         [p[0] for p in pairs], inputs, [p[1] for p in pairs], allow_unused=True, retain_graph=True
     )
 
 
 def _leaves(plan: Plan, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
-    """The tensors of the words, each the leaf of a graph of its own if its gradient is needs_grad."""
-    # A Python function holds its own tensors: those themselves are the leaves. All others are widened, as a gradient has
-    # the dtype of its leaf: of strips that pull against one another, little would be left but what each was rounded by.
+    """Return the tensors of the components, as leaves of new graphs where they need a gradient."""
+    # The tensors that a Python function closes over are the leaves themselves. All others are widened, since a gradient has
+    # the dtype of its leaf: if the gradients of the blocks nearly cancel, rounding each of them would dominate their sum.
     own = slots(plan.score.captured) if isinstance(plan.score, FunctionScore) else []
     fresh = [i for i, want in enumerate(needs_grad) if want and i > 2 and not _is_added(plan, i)]
     return [
@@ -248,14 +250,14 @@ def _leaves(plan: Plan, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -
 
 
 def _is_added(plan: Plan, slot: int) -> bool:
-    """Is it a tensor added to the scores? It may be as large as they are, so its gradient is summed up in place."""
+    """Whether this is a tensor added to the scores. It may be as large as they are, so its gradient is summed in place."""
     return isinstance(plan.bias, TensorBias) and _index(plan.bias.tensor) == slot
 
 
 def empty_outputs(
     plan: Plan, names: Sequence[str], size: Sizes, q: Tensor, v: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The outputs of a problem in which nobody may attend to anything: what strips do not reach."""
+    """Return the outputs of a problem whose every row is empty: the values that no row block writes."""
     B, H, L, S = size.B, size.H, size.L, size.S
     summary = plan.summary
     shapes = {
@@ -277,30 +279,30 @@ def empty_outputs(
     return outputs
 
 
-def _scores(plan: Plan, q: Tensor, k: Tensor, strip: Strip) -> Tensor:
-    tile = strip.tile
-    some_q = strip.queries(q)
+def _scores(plan: Plan, q: Tensor, k: Tensor, block: RowBlock) -> Tensor:
+    tile = block.tile
+    some_q = block.queries(q)
 
     def segment(keys: Range) -> Tensor:
         part = dataclasses.replace(tile, k=keys)
-        return nan_scores(plan, scores(plan, some_q, strip.keys(k, keys), part), part)
+        return nan_scores(plan, scores(plan, some_q, block.keys(k, keys), part), part)
 
-    if not strip.columns:
+    if not block.columns:
         return some_q.new_full((*some_q.shape[:3], 1), -math.inf)
     with torch.no_grad():
-        s = over(strip.segments(plan, q.shape[-1]), segment)
-        for keys in strip.partial:
-            s[..., strip.places(keys)].masked_fill_(~strip.allowed(plan, keys), -math.inf)
+        s = concat_ranges(block.segments(plan, q.shape[-1]), segment)
+        for keys in block.partial:
+            s[..., block.columns_of(keys)].masked_fill_(~block.allowed(plan, keys), -math.inf)
     return s
 
 
-def _empty_rows(plan: Plan, s: Tensor, strip: Strip) -> Tensor | None:
-    if strip.columns and not strip.partial and not can_be_empty(dataclasses.replace(plan, mask=None)):
+def _empty_rows(plan: Plan, s: Tensor, block: RowBlock) -> Tensor | None:
+    if block.columns and not block.partial and not can_be_empty(dataclasses.replace(plan, mask=None)):
         return None
     empty = s.amax(-1, keepdim=True) == -math.inf
     return empty if bool(empty.any()) else None
 
 
 def _in_full_precision(x: Tensor) -> Any:
-    """Autocast has chosen the precision of q, k and v; sums are kept in float32."""
+    """Disable autocast: it has chosen the precision of q, k and v, and sums are in float32."""
     return torch.autocast(x.device.type, enabled=False)

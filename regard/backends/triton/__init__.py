@@ -1,1 +1,1 @@
-"""Triton kernels: every score and every summary fused on the GPU."""
+"""Triton kernels for GPUs: all dot-product scores, the additive score and every summary, in memory linear in length."""

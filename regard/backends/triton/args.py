@@ -1,7 +1,7 @@
-"""What the kernels of the GPU are told, in named tuples: each kernel takes the same ones.
+"""Arguments of the Triton kernels, as named tuples. All kernels take the same ones.
 
-A field that is None costs nothing, as the compiler leaves out what would read it. Numbers that shape the code are constants
-in `Form`; lengths and heads are not among them: no compilation per length.
+A field that is None costs nothing: the compiler removes the code that would read it. Values that shape the code are
+constants in `KernelConfig`. Lengths and numbers of heads are not among them, so that a new length compiles nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Matrix(NamedTuple):
-    """A tensor (B, H, rows, width) by its pointer and strides; the last axis is contiguous."""
+    """A tensor (B, H, rows, width), by its pointer and strides; the last dimension is contiguous."""
 
     pointer: Any
     b: Any
@@ -18,8 +18,8 @@ class Matrix(NamedTuple):
     row: Any
 
 
-class Table(NamedTuple):
-    """A tensor that broadcasts to (B, H, L, S), by its pointer and strides: 0 along an axis of size one."""
+class BroadcastTensor(NamedTuple):
+    """A tensor that broadcasts to (B, H, L, S), by its pointer and strides: 0 for a dimension of size 1."""
 
     pointer: Any
     b: Any
@@ -28,7 +28,7 @@ class Table(NamedTuple):
     key: Any
 
 
-class Sizes(NamedTuple):
+class KernelSizes(NamedTuple):
     """Query heads, key/value heads, queries, keys."""
 
     H: Any
@@ -37,73 +37,76 @@ class Sizes(NamedTuple):
     S: Any
 
 
-class Words(NamedTuple):
-    """What shapes the scores beside q and k. All numbers that are added to the scores, but those of `bias`, and the two
-    factors come multiplied by log2 e: the kernels compute powers of two.
+class ScoreArgs(NamedTuple):
+    """Everything besides q and k that the scores and weights depend on.
+
+    The kernels compute powers of 2. So `scale`, `softcap` and all terms that are added to the scores, except `bias`,
+    come multiplied by log2(e).
     """
 
     scale: Any
-    turned: Any  # an additive score: see additive.py
+    additive: Any  # AdditiveInputs of an additive score
     softcap: Any
     key_bias: Any  # (B, G, S)
     query_bias: Any  # (B, H, L)
-    bias: Any  # Table
-    slopes: Any  # (H,), of ALiBi
-    offset: Any  # the key that query 0 stands at, for the slopes
-    relative: Any  # (H, L + S - 1 + 64) of query - key + S - 1
-    nonfinite_q: Any  # (B, H, L): queries that held NaN or inf, where those were cleared before
-    nonfinite_k: Any  # (B, G, S): the same for keys and their values
-    level: Any  # (H,): the sink of a softmax, the bias of a sigmoid
-    seed: Any  # int64 of shape (), of dropout
-    dropped: Any  # of 2^32, how many
-    kept: Any  # 1 / (1 - dropout)
+    bias: Any  # BroadcastTensor
+    alibi_slopes: Any  # (H,)
+    alibi_offset: Any  # key position of query 0
+    relative_bias: Any  # (H, L + S - 1 + 64), indexed by query - key + S - 1
+    nonfinite_q: Any  # (B, H, L): which queries held NaN or inf, where these were cleared before
+    nonfinite_k: Any  # (B, G, S): which keys or values did
+    sink_or_bias: Any  # (H,): sink of a softmax, bias of a sigmoid
+    seed: Any  # dropout seed, int64 of shape ()
+    dropout_threshold: Any  # dropout probability times 2^32
+    dropout_scale: Any  # 1 / (1 - dropout)
 
 
-class Tiles(NamedTuple):
-    """Which tiles a row of tiles holds: `full` of them at the start of its list, and then `partial` ones."""
+class TileLists(NamedTuple):
+    """For each row of tiles, the tiles to visit: first the full ones, then the partial ones."""
 
-    order: Any  # (B|1, R, C), None without a mask: all of them, and only the last one is partial, if at all
-    counts: Any  # (B|1, R, 2)
-    b: Any  # 1 where each batch row has its own
+    order: Any  # (B|1, R, C); None without a mask: all tiles are visited, and only the last one may be partial
+    counts: Any  # (B|1, R, 2): full, partial
+    batch_stride: Any  # 1 if each batch row has lists of its own, else 0
     rows: Any
     columns: Any
-    pointers: Any  # the tensors of the mask
-    numbers: Any  # and its numbers
+    mask_tensors: Any
+    mask_integers: Any
 
 
 class RowSums(NamedTuple):
-    """The sum of each row (B, H, L) as log2, inf for one of nothing, and what its rounding took away: None where weights
-    have fewer digits than that.
+    """log2 of the sum of each row (B, H, L), inf for an empty row, and the rounding error of that logarithm.
+
+    The error is None where the weights have fewer digits than that.
     """
 
-    total: Any
-    rest: Any
+    log2_sum: Any
+    residual: Any
 
 
-class Form(NamedTuple):
+class KernelConfig(NamedTuple):
     """What a kernel is compiled for."""
 
     D: Any
     E: Any
-    wide_d: Any  # the same, filled up to what a product takes
-    wide_e: Any
-    queries: Any  # of a tile
-    keys: Any
-    repeats: Any  # query heads that share a tile, whose rows are queries by heads
-    sigmoid: Any
+    D_padded: Any  # width of the tiles of q and k: a power of 2
+    E_padded: Any  # width of the tiles of v
+    queries: Any  # rows per tile of queries
+    keys: Any  # keys per tile
+    heads_per_tile: Any  # query heads that share a tile, whose rows are then (query, head) pairs
+    is_sigmoid: Any
     top: Any
-    wide_top: Any
-    literals: Any
-    terms: Any  # of the mask: see mask.py
-    bare: Any  # nothing but the scale, which is more than 0, makes scores of products
-    exact: Any  # weights keep more digits than the values have
-    interpreted: Any  # on the CPU
+    top_padded: Any
+    num_literals: Any
+    terms: Any  # of the mask: see `EncodedMask`
+    is_scale_only: Any  # scores are raw scores times a positive scale
+    has_exact_weights: Any  # weights keep more digits than the dtype of v has
+    is_interpreted: Any
 
 
-class Told(NamedTuple):
-    """All that a plan says: in the kernels, `call`."""
+class KernelArgs(NamedTuple):
+    """A plan as the kernels take it."""
 
-    words: Any
+    score: Any
     tiles: Any
     sizes: Any
-    form: Any
+    config: Any

@@ -1,4 +1,4 @@
-"""The Triton kernels of the GPU: what they serve. They are imported when the first problem comes that is theirs."""
+"""The Triton backend: which problems it serves. The kernels are imported when the first of these problems is run."""
 
 from __future__ import annotations
 
@@ -26,127 +26,128 @@ about = "Triton kernels for GPUs, in linear memory"
 is_automatic = True
 masks_nonfinite = True
 is_differentiable = False
-# The sum of each row, and the output in float32, empty if it is that already.
+# The row sums, and the output in float32, which is empty if the output is float32 itself.
 saved = 2
 
 
 def is_for(device_type: str) -> bool:
-    """On the CPU the kernels run in Triton's interpreter, when they are asked for by name."""
+    """Any device but the CPU. There the kernels run in Triton's interpreter, only if the backend is named."""
     return device_type != "cpu"
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MASKS = (Band, Before, Documents, Blocks, Dense)
 # The largest weights are kept in registers.
-_MOST = 64
-# So long is an axis of the grid of programs.
-_MOST_HEADS = 65_535
-# What is wider fills them.
-_WIDEST = 256
-# Of NVIDIA's GPUs, the first whose matrix units take bfloat16.
-_OLDEST = (8, 0)
-# Where a number of a bias stands is told in 31 bits, and so is that of a query or a key.
-_FARTHEST = 1 << 31
-# A mask is brought to the form (a & b) | (c & d): of so many parts at most.
-_PARTS = 64
+_MAX_TOP = 64
+# CUDA limits grid.y to 65,535.
+_MAX_HEADS = 65_535
+# Wider rows spill registers.
+_MAX_WIDTH = 256
+# Ampere, the first NVIDIA GPUs whose matrix units support bfloat16.
+_MIN_CAPABILITY = (8, 0)
+# Offsets into a bias, and indices of queries and keys, are int32.
+_MAX_INDEX = 1 << 31
+# Literals of a mask in disjunctive normal form, (a & b) | (c & d).
+_MAX_LITERALS = 64
 
 
 def missing() -> str | None:
-    """Why there are no Triton kernels; None if there are."""
+    """Return why Triton is missing; None if it is installed."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install 'regard[gpu]'"
     return None
 
 
 def is_interpreted() -> bool:
-    """Do the kernels run on the CPU, by Triton's interpreter? For tests, and to find faults: TRITON_INTERPRET=1."""
+    """Whether the kernels run on the CPU in Triton's interpreter, for tests and debugging: TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
-def _unfit(device: torch.device) -> str | None:
-    """Why a GPU cannot run them; None if it can."""
+def _unsupported_gpu(device: torch.device) -> str | None:
+    """Return why a GPU cannot run the kernels; None if it can."""
     capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip or capability < _OLDEST:
-        return "they are written for NVIDIA's GPUs from Ampere on"
+    if torch.version.hip or capability < _MIN_CAPABILITY:
+        return "the kernels need an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
     return None
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
-    """Why it cannot serve a problem; None if it can."""
+    """Return why it cannot serve a problem; None if it can."""
     q, k, v = tensors[:3]
     if q.device.type != "cuda" and not (q.device.type == "cpu" and is_interpreted()):
         return f"the tensors are on {q.device.type}"
-    if reason := missing() or (_unfit(q.device) if q.is_cuda else None):
+    if reason := missing() or (_unsupported_gpu(q.device) if q.is_cuda else None):
         return reason
     if not isinstance(plan.score, Product | Additive):
-        return f"it has no score but the dot product and the additive one, and {type(plan.score).__name__} is neither"
+        return f"it supports dot-product and additive scores only, not {type(plan.score).__name__}"
     if not isinstance(plan.normalizer, Softmax | Sigmoid):
-        return f"it has no normalizer but softmax and sigmoid, and {type(plan.normalizer).__name__} is neither"
+        return f"it supports softmax and sigmoid only, not {type(plan.normalizer).__name__}"
     if any(x.dtype not in _DTYPES for x in (q, k, v)):
-        return "it computes in float32, and float64 was given"
+        return "it computes in float32, and the tensors are float64"
     if not (q.numel() and k.numel() and v.numel()):
-        return "an axis has size zero"
-    if q.shape[0] * q.shape[1] > _MOST_HEADS:
-        return f"it has no more than {_MOST_HEADS:,} heads in all batch rows, and here are {q.shape[0] * q.shape[1]:,}"
-    if q.shape[0] * q.shape[1] * max(q.shape[2], k.shape[2]) >= _FARTHEST:
-        return "it counts the queries, or the keys, of all heads in 31 bits"
-    if max(q.shape[-1], v.shape[-1]) > _WIDEST:
-        return f"it has no rows of more than {_WIDEST} numbers, and these have {max(q.shape[-1], v.shape[-1])}"
+        return "a dimension has size 0"
+    if q.shape[0] * q.shape[1] > _MAX_HEADS:
+        return f"batch size times heads is {q.shape[0] * q.shape[1]:,}; it supports up to {_MAX_HEADS:,}"
+    if q.shape[0] * q.shape[1] * max(q.shape[2], k.shape[2]) >= _MAX_INDEX:
+        return "its indices of the queries, or keys, of all heads would exceed 31 bits"
+    if max(q.shape[-1], v.shape[-1]) > _MAX_WIDTH:
+        return f"the width is {max(q.shape[-1], v.shape[-1])}; it supports up to {_MAX_WIDTH}"
     if plan.bias is not None and not isinstance(plan.bias, TensorBias | ALiBi | T5):
-        return f"it has no bias but a tensor, ALiBi and T5, and {type(plan.bias).__name__} is none"
+        return f"it supports tensor, ALiBi and T5 biases only, not {type(plan.bias).__name__}"
     if isinstance(plan.bias, TensorBias):
-        added: Any = plan.bias.tensor
-        shape, stride = tensors[added.index].shape, tensors[added.index].stride()
-        if sum((n - 1) * step for n, step in zip(shape[2:], stride[2:], strict=True)) >= _FARTHEST:
-            return "its bias has 2^31 numbers a head at most"
-    parts = _parts(plan.mask)
-    if parts is None:
-        return "it has no masks in Python"
-    if max(parts) > _PARTS:
-        return f"it has no mask of more than {_PARTS} parts, once that is brought to the form (a & b) | (c & d)"
-    if plan.summary.top > _MOST:
-        return f"it gives no more than the {_MOST} largest weights"
+        slot: Any = plan.bias.tensor
+        shape, stride = tensors[slot.index].shape, tensors[slot.index].stride()
+        if sum((n - 1) * step for n, step in zip(shape[2:], stride[2:], strict=True)) >= _MAX_INDEX:
+            return "its offsets into the bias of one head would exceed 31 bits"
+    counts = _count_literals(plan.mask)
+    if counts is None:
+        return "it does not support masks in Python"
+    if max(counts) > _MAX_LITERALS:
+        return f"the mask has more than {_MAX_LITERALS} parts when written as (a & b) | (c & d)"
+    if plan.summary.top > _MAX_TOP:
+        return f"it returns up to {_MAX_TOP} largest weights per row, not {plan.summary.top}"
     return None
 
 
-def _parts(mask: Mask | None) -> tuple[int, int] | None:
-    """How many parts a mask has in the form (a & b) | (c & d), and how many what denies it; None where one is in Python."""
+def _count_literals(mask: Mask | None) -> tuple[int, int] | None:
+    """Bound the number of literals of a mask, and of its negation, in normal form; return None for a mask in Python."""
     if mask is None or type(mask) in _MASKS:
         return (0, 0) if mask is None else (1, 1)
     if isinstance(mask, Not):
-        inner = _parts(mask.inner)
+        inner = _count_literals(mask.inner)
         return inner and inner[::-1]
     if not isinstance(mask, And | Or):
         return None
-    left, right = _parts(mask.left), _parts(mask.right)
+    left, right = _count_literals(mask.left), _count_literals(mask.right)
     if left is None or right is None:
         return None
-    (a, b), (denied_a, denied_b) = zip(left, right, strict=True)
+    (a, b), (negated_a, negated_b) = zip(left, right, strict=True)
     if isinstance(mask, And):
-        return 2 * a * b, denied_a + denied_b
-    return a + b, 2 * denied_a * denied_b
+        return 2 * a * b, negated_a + negated_b
+    return a + b, 2 * negated_a * negated_b
 
 
 def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tuple[Tensor, ...]:
-    """All outputs of a problem, in the order of `Plan.outputs`, and the extras: the second empty where this is the `last`
-    pass, with no backward pass to follow.
+    """Return the outputs of a problem, in the order of `Plan.outputs`, and the saved tensors.
+
+    If `is_last`, no backward pass follows, and saved tensors may be empty.
     """
     from regard.backends.triton import launch
 
-    with _on(tensors[0].device):
+    with _current_device(tensors[0].device):
         results = launch.forward(plan, tensors, is_last)
-    sums = results["sums"]
-    return *[results[name] for name in plan.outputs], sums, results.get("exact", sums.new_empty(0))
+    row_sums = results["row_sums"]
+    return *[results[name] for name in plan.outputs], row_sums, results.get("out_fp32", row_sums.new_empty(0))
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton starts kernels on the GPU that is current."""
+def _current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one: Triton launches kernels there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def empty_saved(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:
-    """Tensors like the extras, with nothing in them; `like` is float32."""
+    """Return uninitialized tensors with the shapes and dtypes of the saved ones; `like` is float32."""
     rows = (size.B, size.H, size.L)
     return [like.new_empty(2, *rows), like.new_empty((*rows, v.shape[-1]) if v.dtype != torch.float32 else 0)]
 
@@ -158,19 +159,22 @@ def backward(
     gradients: Sequence[Tensor | None],
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the tensors that are `needs_grad`, from those of the outputs (None = zero)."""
+    """Return the gradients of the tensors that need one, from those of the outputs; None stands for zeros.
+
+    The kernels take the gradients of the output and, with softmax, of the log-sum-exp. `tiled` computes all others.
+    """
     given = plan.named(gradients)
     dout = given.pop("out", None)
-    # The log-sum-exp of the scores is no part of what else than a softmax tells of them.
     dlse = given.pop("lse", None) if isinstance(plan.normalizer, Softmax) else None
     if given or (dout is None and dlse is None):
-        plan, everything = flag_nonfinite(plan, tensors)
-        more = len(everything) - len(tensors)
-        return tiled.backward(plan, everything, (), gradients, (*needs_grad, *[False] * more))[: len(tensors)]
+        plan, flagged = flag_nonfinite(plan, tensors)
+        added = len(flagged) - len(tensors)
+        return tiled.backward(plan, flagged, (), gradients, (*needs_grad, *[False] * added))[: len(tensors)]
     from regard.backends.triton import launch
 
-    out, sums, exact = saved
+    out, row_sums, out_fp32 = saved
     dout = torch.zeros_like(out) if dout is None else dout
-    with _on(out.device):
-        found = launch.backward(plan, tensors, dout, exact if exact.numel() else out, sums, dlse, needs_grad)
-    return tuple([found.get(place) for place in range(len(tensors))])
+    out = out_fp32 if out_fp32.numel() else out
+    with _current_device(out.device):
+        grads = launch.backward(plan, tensors, dout, out, row_sums, dlse, needs_grad)
+    return tuple([grads.get(index) for index in range(len(tensors))])

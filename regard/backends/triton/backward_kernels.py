@@ -1,7 +1,7 @@
-"""The backward pass on the GPU: weights are computed again from the scores and the sums that the forward pass kept.
+"""The backward kernels: weights are recomputed from the scores and the saved row sums.
 
-A kernel for the queries and one for the keys, each of which writes its own rows alone: the same bits every time. Dao,
-"FlashAttention-2" (2023), algorithm 2.
+One kernel computes dq, the other dk and dv. Each program writes rows of its own, without atomics: results are the same
+bits in every run. Dao, "FlashAttention-2" (2023), algorithm 2.
 """
 
 from __future__ import annotations
@@ -11,203 +11,204 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from regard.backends.triton.additive_score import products
-from regard.backends.triton.dropout import keep, streams
+from regard.backends.triton.additive_score import raw_scores
+from regard.backends.triton.dropout import dropout_streams, keep_mask
 from regard.backends.triton.score import (
     LN2,
-    any_wild,
-    listed,
-    rows,
+    any_nonfinite,
+    load_rows,
+    matmul,
+    nth_tile,
     scores,
-    span,
-    times,
+    tile_range,
     weights,
-    without_wild,
     write_rows,
+    zero_nonfinite,
 )
 
 
-class Kept(NamedTuple):
-    """What the backward pass is given: the sum of each row, and of these sum_j p_j dp_j (B, H, L), less the gradient of the
-    log-sum-exp."""
+class Saved(NamedTuple):
+    """The row sums, and delta = sum_j p_j dp_j - dlse of each row (B, H, L)."""
 
-    sums: Any  # RowSums
+    row_sums: Any  # RowSums
     delta: Any
 
 
-class Pulled(NamedTuple):
-    """Where the gradients go; None where one is not wanted."""
+class Grads(NamedTuple):
+    """Destinations of the gradients; None where one is not needed."""
 
     q: Any  # Matrix
     k: Any
     v: Any
     key_bias: Any  # (B, G, S)
     query_bias: Any  # (B, H, L)
-    level: Any  # (B, H, L): of what a sigmoid adds to the scores
+    sigmoid_bias: Any  # (B, H, L)
 
 
 @triton.jit
-def slopes(
-    product, dp, kept, call, b, g, head, query, key, stream, factor,
-    masked: tl.constexpr, careful: tl.constexpr,
+def score_grads(
+    raw, dp, saved, args, b, g, head, query, key, stream, factor,
+    is_partial: tl.constexpr, mask_nonfinite: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: the weights as the values see them, and the gradients of its scores, after and before the softcap; with
-    care, 0 where a pair may not attend, even in a row of NaN.
+    """The weights of a tile after dropout, and the gradients of its scores after and before the softcap.
+
+    With `mask_nonfinite` they are 0 for masked pairs, even in a row of NaN.
     """
-    s, rise = scores(product, call, b, g, head, query, key, masked)
-    row = (b * call.sizes.H + head) * call.sizes.L + query
-    delta = tl.load(kept.delta + row, mask=query < call.sizes.L, other=0.0)
-    p = weights(s, kept.sums, call, b, head, query)
-    seen = p
-    if call.words.seed is not None:
-        survives = keep(call, stream, factor, key)
-        seen = tl.where(survives, p * call.words.kept, 0.0)
-        dp = tl.where(survives, dp * call.words.kept, 0.0)
-    if call.form.sigmoid:
+    s, softcap_grad = scores(raw, args, b, g, head, query, key, is_partial)
+    row = (b * args.sizes.H + head) * args.sizes.L + query
+    delta = tl.load(saved.delta + row, mask=query < args.sizes.L, other=0.0)
+    p = weights(s, saved.row_sums, args, b, head, query)
+    p_dropped = p
+    if args.score.seed is not None:
+        is_kept = keep_mask(args, stream, factor, key)
+        p_dropped = tl.where(is_kept, p * args.score.dropout_scale, 0.0)
+        dp = tl.where(is_kept, dp * args.score.dropout_scale, 0.0)
+    if args.config.is_sigmoid:
         ds = p * (1.0 - p) * dp
     else:
         ds = p * (dp - delta)
-    before = ds * rise
-    if careful:
+    ds_raw = ds * softcap_grad
+    if mask_nonfinite:
         ds = tl.where(s == -float("inf"), 0.0, ds)
-        before = tl.where(s == -float("inf"), 0.0, before)
-        seen = tl.where(s == -float("inf"), 0.0, seen)
-    return seen, ds, before
+        ds_raw = tl.where(s == -float("inf"), 0.0, ds_raw)
+        p_dropped = tl.where(s == -float("inf"), 0.0, p_dropped)
+    return p_dropped, ds, ds_raw
 
 
 @triton.jit
-def pull_queries(q, k, v, dout, pulled, kept, call):
-    """The gradients of a tile of queries."""
+def bwd_dq_kernel(q, k, v, dout, grads, saved, args):
+    """Compute the gradients of a tile of queries."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b = tl.program_id(1) // call.sizes.H
-    head = tl.program_id(1) % call.sizes.H
-    g = head // (call.sizes.H // call.sizes.G)
-    query = tile * call.form.queries + tl.arange(0, call.form.queries)
-    heads = head + 0 * query
-    start, full, count = span(call, b, tile, call.form.keys, False)
-    own = rows(q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, True)
-    pull = rows(dout, b, heads, query, call.sizes.L, call.form.E, call.form.wide_e, True)
-    dq, dbias, dlevel = _no_queries(call)
-    dq, dbias, dlevel = _over_keys(
-        0, full, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query, False, False
+    b = tl.program_id(1) // args.sizes.H
+    head = tl.program_id(1) % args.sizes.H
+    g = head // (args.sizes.H // args.sizes.G)
+    query = tile * args.config.queries + tl.arange(0, args.config.queries)
+    q_head = head + 0 * query
+    start, full, count = tile_range(args, b, tile, args.config.keys, False)
+    q_tile = load_rows(q, b, q_head, query, args.sizes.L, args.config.D, args.config.D_padded, True)
+    dout_tile = load_rows(dout, b, q_head, query, args.sizes.L, args.config.E, args.config.E_padded, True)
+    dq, dbias, dsigmoid = _init_dq(args)
+    dq, dbias, dsigmoid = _sum_over_keys(
+        0, full, dq, dbias, dsigmoid, q_tile, dout_tile, start, k, v, saved, args, b, g, head, query, False, False
     )
-    dq, dbias, dlevel = _over_keys(
-        full, count, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query, True, False
+    dq, dbias, dsigmoid = _sum_over_keys(
+        full, count, dq, dbias, dsigmoid, q_tile, dout_tile, start, k, v, saved, args, b, g, head, query, True, False
     )
-    if call.form.literals > 0 or call.words.bias is not None:  # noqa: SIM102, this one the compiler decides
-        if any_wild(dq):
-            # 0 * NaN is NaN: what may not attend may have leaked. Once more, with care.
-            dq, dbias, dlevel = _no_queries(call)
-            dq, dbias, dlevel = _over_keys(
-                0, count, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query, True, True
-            )
-    row = (b * call.sizes.H + head) * call.sizes.L + query
-    if pulled.q is not None:
-        write_rows(
-            pulled.q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, dq * (call.words.scale * LN2)
-        )
-    if pulled.query_bias is not None:
-        tl.store(pulled.query_bias + row, dbias, mask=query < call.sizes.L)
-    if pulled.level is not None:
-        tl.store(pulled.level + row, dlevel, mask=query < call.sizes.L)
+    if args.config.num_literals > 0 or args.score.bias is not None:  # noqa: SIM102, the outer test is compiled away
+        if any_nonfinite(dq):
+            # 0 * NaN is NaN: masked keys may have leaked. Recompute the tile with nonfinite values masked.
+            dq, dbias, dsigmoid = _init_dq(args)
+            dq, dbias, dsigmoid = _sum_over_keys(
+                0, count, dq, dbias, dsigmoid, q_tile, dout_tile, start, k, v, saved, args, b, g, head, query,
+                True, True,
+            )  # fmt: skip
+    row = (b * args.sizes.H + head) * args.sizes.L + query
+    if grads.q is not None:
+        dq = dq * (args.score.scale * LN2)
+        write_rows(grads.q, b, q_head, query, args.sizes.L, args.config.D, args.config.D_padded, dq)
+    if grads.query_bias is not None:
+        tl.store(grads.query_bias + row, dbias, mask=query < args.sizes.L)
+    if grads.sigmoid_bias is not None:
+        tl.store(grads.sigmoid_bias + row, dsigmoid, mask=query < args.sizes.L)
 
 
 @triton.jit
-def _no_queries(call):
-    dq = tl.zeros([call.form.queries, call.form.wide_d], tl.float32)
-    return dq, tl.zeros([call.form.queries], tl.float32), tl.zeros([call.form.queries], tl.float32)
+def _init_dq(args):
+    dq = tl.zeros([args.config.queries, args.config.D_padded], tl.float32)
+    return dq, tl.zeros([args.config.queries], tl.float32), tl.zeros([args.config.queries], tl.float32)
 
 
 @triton.jit
-def _over_keys(
-    begin, end, dq, dbias, dlevel, own, pull, start, k, v, kept, call, b, g, head, query,
-    masked: tl.constexpr, careful: tl.constexpr,
+def _sum_over_keys(
+    begin, end, dq, dbias, dsigmoid, q_tile, dout_tile, start, k, v, saved, args, b, g, head, query,
+    is_partial: tl.constexpr, mask_nonfinite: tl.constexpr,
 ):  # fmt: skip
-    stream, factor = streams(call, b, head, query[:, None])
+    stream, factor = dropout_streams(args, b, head, query[:, None])
     for n in range(begin, end):
-        key = listed(call, start, n) * call.form.keys + tl.arange(0, call.form.keys)
-        shared = g + 0 * key
-        other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, masked)
-        value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, masked)
-        product = products(own, other, call, b, head, query, key)
-        if careful:
-            # Who may attend to it has NaN in its score.
-            other = without_wild(other)
-        dp = times(pull, tl.trans(value), call)
-        _, ds, before = slopes(
-            product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, masked, careful
+        key = nth_tile(args, start, n) * args.config.keys + tl.arange(0, args.config.keys)
+        kv_head = g + 0 * key
+        k_tile = load_rows(k, b, kv_head, key, args.sizes.S, args.config.D, args.config.D_padded, is_partial)
+        v_tile = load_rows(v, b, kv_head, key, args.sizes.S, args.config.E, args.config.E_padded, is_partial)
+        raw = raw_scores(q_tile, k_tile, args, b, head, query, key)
+        if mask_nonfinite:
+            # The scores of the queries that may attend to a nonfinite key are NaN already.
+            k_tile = zero_nonfinite(k_tile)
+        dp = matmul(dout_tile, tl.trans(v_tile), args)
+        _, ds, ds_raw = score_grads(
+            raw, dp, saved, args, b, g, head, query[:, None], key[None, :], stream, factor, is_partial, mask_nonfinite
         )
-        dq += times(before.to(own.dtype), other, call)
-        dbias += tl.sum(before, 1)
-        dlevel += tl.sum(ds, 1)
-    return dq, dbias, dlevel
+        dq += matmul(ds_raw.to(q_tile.dtype), k_tile, args)
+        dbias += tl.sum(ds_raw, 1)
+        dsigmoid += tl.sum(ds, 1)
+    return dq, dbias, dsigmoid
 
 
 @triton.jit
-def pull_keys(q, k, v, dout, pulled, kept, call):
-    """The gradients of a tile of keys and values, from all query heads that share them."""
+def bwd_dkv_kernel(q, k, v, dout, grads, saved, args):
+    """Compute the gradients of a tile of keys and values, summed over the query heads that share them."""
     tile = tl.program_id(0)
-    b = tl.program_id(1) // call.sizes.G
-    g = tl.program_id(1) % call.sizes.G
-    key = tile * call.form.keys + tl.arange(0, call.form.keys)
-    shared = g + 0 * key
-    start, full, count = span(call, b, tile, call.form.queries, True)
-    own = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, True)
-    value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, True)
-    dk, dv, dbias = _no_keys(call)
-    repeats = call.sizes.H // call.sizes.G
+    b = tl.program_id(1) // args.sizes.G
+    g = tl.program_id(1) % args.sizes.G
+    key = tile * args.config.keys + tl.arange(0, args.config.keys)
+    kv_head = g + 0 * key
+    start, full, count = tile_range(args, b, tile, args.config.queries, True)
+    k_tile = load_rows(k, b, kv_head, key, args.sizes.S, args.config.D, args.config.D_padded, True)
+    v_tile = load_rows(v, b, kv_head, key, args.sizes.S, args.config.E, args.config.E_padded, True)
+    dk, dv, dbias = _init_dkv(args)
+    repeats = args.sizes.H // args.sizes.G
     for r in range(repeats):
         head = g * repeats + r
-        dk, dv, dbias = _over_queries(
-            0, full, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, False, False
+        dk, dv, dbias = _sum_over_queries(
+            0, full, dk, dv, dbias, k_tile, v_tile, start, q, dout, saved, args, b, g, head, key, False, False
         )
-        dk, dv, dbias = _over_queries(
-            full, count, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, True, False
+        dk, dv, dbias = _sum_over_queries(
+            full, count, dk, dv, dbias, k_tile, v_tile, start, q, dout, saved, args, b, g, head, key, True, False
         )
-    if call.form.literals > 0 or call.words.bias is not None:  # noqa: SIM102, this one the compiler decides
-        if any_wild(dk) | any_wild(dv):
-            dk, dv, dbias = _no_keys(call)
+    if args.config.num_literals > 0 or args.score.bias is not None:  # noqa: SIM102, the outer test is compiled away
+        if any_nonfinite(dk) | any_nonfinite(dv):
+            dk, dv, dbias = _init_dkv(args)
             for r in range(repeats):
                 head = g * repeats + r
-                dk, dv, dbias = _over_queries(
-                    0, count, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key, True, True
+                dk, dv, dbias = _sum_over_queries(
+                    0, count, dk, dv, dbias, k_tile, v_tile, start, q, dout, saved, args, b, g, head, key, True, True
                 )
-    if pulled.k is not None:
-        write_rows(pulled.k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, dk * (call.words.scale * LN2))
-    if pulled.v is not None:
-        write_rows(pulled.v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, dv)
-    if pulled.key_bias is not None:
-        tl.store(pulled.key_bias + (b * call.sizes.G + g) * call.sizes.S + key, dbias, mask=key < call.sizes.S)
+    if grads.k is not None:
+        dk = dk * (args.score.scale * LN2)
+        write_rows(grads.k, b, kv_head, key, args.sizes.S, args.config.D, args.config.D_padded, dk)
+    if grads.v is not None:
+        write_rows(grads.v, b, kv_head, key, args.sizes.S, args.config.E, args.config.E_padded, dv)
+    if grads.key_bias is not None:
+        tl.store(grads.key_bias + (b * args.sizes.G + g) * args.sizes.S + key, dbias, mask=key < args.sizes.S)
 
 
 @triton.jit
-def _no_keys(call):
-    dk = tl.zeros([call.form.keys, call.form.wide_d], tl.float32)
-    dv = tl.zeros([call.form.keys, call.form.wide_e], tl.float32)
-    return dk, dv, tl.zeros([call.form.keys], tl.float32)
+def _init_dkv(args):
+    dk = tl.zeros([args.config.keys, args.config.D_padded], tl.float32)
+    dv = tl.zeros([args.config.keys, args.config.E_padded], tl.float32)
+    return dk, dv, tl.zeros([args.config.keys], tl.float32)
 
 
 @triton.jit
-def _over_queries(
-    begin, end, dk, dv, dbias, own, value, start, q, dout, kept, call, b, g, head, key,
-    masked: tl.constexpr, careful: tl.constexpr,
+def _sum_over_queries(
+    begin, end, dk, dv, dbias, k_tile, v_tile, start, q, dout, saved, args, b, g, head, key,
+    is_partial: tl.constexpr, mask_nonfinite: tl.constexpr,
 ):  # fmt: skip
     for n in range(begin, end):
-        query = listed(call, start, n) * call.form.queries + tl.arange(0, call.form.queries)
-        heads = head + 0 * query
-        other = rows(q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, masked)
-        pull = rows(dout, b, heads, query, call.sizes.L, call.form.E, call.form.wide_e, masked)
-        stream, factor = streams(call, b, head, query[None, :])
-        # Keys down, queries across: as the two products that follow take them.
-        product = times(own, tl.trans(other), call)
-        if careful:
-            # Who may attend as it has NaN in its score.
-            other = without_wild(other)
-        dp = times(value, tl.trans(pull), call)
-        seen, _, before = slopes(
-            product, dp, kept, call, b, g, head, query[None, :], key[:, None], stream, factor, masked, careful
+        query = nth_tile(args, start, n) * args.config.queries + tl.arange(0, args.config.queries)
+        q_head = head + 0 * query
+        q_tile = load_rows(q, b, q_head, query, args.sizes.L, args.config.D, args.config.D_padded, is_partial)
+        dout_tile = load_rows(dout, b, q_head, query, args.sizes.L, args.config.E, args.config.E_padded, is_partial)
+        stream, factor = dropout_streams(args, b, head, query[None, :])
+        # Keys by queries: the two products below take their left operand in this layout.
+        raw = matmul(k_tile, tl.trans(q_tile), args)
+        if mask_nonfinite:
+            # The scores of the keys that a nonfinite query may attend to are NaN already.
+            q_tile = zero_nonfinite(q_tile)
+        dp = matmul(v_tile, tl.trans(dout_tile), args)
+        p_dropped, _, ds_raw = score_grads(
+            raw, dp, saved, args, b, g, head, query[None, :], key[:, None], stream, factor, is_partial, mask_nonfinite
         )
-        dv += times(seen.to(pull.dtype), pull, call)
-        dk += times(before.to(own.dtype), other, call)
-        dbias += tl.sum(before, 1)
+        dv += matmul(p_dropped.to(dout_tile.dtype), dout_tile, args)
+        dk += matmul(ds_raw.to(k_tile.dtype), q_tile, args)
+        dbias += tl.sum(ds_raw, 1)
     return dk, dv, dbias

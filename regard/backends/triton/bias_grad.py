@@ -1,12 +1,11 @@
-"""The gradients of what is added to the scores: sums of their gradients over what shares a number.
+"""Gradients of biases: sums of score gradients over all pairs that share an element of the bias.
 
-A program sums up tiles of one size, in a fixed order, and writes the sum once. For a bias that depends on the distance
-alone these are the tiles of a diagonal, which hold the same distances in the same places: memory linear in length.
+Each program sums tiles in a fixed order and writes the sum once. For a bias of query - key these are the tiles of one
+diagonal, which hold the same distances at the same positions: memory linear in length.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -14,112 +13,116 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from regard.backends.triton.additive_score import products
-from regard.backends.triton.backward_kernels import slopes
-from regard.backends.triton.dropout import streams
-from regard.backends.triton.score import rows, times
+from regard.backends.triton.additive_score import raw_scores
+from regard.backends.triton.backward_kernels import score_grads
+from regard.backends.triton.dropout import dropout_streams
+from regard.backends.triton.mask import EMPTY
+from regard.backends.triton.score import load_rows, matmul
+
+# What a program sums over: batch rows and heads, queries, keys, or the tiles of a diagonal.
+OVER_HEADS: tl.constexpr = tl.constexpr(0)
+OVER_QUERIES: tl.constexpr = tl.constexpr(1)
+OVER_KEYS: tl.constexpr = tl.constexpr(2)
+OVER_DIAGONAL: tl.constexpr = tl.constexpr(3)
 
 
-class Over(IntEnum):
-    """What a program sums over: batch rows and heads, queries, keys, or the tiles of a diagonal."""
+class BiasGrad(NamedTuple):
+    """The destination of the sums, and what they are taken over."""
 
-    HEADS = 0
-    QUERIES = 1
-    KEYS = 2
-    DIAGONALS = 3
-
-
-class Sums(NamedTuple):
-    """Where the sums go, and what they are taken over."""
-
-    pointer: Any  # (b, h, L, S), (B, H, S), (B, H, L) or (H, diagonals, queries, keys), by what is summed over
-    kinds: Any  # (B|1, R, C) as `mask.kinds` gives them; None without a mask
-    b: Any  # 1 where each batch row has its own kinds
+    # Over heads (b, h, L, S), over queries (B, H, S), over keys (B, H, L), over diagonals (H, diagonals, queries, keys).
+    pointer: Any
+    tile_kinds: Any  # (B|1, R, C), from `classify_tiles`; None without a mask
+    batch_stride: Any  # 1 if each batch row has tile kinds of its own, else 0
     rows: Any  # of tiles
     columns: Any
-    batch: Any  # rows, and heads, that a program sums over
-    heads: Any
+    batch: Any  # batch rows per program
+    heads: Any  # heads per program
 
 
 @triton.jit
-def gather(q, k, v, dout, sums, kept, call, over: tl.constexpr):
-    """Sum the gradients of scores over what shares a number."""
+def bias_grad_kernel(q, k, v, dout, bias_grad, saved, args, over: tl.constexpr):
+    """Sum the gradients of scores over the pairs that share an element of the bias."""
     first = tl.program_id(0)
     second = tl.program_id(1)
-    if over == 0:
-        count = sums.batch * sums.heads
-        b0 = second // (call.sizes.H // sums.heads) * sums.batch
-        h0 = second % (call.sizes.H // sums.heads) * sums.heads
-    elif over == 3:
-        count = sums.batch * sums.rows
+    if over == OVER_HEADS:
+        count = bias_grad.batch * bias_grad.heads
+        b0 = second // (args.sizes.H // bias_grad.heads) * bias_grad.batch
+        h0 = second % (args.sizes.H // bias_grad.heads) * bias_grad.heads
+    elif over == OVER_DIAGONAL:
+        count = bias_grad.batch * bias_grad.rows
         b0 = 0
         h0 = second
     else:
-        count = sums.rows if over == 1 else sums.columns
-        b0 = second // call.sizes.H
-        h0 = second % call.sizes.H
-    total = tl.zeros([call.form.queries, call.form.keys], tl.float32)
+        count = bias_grad.rows if over == OVER_QUERIES else bias_grad.columns
+        b0 = second // args.sizes.H
+        h0 = second % args.sizes.H
+    total = tl.zeros([args.config.queries, args.config.keys], tl.float32)
     for n in range(count):
         b = b0
         head = h0
-        if over == 0:
-            b += n // sums.heads
-            head += n % sums.heads
-            row = first // sums.columns
-            column = first % sums.columns
-        elif over == 1:
+        if over == OVER_HEADS:
+            b += n // bias_grad.heads
+            head += n % bias_grad.heads
+            row = first // bias_grad.columns
+            column = first % bias_grad.columns
+        elif over == OVER_QUERIES:
             row = n
             column = first
-        elif over == 2:
+        elif over == OVER_KEYS:
             row = first
             column = n
         else:
-            b += n // sums.rows
-            row = n % sums.rows
-            column = row - (first - sums.columns + 1)
-        some = (column >= 0) & (column < sums.columns)
-        if sums.kinds is not None:
-            at = (b * sums.b * sums.rows + row) * sums.columns + column
-            some = some & (tl.load(sums.kinds + at, mask=some, other=2) < 2)
-        if some:
-            g = head // (call.sizes.H // call.sizes.G)
-            query = row * call.form.queries + tl.arange(0, call.form.queries)
-            key = column * call.form.keys + tl.arange(0, call.form.keys)
-            heads = head + 0 * query
-            shared = g + 0 * key
-            own = rows(q, b, heads, query, call.sizes.L, call.form.D, call.form.wide_d, True)
-            pull = rows(dout, b, heads, query, call.sizes.L, call.form.E, call.form.wide_e, True)
-            other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, True)
-            value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, True)
-            stream, factor = streams(call, b, head, query[:, None])
-            product = products(own, other, call, b, head, query, key)
-            dp = times(pull, tl.trans(value), call)
-            _, ds, _ = slopes(
-                product, dp, kept, call, b, g, head, query[:, None], key[None, :], stream, factor, True, True
+            b += n // bias_grad.rows
+            row = n % bias_grad.rows
+            column = row - (first - bias_grad.columns + 1)
+        is_visited = (column >= 0) & (column < bias_grad.columns)
+        if bias_grad.tile_kinds is not None:
+            at = (b * bias_grad.batch_stride * bias_grad.rows + row) * bias_grad.columns + column
+            is_visited = is_visited & (tl.load(bias_grad.tile_kinds + at, mask=is_visited, other=EMPTY) < EMPTY)
+        if is_visited:
+            g = head // (args.sizes.H // args.sizes.G)
+            query = row * args.config.queries + tl.arange(0, args.config.queries)
+            key = column * args.config.keys + tl.arange(0, args.config.keys)
+            q_head = head + 0 * query
+            kv_head = g + 0 * key
+            q_tile = load_rows(q, b, q_head, query, args.sizes.L, args.config.D, args.config.D_padded, True)
+            dout_tile = load_rows(dout, b, q_head, query, args.sizes.L, args.config.E, args.config.E_padded, True)
+            k_tile = load_rows(k, b, kv_head, key, args.sizes.S, args.config.D, args.config.D_padded, True)
+            v_tile = load_rows(v, b, kv_head, key, args.sizes.S, args.config.E, args.config.E_padded, True)
+            stream, factor = dropout_streams(args, b, head, query[:, None])
+            raw = raw_scores(q_tile, k_tile, args, b, head, query, key)
+            dp = matmul(dout_tile, tl.trans(v_tile), args)
+            _, ds, _ = score_grads(
+                raw, dp, saved, args, b, g, head, query[:, None], key[None, :], stream, factor, True, True
             )
             total += ds
-    query = tl.arange(0, call.form.queries)
-    key = tl.arange(0, call.form.keys)
-    if over == 0:
-        query += first // sums.columns * call.form.queries
-        key += first % sums.columns * call.form.keys
-        at = (second.to(tl.int64) * call.sizes.L + query[:, None]) * call.sizes.S + key[None, :]
-        tl.store(sums.pointer + at, total, mask=(query < call.sizes.L)[:, None] & (key < call.sizes.S)[None, :])
-    elif over == 1:
-        key += first * call.form.keys
-        tl.store(sums.pointer + second.to(tl.int64) * call.sizes.S + key, tl.sum(total, 0), mask=key < call.sizes.S)
-    elif over == 2:
-        query += first * call.form.queries
-        tl.store(sums.pointer + second.to(tl.int64) * call.sizes.L + query, tl.sum(total, 1), mask=query < call.sizes.L)
+    query = tl.arange(0, args.config.queries)
+    key = tl.arange(0, args.config.keys)
+    if over == OVER_HEADS:
+        query += first // bias_grad.columns * args.config.queries
+        key += first % bias_grad.columns * args.config.keys
+        at = (second.to(tl.int64) * args.sizes.L + query[:, None]) * args.sizes.S + key[None, :]
+        tl.store(bias_grad.pointer + at, total, mask=(query < args.sizes.L)[:, None] & (key < args.sizes.S)[None, :])
+    elif over == OVER_QUERIES:
+        key += first * args.config.keys
+        at = second.to(tl.int64) * args.sizes.S + key
+        tl.store(bias_grad.pointer + at, tl.sum(total, 0), mask=key < args.sizes.S)
+    elif over == OVER_KEYS:
+        query += first * args.config.queries
+        at = second.to(tl.int64) * args.sizes.L + query
+        tl.store(bias_grad.pointer + at, tl.sum(total, 1), mask=query < args.sizes.L)
     else:
-        at = (second * tl.num_programs(0) + first).to(tl.int64) * call.form.queries + query[:, None]
-        tl.store(sums.pointer + at * call.form.keys + key[None, :], total)
+        at = (second * tl.num_programs(0) + first).to(tl.int64) * args.config.queries + query[:, None]
+        tl.store(bias_grad.pointer + at * args.config.keys + key[None, :], total)
 
 
-def unfold(diagonals: Tensor, S: int) -> Tensor:
-    """From the sums of the diagonals of tiles (H, diagonals, T, T) to the sums by distance, query - key + S - 1, (H, n)."""
+def sum_by_distance(diagonals: Tensor, S: int) -> Tensor:
+    """Convert sums over diagonals of T x T tiles (H, diagonals, T, T) into sums by distance (H, n).
+
+    Element query - key + S - 1 holds the sum of the pairs at that distance.
+    """
     H, count, T, _ = diagonals.shape
-    # Each row one place further to the right than the one above: then a column holds one distance.
+    # Shift each row one element further to the right than the row above: then each column holds one distance.
     slanted = torch.nn.functional.pad(diagonals.flip(-1), (0, T)).flatten(2)[..., : T * (2 * T - 1)]
     slanted = slanted.view(H, count, T, 2 * T - 1).sum(2)
     halves = torch.nn.functional.pad(slanted, (0, 1)).view(H, count, 2, T)

@@ -1,4 +1,4 @@
-"""A problem as the Triton kernels are told it, and how one of them is started."""
+"""Packing a problem into the arguments of the Triton kernels, and launching them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from torch import Tensor
 from regard.backends.relative import relative_table
 from regard.backends.triton import additive_score as additive
 from regard.backends.triton import mask, tuning
-from regard.backends.triton.args import Form, Matrix, Sizes, Table, Tiles, Told, Words
+from regard.backends.triton.args import (
+    BroadcastTensor,
+    KernelArgs,
+    KernelConfig,
+    KernelSizes,
+    Matrix,
+    ScoreArgs,
+    TileLists,
+)
 from regard.components.component import Slot, fill
 from regard.components.normalizer import Sigmoid, Softmax
 from regard.components.position import ALiBi, TensorBias, alibi_slopes
@@ -21,181 +29,203 @@ from regard.components.score import Additive, Product
 from regard.plan.problem import Plan, sizes
 
 _LOG2E = 1.4426950408889634
-_WHOLE = 1 << 32
-# So many queries are few: tiles of them have room for other heads.
-FEW = 16
+_TWO_POW_32 = 1 << 32
+# Up to this many queries, a tile has room for several heads.
+FEW_QUERIES = 16
 
 
 class Call:
-    """A problem, as the kernels are told it."""
+    """A problem with everything that its kernels take.
 
-    def __init__(self, plan: Plan, tensors: Sequence[Tensor], kernel: str, last: bool = False) -> None:
+    Args:
+        plan, tensors: the problem.
+        kernel: "forward", "backward" or "bias_grad": see `tuning.launch_config`.
+        is_last: whether no backward pass follows.
+    """
+
+    def __init__(self, plan: Plan, tensors: Sequence[Tensor], kernel: str, is_last: bool = False) -> None:
         self.plan, self.tensors = plan, tensors
-        self.q, self.k, self.v = (rows(x.detach()) for x in tensors[:3])
+        self.q, self.k, self.v = (contiguous_rows(x.detach()) for x in tensors[:3])
         self.size = sizes(self.q, self.k)
         self.device = self.q.device
         self.D, self.E = self.q.shape[-1], self.v.shape[-1]
-        self.shape, self.repeats = self._shape(kernel)
-        self.queries = self.shape.queries // self.repeats  # of a tile
+        self.launch_config, self.heads_per_tile = self._choose_launch_config(kernel)
+        self.queries_per_tile = self.launch_config.queries // self.heads_per_tile
         self._mask = None if plan.mask is None else fill(plan.mask, tensors)
-        self._told = None if self._mask is None else mask.tell(self._mask, self.size)
-        self.words = self._words()
-        self.sizes = Sizes(self.size.H, self.size.G, self.size.L, self.size.S)
-        self.form = self._form(last)
+        self._encoded_mask = None if self._mask is None else mask.encode_mask(self._mask, self.size)
+        self.score_args = self._make_score_args()
+        self.sizes = KernelSizes(self.size.H, self.size.G, self.size.L, self.size.S)
+        self.config = self._make_config(is_last)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """How many tiles of queries there are, and how many of keys."""
-        return -(-self.size.L // self.queries), -(-self.size.S // self.shape.keys)
+        """The number of tiles of queries, and of tiles of keys."""
+        return -(-self.size.L // self.queries_per_tile), -(-self.size.S // self.launch_config.keys)
 
-    def told(self, turned: bool = False) -> Told:
-        """What a kernel takes that goes along a row of tiles; `turned`, along a column."""
-        return Told(self.words, self._tiles(turned), self.sizes, constants(self.form))
+    def kernel_args(self, transposed: bool = False) -> KernelArgs:
+        """Return the arguments of a kernel that iterates along rows of tiles, or along columns if `transposed`."""
+        return KernelArgs(self.score_args, self._list_tiles(transposed), self.sizes, as_constexpr(self.config))
 
-    def of(self, slot: Any) -> Any:
-        """The tensor, or the number, that stands in a plan."""
-        return self.tensors[slot.index].detach() if isinstance(slot, Slot) else slot
+    def value_of(self, field: Any) -> Any:
+        """Return the tensor that a slot of the plan stands for; other values as they are."""
+        return self.tensors[field.index].detach() if isinstance(field, Slot) else field
 
-    def per_query(self, *width: int) -> Tensor:
-        """An empty tensor (B, H, L, ...) in float32."""
+    def empty_per_query(self, *width: int) -> Tensor:
+        """Return an uninitialized float32 tensor of shape (B, H, L, ...)."""
         return self.empty(self.size.B, self.size.H, self.size.L, *width)
 
     def empty(self, *shape: int) -> Tensor:
-        """An empty tensor in float32."""
+        """Return an uninitialized float32 tensor."""
         return self.q.new_empty(shape, dtype=torch.float32)
 
-    def kinds(self) -> tuple[Tensor | None, int]:
-        """Of each tile whether it is full, partial or empty, and 1 where each batch row has its own; None without a mask."""
+    def tile_kinds(self) -> tuple[Tensor | None, int]:
+        """Return the kind of each tile, and 1 if each batch row has its own, else 0; (None, 0) without a mask."""
         if self._mask is None:
             return None, 0
-        kinds = mask.kinds(self._mask, self.size, self.queries, self.shape.keys, self.device).contiguous()
+        kinds = mask.classify_tiles(
+            self._mask, self.size, self.queries_per_tile, self.launch_config.keys, self.device
+        ).contiguous()
         return kinds, int(kinds.shape[0] > 1)
 
-    def _shape(self, kernel: str) -> tuple[tuning.Shape, int]:
-        """The tiles, and how many heads share one: those that share their keys do, where there are few queries."""
-        width = max(wide(self.D), wide(self.E))
+    def _choose_launch_config(self, kernel: str) -> tuple[tuning.LaunchConfig, int]:
+        """Return the launch configuration, and the number of heads per tile.
+
+        Where there are few queries, all heads that share their keys share a tile.
+        """
+        width = max(padded_width(self.D), padded_width(self.E))
         repeats = self.size.H // self.size.G
         if isinstance(self.plan.score, Additive):
             kernel = f"additive {kernel}"
         elif kernel == "forward":
-            kernel = "few" if self.size.L <= FEW else "top" if self.plan.summary.top else kernel
+            kernel = "few" if self.size.L <= FEW_QUERIES else "top" if self.plan.summary.top else kernel
         elif kernel == "backward" and isinstance(self.plan.bias, TensorBias):
             kernel = "biased backward"
-        shape = tuning.shape(kernel, self.q.dtype, width, self.device)
-        packed = kernel == "few" and repeats & (repeats - 1) == 0 and repeats <= shape.queries
-        return shape, repeats if packed else 1
+        config = tuning.launch_config(kernel, self.q.dtype, width, self.device)
+        is_shared = kernel == "few" and repeats & (repeats - 1) == 0 and repeats <= config.queries
+        return config, repeats if is_shared else 1
 
-    def _tiles(self, turned: bool) -> Tiles:
-        if self._told is None:
-            return Tiles(None, None, 0, 0, 0, (), ())
+    def _list_tiles(self, transposed: bool) -> TileLists:
+        if self._encoded_mask is None:
+            return TileLists(None, None, 0, 0, 0, (), ())
         assert self.plan.mask is not None
-        order, counts = mask.lists(
-            self.plan.mask, self.tensors, self.size, self.queries, self.shape.keys, self.device, turned
+        order, counts = mask.list_tiles(
+            self.plan.mask, self.tensors, self.size, self.queries_per_tile, self.launch_config.keys, self.device,
+            transposed,
+        )  # fmt: skip
+        batch_stride, (rows, columns) = int(order.shape[0] > 1), order.shape[1:]
+        return TileLists(
+            order, counts, batch_stride, rows, columns, self._encoded_mask.tensors, self._encoded_mask.integers
         )
-        own = int(order.shape[0] > 1)
-        return Tiles(order, counts, own, order.shape[1], order.shape[2], self._told.pointers, self._told.numbers)
 
-    def _form(self, last: bool) -> Form:
+    def _make_config(self, is_last: bool) -> KernelConfig:
         top = self.plan.summary.top
-        terms = () if self._told is None else self._told.terms
-        # Weights that are rounded to the precision of values do for the gradients of q, k and v in the same precision, but
-        # not for those of parameters, some of which went into q and k.
-        exact = not last and (self.q.dtype != self.v.dtype or any(x.is_floating_point() for x in self.tensors[3:]))
-        return Form(
-            self.D, self.E, wide(self.D), wide(self.E), self.shape.queries, self.shape.keys, self.repeats,
-            isinstance(self.plan.normalizer, Sigmoid), top, _power_of_two(max(top, 1)), len(terms), terms, self._is_bare(),
-            exact, tuning.is_interpreted(),
+        terms = () if self._encoded_mask is None else self._encoded_mask.terms
+        # Weights rounded to the precision of v are good enough for the gradients of q, k and v in the same precision,
+        # but not for those of parameters, some of which went into q and k.
+        has_parameters = any(x.is_floating_point() for x in self.tensors[3:])
+        has_exact_weights = not is_last and (self.q.dtype != self.v.dtype or has_parameters)
+        return KernelConfig(
+            D=self.D, E=self.E, D_padded=padded_width(self.D), E_padded=padded_width(self.E),
+            queries=self.launch_config.queries, keys=self.launch_config.keys, heads_per_tile=self.heads_per_tile,
+            is_sigmoid=isinstance(self.plan.normalizer, Sigmoid), top=top, top_padded=_next_power_of_two(max(top, 1)),
+            num_literals=len(terms), terms=terms, is_scale_only=self._is_scale_only(),
+            has_exact_weights=has_exact_weights, is_interpreted=tuning.is_interpreted(),
         )  # fmt: skip
 
-    def _is_bare(self) -> bool:
-        plan, words = self.plan, self.words
-        beside = (plan.softcap, plan.bias, words.key_bias, words.query_bias, words.turned)
-        return isinstance(plan.normalizer, Softmax) and words.scale > 0 and all(word is None for word in beside)
+    def _is_scale_only(self) -> bool:
+        plan, score = self.plan, self.score_args
+        others = (plan.softcap, plan.bias, score.key_bias, score.query_bias, score.additive)
+        return isinstance(plan.normalizer, Softmax) and score.scale > 0 and all(x is None for x in others)
 
-    def _words(self) -> Words:
+    def _make_score_args(self) -> ScoreArgs:
         plan, size = self.plan, self.size
         score, normalizer, bias = plan.score, plan.normalizer, plan.bias
-        words = Words(*[None] * len(Words._fields))._replace(scale=_LOG2E, offset=0, dropped=0, kept=1.0)
+        defaults = {"scale": _LOG2E, "alibi_offset": 0, "dropout_threshold": 0, "dropout_scale": 1.0}
+        args = ScoreArgs(**{**dict.fromkeys(ScoreArgs._fields), **defaults})
         if isinstance(score, Additive):
-            words = words._replace(
-                turned=additive.turn(self.q, self.k, self.of(score.v), self.shape.queries, self.shape.keys)
+            config = self.launch_config
+            args = args._replace(
+                additive=additive.prepare(self.q, self.k, self.value_of(score.v), config.queries, config.keys)
             )
         elif isinstance(score, Product):
             scale = self.D**-0.5 if score.scale is None else score.scale
-            key_bias, query_bias = (_scaled(self.of(x)) for x in (score.key_bias, score.query_bias))
-            words = words._replace(scale=scale * _LOG2E, key_bias=key_bias, query_bias=query_bias)
+            key_bias, query_bias = (_times_log2e(self.value_of(x)) for x in (score.key_bias, score.query_bias))
+            args = args._replace(scale=scale * _LOG2E, key_bias=key_bias, query_bias=query_bias)
         if plan.softcap is not None:
-            words = words._replace(softcap=plan.softcap * _LOG2E)
+            args = args._replace(softcap=plan.softcap * _LOG2E)
         if isinstance(bias, TensorBias):
-            tensor = self.of(bias.tensor)
+            tensor = self.value_of(bias.tensor)
             strides = [stride if n > 1 else 0 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)]
-            words = words._replace(bias=Table(tensor, *strides))
+            args = args._replace(bias=BroadcastTensor(tensor, *strides))
         elif isinstance(bias, ALiBi):
-            slopes = self.of(bias.slopes)
-            slopes = _slopes(size.H, self.device) if slopes is None else slopes
-            words = words._replace(slopes=_scaled(slopes), offset=size.offset(bias.align))
+            slopes = self.value_of(bias.slopes)
+            slopes = _default_slopes(size.H, self.device) if slopes is None else slopes
+            args = args._replace(alibi_slopes=_times_log2e(slopes), alibi_offset=size.offset(bias.align))
         elif bias is not None:
-            words = words._replace(relative=_scaled(relative_table(bias, size, torch.float32, self.tensors)))
-        level = self.of(level_of(normalizer))
-        if level is not None and not (isinstance(normalizer, Sigmoid) and not isinstance(level, Tensor) and level == 0):
-            level = level if isinstance(level, Tensor) else torch.full((), level, device=self.device)
-            words = words._replace(level=_scaled(level.expand(size.H)))
+            table = relative_table(bias, size, torch.float32, self.tensors)
+            args = args._replace(relative_bias=_times_log2e(table))
+        term = self.value_of(sink_or_bias(normalizer))
+        is_zero_bias = isinstance(normalizer, Sigmoid) and not isinstance(term, Tensor) and term == 0
+        if term is not None and not is_zero_bias:
+            term = term if isinstance(term, Tensor) else torch.full((), term, device=self.device)
+            args = args._replace(sink_or_bias=_times_log2e(term.expand(size.H)))
         if plan.nonfinite_q is not None:
-            words = words._replace(
-                nonfinite_q=_bytes(self.of(plan.nonfinite_q)), nonfinite_k=_bytes(self.of(plan.nonfinite_k))
+            args = args._replace(
+                nonfinite_q=_as_bytes(self.value_of(plan.nonfinite_q)),
+                nonfinite_k=_as_bytes(self.value_of(plan.nonfinite_k)),
             )
         if plan.dropout:
-            dropped = min(round(plan.dropout * _WHOLE), _WHOLE - 1)
-            kept = 1 / (1 - plan.dropout) if plan.dropout < 1 else 0.0
-            words = words._replace(seed=self.of(plan.seed), dropped=dropped, kept=kept)
-        return words
+            threshold = min(round(plan.dropout * _TWO_POW_32), _TWO_POW_32 - 1)
+            scale = 1 / (1 - plan.dropout) if plan.dropout < 1 else 0.0
+            args = args._replace(seed=self.value_of(plan.seed), dropout_threshold=threshold, dropout_scale=scale)
+        return args
 
 
 @lru_cache(64)
-def _slopes(heads: int, device: torch.device) -> Tensor:
-    """ALiBi's own, on the device since the first call: from the CPU, every call would wait for them."""
+def _default_slopes(heads: int, device: torch.device) -> Tensor:
+    """ALiBi's default slopes on the device. Without the cache, each call would wait for their copy from the CPU."""
     return torch.tensor(alibi_slopes(heads), device=device)
 
 
-def level_of(normalizer: Any) -> Any:
-    """The sink of a softmax, the bias of a sigmoid, as they stand in a plan."""
+def sink_or_bias(normalizer: Any) -> Any:
+    """Return the sink of a softmax or the bias of a sigmoid, as it stands in a plan."""
     return normalizer.sink if isinstance(normalizer, Softmax) else normalizer.bias
 
 
 @lru_cache(1024)
-def constants(form: Form) -> Form:
-    """What a kernel is compiled for, as constants."""
-    return Form(*[tl.constexpr(x) for x in form])
+def as_constexpr(config: KernelConfig) -> KernelConfig:
+    """Return the configuration with its fields as compile-time constants."""
+    return KernelConfig(*[tl.constexpr(x) for x in config])
 
 
-def matrix(x: Tensor) -> Matrix:
-    """A tensor (B, H, rows, width) for the kernels."""
+def as_matrix(x: Tensor) -> Matrix:
+    """Return a tensor (B, H, rows, width) as an argument of a kernel."""
     return Matrix(x, *x.stride()[:3])
 
 
-def start(kernel: Any, grid: tuple[int, ...], shape: tuning.Shape, *arguments: Any) -> None:
-    """Start a kernel on a grid of programs."""
-    kernel[grid](*arguments, num_warps=shape.warps, num_stages=shape.stages, enable_fp_fusion=True)
+def launch_kernel(kernel: Any, grid: tuple[int, ...], config: tuning.LaunchConfig, *arguments: Any) -> None:
+    """Launch a kernel on a grid of programs."""
+    kernel[grid](*arguments, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
 
 
-def rows(x: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous."""
+def contiguous_rows(x: Tensor) -> Tensor:
+    """Return a tensor whose last dimension is contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def wide(width: int) -> int:
-    """A width, filled up to what a product takes."""
-    return max(_power_of_two(width), 16)
+def padded_width(width: int) -> int:
+    """Return the width of a tile that holds rows of this width: a power of 2 of at least 16, as `tl.dot` requires."""
+    return max(_next_power_of_two(width), 16)
 
 
-def _power_of_two(n: int) -> int:
-    """The least that is not below n. Triton's own takes ten times as long, as it is for kernels, too."""
+def _next_power_of_two(n: int) -> int:
+    # triton.next_power_of_2 takes ten times as long.
     return 1 << (n - 1).bit_length()
 
 
-def _scaled(x: Tensor | None) -> Tensor | None:
+def _times_log2e(x: Tensor | None) -> Tensor | None:
     return None if x is None else (x.float() * _LOG2E).contiguous()
 
 
-def _bytes(flags: Tensor) -> Tensor:
+def _as_bytes(flags: Tensor) -> Tensor:
     return flags.contiguous().view(torch.uint8)

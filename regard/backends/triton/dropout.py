@@ -1,4 +1,4 @@
-"""Dropout's hash of (seed, batch, head, query, key), as in regard/backends/dropout.py, on the GPU."""
+"""Dropout's hash of (seed, batch, head, query, key) on the GPU, the same as in regard/backends/dropout.py."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def _mix(x):
 
 
 @triton.jit
-def _join(row, part):
-    return _mix(row * tl.full([], _GOLDEN, tl.uint32) ^ part.to(tl.uint32))
+def _combine(hashed, part):
+    return _mix(hashed * tl.full([], _GOLDEN, tl.uint32) ^ part.to(tl.uint32))
 
 
 @triton.jit
-def streams(call, b, head, query):
-    """The two numbers of each row from which those of its keys are drawn; where nothing is dropped, any two."""
-    row = query
+def dropout_streams(args, b, head, query):
+    """The two hashes per row that `keep_mask` needs. Without dropout, they are unused."""
+    stream = query
     factor = query
-    if call.words.seed is not None:
-        seed = tl.load(call.words.seed)
+    if args.score.seed is not None:
+        seed = tl.load(args.score.seed)
         golden = tl.full([], _GOLDEN, tl.uint32)
-        row = _mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ golden)
-        row = _join(row, (seed >> 32) & 0xFFFFFFFF)
-        row = _join(_join(_join(row, b), head), query)
-        factor = _mix(row ^ golden) | tl.full([], 1, tl.uint32)
-    return row, factor
+        stream = _mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ golden)
+        stream = _combine(stream, (seed >> 32) & 0xFFFFFFFF)
+        stream = _combine(_combine(_combine(stream, b), head), query)
+        factor = _mix(stream ^ golden) | tl.full([], 1, tl.uint32)
+    return stream, factor
 
 
 @triton.jit
-def keep(call, row, factor, key):
-    """Which weights survive: `row` and `factor` broadcast with `key`."""
-    return _mix((key.to(tl.uint32) + row) * factor) >= call.words.dropped.to(tl.uint32)
+def keep_mask(args, stream, factor, key):
+    """Which weights are kept. `stream` and `factor` broadcast with `key`."""
+    return _mix((key.to(tl.uint32) + stream) * factor) >= args.score.dropout_threshold.to(tl.uint32)

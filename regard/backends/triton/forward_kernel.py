@@ -1,7 +1,7 @@
-"""The forward pass on the GPU: scores, weights, weighted sum and summaries, a tile of queries at a time.
+"""The forward kernel: scores, weights, output and summaries of one tile of queries at a time.
 
-Keys go by in tiles, the largest score and the sum so far ride along, and no weight is written: Dao et al.,
-"FlashAttention-2" (2023), algorithm 1. Both families of scores run through it.
+The kernel iterates over tiles of keys with a running maximum and sum, and writes no weights: Dao, "FlashAttention-2"
+(2023), algorithm 1. Dot-product and additive scores share it.
 """
 
 from __future__ import annotations
@@ -12,190 +12,203 @@ import triton
 import triton.language as tl
 
 from regard.backends.triton import top
-from regard.backends.triton.additive_score import products
+from regard.backends.triton.additive_score import raw_scores
 from regard.backends.triton.args import RowSums
-from regard.backends.triton.dropout import keep, streams
+from regard.backends.triton.dropout import dropout_streams, keep_mask
 from regard.backends.triton.score import (
     LN2,
-    any_wild,
-    is_wild,
-    listed,
-    rows,
+    any_nonfinite,
+    is_nonfinite,
+    load_rows,
+    matmul,
+    nth_tile,
     scores,
     sigmoid,
-    span,
-    times,
-    without_wild,
+    tile_range,
     write_rows,
+    zero_nonfinite,
 )
 
 
-class Found(NamedTuple):
-    """Where the results of a forward pass go: (B, H, L), one after another for each part of keys that are split."""
+class Outputs(NamedTuple):
+    """Destinations of the results of a forward pass: (B, H, L), or (num_splits, B, H, L) where the keys are split."""
 
     out: Any  # Matrix
-    exact: Any = None  # Matrix: the same in float32
-    sums: Any = RowSums(None, None)  # for the backward pass
+    out_fp32: Any = None  # Matrix: the same in float32
+    row_sums: Any = RowSums(None, None)  # saved for the backward pass
     lse: Any = None
     max: Any = None
     entropy: Any = None
-    top_weights: Any = None  # (B, H, L, k)
+    top_weights: Any = None  # (B, H, L, top)
     top_keys: Any = None
-    part: Any = 0  # numbers (B, H, L) of a part
+    split_stride: Any = 0  # B H L
 
 
 @triton.jit
-def forward(q, k, v, found, call):
-    """One tile of queries of one head (or of `repeats` heads that share their keys), for one part of the keys."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask, the longest first
-    heads = call.sizes.H // call.form.repeats
-    b = tl.program_id(1) // heads
-    first = tl.program_id(1) % heads * call.form.repeats
-    g = first // (call.sizes.H // call.sizes.G)
-    place = tile * call.form.queries + tl.arange(0, call.form.queries)
-    query = place // call.form.repeats
-    head = first + place % call.form.repeats
+def fwd_kernel(q, k, v, outputs, args):
+    """Attend to one split of the keys with one tile of queries, of one or several heads that share their keys."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask, the longest rows first
+    groups = args.sizes.H // args.config.heads_per_tile
+    b = tl.program_id(1) // groups
+    first_head = tl.program_id(1) % groups * args.config.heads_per_tile
+    g = first_head // (args.sizes.H // args.sizes.G)
+    tile_row = tile * args.config.queries + tl.arange(0, args.config.queries)
+    query = tile_row // args.config.heads_per_tile
+    head = first_head + tile_row % args.config.heads_per_tile
 
-    part = tl.program_id(2)
-    start, full, count = span(call, b, tile, call.form.keys, False)
-    begin = (count * part) // tl.num_programs(2)
-    end = (count * (part + 1)) // tl.num_programs(2)
+    split = tl.program_id(2)
+    start, full, count = tile_range(args, b, tile, args.config.keys, False)
+    begin = (count * split) // tl.num_programs(2)
+    end = (count * (split + 1)) // tl.num_programs(2)
 
-    own = rows(q, b, head, query, call.sizes.L, call.form.D, call.form.wide_d, True)
+    q_tile = load_rows(q, b, head, query, args.sizes.L, args.config.D, args.config.D_padded, True)
     middle = tl.minimum(tl.maximum(full, begin), end)
-    m, z, t, out, best, keys = _nothing(call)
-    m, z, t, out, best, keys = _sweep(
-        begin, middle, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, False, False
-    )
-    m, z, t, out, best, keys = _sweep(
-        middle, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, True, False
-    )
-    if call.form.literals > 0 and call.words.nonfinite_q is None:  # noqa: SIM102, this one the compiler decides
-        if any_wild(out):
-            # NaN or inf in a value may have leaked to a row that may not attend to it: once more, with care.
-            m, z, t, out, best, keys = _nothing(call)
-            m, z, t, out, best, keys = _sweep(
-                begin, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query, True, True
+    m, z, t, out, best, keys = _init_state(args)
+    m, z, t, out, best, keys = _attend_tiles(
+        begin, middle, m, z, t, out, best, keys, q_tile, start, k, v, outputs, args, b, g, first_head, head, query,
+        False, False,
+    )  # fmt: skip
+    m, z, t, out, best, keys = _attend_tiles(
+        middle, end, m, z, t, out, best, keys, q_tile, start, k, v, outputs, args, b, g, first_head, head, query,
+        True, False,
+    )  # fmt: skip
+    if args.config.num_literals > 0 and args.score.nonfinite_q is None:  # noqa: SIM102, the outer test is compiled away
+        if any_nonfinite(out):
+            # NaN or inf in masked values may have leaked: recompute the tile with nonfinite values masked.
+            m, z, t, out, best, keys = _init_state(args)
+            m, z, t, out, best, keys = _attend_tiles(
+                begin, end, m, z, t, out, best, keys, q_tile, start, k, v, outputs, args, b, g, first_head, head, query,
+                True, True,
             )  # fmt: skip
 
-    level = tl.zeros([call.form.queries], tl.float32)
-    if call.words.level is not None:
-        level = tl.load(call.words.level + head)
-        if not call.form.sigmoid:  # a sink is in one part of the keys alone
-            level = tl.where(part == 0, level, -float("inf"))
-    inside = query < call.sizes.L
-    row = part.to(tl.int64) * found.part + (b * call.sizes.H + head).to(tl.int64) * call.sizes.L + query
-    if call.form.sigmoid:
-        peak = m
-        total = peak + tl.log2(z)
-        share = sigmoid(m + level, call)
+    sink_or_bias = tl.zeros([args.config.queries], tl.float32)
+    if args.score.sink_or_bias is not None:
+        sink_or_bias = tl.load(args.score.sink_or_bias + head)
+        if not args.config.is_sigmoid:  # only one split contains the sink
+            sink_or_bias = tl.where(split == 0, sink_or_bias, -float("inf"))
+    inside = query < args.sizes.L
+    row = split.to(tl.int64) * outputs.split_stride + (b * args.sizes.H + head).to(tl.int64) * args.sizes.L + query
+    if args.config.is_sigmoid:
+        m_total = m
+        log2_sum = m_total + tl.log2(z)
+        max_weight = sigmoid(m + sink_or_bias, args)
         entropy = -t * LN2
     else:
-        peak = m
-        if call.words.level is not None:
-            # A sink takes part in the sum, and has no value.
-            peak = tl.maximum(m, level)
-            base = tl.where(peak == -float("inf"), 0.0, peak)
-            shrink = tl.exp2(m - base)
-            t = tl.where(z > 0, shrink * (t + (m - base) * z), 0.0)
-            of_keys = z * shrink
-            z = of_keys + tl.exp2(level - base)
-            out = out * shrink[:, None]
+        m_total = m
+        if args.score.sink_or_bias is not None:
+            # The sink is part of the sum, and has no value.
+            m_total = tl.maximum(m, sink_or_bias)
+            base = tl.where(m_total == -float("inf"), 0.0, m_total)
+            rescale = tl.exp2(m - base)
+            t = tl.where(z > 0, rescale * (t + (m - base) * z), 0.0)
+            z_keys = z * rescale
+            z = z_keys + tl.exp2(sink_or_bias - base)
+            out = out * rescale[:, None]
         else:
-            of_keys = z
-        one = tl.where(z == 0.0, 1.0, z)
-        out = out / one[:, None]
-        total = peak + tl.log2(z)
-        share = tl.where(z == 0.0, 0.0, tl.exp2(m - total))
-        entropy = tl.where(z == 0.0, 0.0, ((total - peak) * of_keys - t) / one * LN2)
-    if call.words.seed is not None:
-        out = out * call.words.kept
-    if found.exact is not None:
-        write_rows(found.exact, b, head, query, call.sizes.L, call.form.E, call.form.wide_e, out)
-    skip = part.to(tl.int64) * found.part * call.form.E
-    write_rows(found.out, b, head, query, call.sizes.L, call.form.E, call.form.wide_e, out, skip)
-    if found.sums.total is not None:
-        tl.store(found.sums.total + row, tl.where(z == 0.0, float("inf"), total), mask=inside)
-    if found.sums.rest is not None:
-        tl.store(found.sums.rest + row, tl.where(z == 0.0, 0.0, (peak - total) + tl.log2(z)), mask=inside)
-    if found.lse is not None:
-        tl.store(found.lse + row, total * LN2, mask=inside)
-    if found.max is not None:
-        tl.store(found.max + row, share, mask=inside)
-    if found.entropy is not None:
-        tl.store(found.entropy + row, entropy, mask=inside)
-    if call.form.top > 0:
-        for n in tl.static_range(call.form.top):
-            value, key, best = top.largest_first(best, keys, n, call.form.top)
-            weight = sigmoid(value + level, call) if call.form.sigmoid else tl.exp2(value - total)
-            absent = value == -float("inf")
-            tl.store(found.top_weights + row * call.form.top + n, tl.where(absent, 0.0, weight), mask=inside)
-            tl.store(found.top_keys + row * call.form.top + n, tl.where(absent, -1, key).to(tl.int64), mask=inside)
+            z_keys = z
+        z_safe = tl.where(z == 0.0, 1.0, z)
+        out = out / z_safe[:, None]
+        log2_sum = m_total + tl.log2(z)
+        max_weight = tl.where(z == 0.0, 0.0, tl.exp2(m - log2_sum))
+        entropy = tl.where(z == 0.0, 0.0, ((log2_sum - m_total) * z_keys - t) / z_safe * LN2)
+    if args.score.seed is not None:
+        out = out * args.score.dropout_scale
+    if outputs.out_fp32 is not None:
+        write_rows(outputs.out_fp32, b, head, query, args.sizes.L, args.config.E, args.config.E_padded, out)
+    offset = split.to(tl.int64) * outputs.split_stride * args.config.E
+    write_rows(outputs.out, b, head, query, args.sizes.L, args.config.E, args.config.E_padded, out, offset)
+    if outputs.row_sums.log2_sum is not None:
+        tl.store(outputs.row_sums.log2_sum + row, tl.where(z == 0.0, float("inf"), log2_sum), mask=inside)
+    if outputs.row_sums.residual is not None:
+        residual = tl.where(z == 0.0, 0.0, (m_total - log2_sum) + tl.log2(z))
+        tl.store(outputs.row_sums.residual + row, residual, mask=inside)
+    if outputs.lse is not None:
+        tl.store(outputs.lse + row, log2_sum * LN2, mask=inside)
+    if outputs.max is not None:
+        tl.store(outputs.max + row, max_weight, mask=inside)
+    if outputs.entropy is not None:
+        tl.store(outputs.entropy + row, entropy, mask=inside)
+    if args.config.top > 0:
+        for n in tl.static_range(args.config.top):
+            value, key, best = top.pop_largest(best, keys, n, args.config.top)
+            weight = sigmoid(value + sink_or_bias, args) if args.config.is_sigmoid else tl.exp2(value - log2_sum)
+            is_empty = value == -float("inf")
+            tl.store(outputs.top_weights + row * args.config.top + n, tl.where(is_empty, 0.0, weight), mask=inside)
+            tl.store(
+                outputs.top_keys + row * args.config.top + n, tl.where(is_empty, -1, key).to(tl.int64), mask=inside
+            )
 
 
 @triton.jit
-def _nothing(call):
-    """Of each row the largest score, the sums of weights and for the entropy, the output, and the largest weights."""
-    m = tl.full([call.form.queries], -float("inf"), tl.float32)
-    z = tl.zeros([call.form.queries], tl.float32)
-    t = tl.zeros([call.form.queries], tl.float32)
-    out = tl.zeros([call.form.queries, call.form.wide_e], tl.float32)
-    best, keys = top.nothing(call, call.form.queries)
+def _init_state(args):
+    """The state of an empty row: m, z, t and the output, as defined in `_attend_tiles`, and the largest scores."""
+    m = tl.full([args.config.queries], -float("inf"), tl.float32)
+    z = tl.zeros([args.config.queries], tl.float32)
+    t = tl.zeros([args.config.queries], tl.float32)
+    out = tl.zeros([args.config.queries, args.config.E_padded], tl.float32)
+    best, keys = top.init(args, args.config.queries)
     return m, z, t, out, best, keys
 
 
 @triton.jit
-def _sweep(
-    begin, end, m, z, t, out, best, keys, own, start, k, v, found, call, b, g, first, head, query,
-    masked: tl.constexpr, careful: tl.constexpr,
+def _attend_tiles(
+    begin, end, m, z, t, out, best, keys, q_tile, start, k, v, outputs, args, b, g, first_head, head, query,
+    is_partial: tl.constexpr, mask_nonfinite: tl.constexpr,
 ):  # fmt: skip
-    level = tl.zeros([call.form.queries, 1], tl.float32)
-    if call.form.sigmoid and call.words.level is not None:
-        level = tl.load(call.words.level + head)[:, None]
-    stream, factor = streams(call, b, head, query)
+    """Update the state with the tiles of keys begin, ..., end - 1 of a list.
+
+    With softmax, z = sum_j 2^(s_j - m), t = sum_j 2^(s_j - m) (s_j - m) and out = sum_j 2^(s_j - m) v_j over the keys
+    so far.
+    """
+    sink_or_bias = tl.zeros([args.config.queries, 1], tl.float32)
+    if args.config.is_sigmoid and args.score.sink_or_bias is not None:
+        sink_or_bias = tl.load(args.score.sink_or_bias + head)[:, None]
+    stream, factor = dropout_streams(args, b, head, query)
     for n in range(begin, end):
-        tile = listed(call, start, n)
-        key = tile * call.form.keys + tl.arange(0, call.form.keys)
-        shared = g + 0 * key
-        other = rows(k, b, shared, key, call.sizes.S, call.form.D, call.form.wide_d, masked)
-        product = products(own, other, call, b, first, query, key)
-        # Where nothing but a scale makes scores of products, it is left to what follows, which multiplies and adds at once.
-        scale = call.words.scale if call.form.bare else 1.0
-        s, _ = scores(product, call, b, g, head[:, None], query[:, None], key[None, :], masked, not call.form.bare)
-        highest = tl.maximum(m, tl.max(s, 1) * scale)
-        base = tl.where(highest == -float("inf"), 0.0, highest)
-        shrink = tl.exp2(m - base)
-        apart = tl.maximum(s * scale - base[:, None], -1000.0)  # -inf times 0 is no number
+        tile = nth_tile(args, start, n)
+        key = tile * args.config.keys + tl.arange(0, args.config.keys)
+        kv_head = g + 0 * key
+        k_tile = load_rows(k, b, kv_head, key, args.sizes.S, args.config.D, args.config.D_padded, is_partial)
+        raw = raw_scores(q_tile, k_tile, args, b, first_head, query, key)
+        # A scale alone is applied below, in one multiply-add with the subtraction of the maximum.
+        scale = args.score.scale if args.config.is_scale_only else 1.0
+        s, _ = scores(
+            raw, args, b, g, head[:, None], query[:, None], key[None, :], is_partial, not args.config.is_scale_only
+        )
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)
+        rescale = tl.exp2(m - base)
+        shifted = tl.maximum(s * scale - base[:, None], -1000.0)  # -inf * 0 would be NaN
         p = tl.exp2(s * scale - base[:, None])
-        if call.form.sigmoid:
-            if found.lse is not None:
-                z = z * shrink + tl.sum(p, 1)
-            p = sigmoid(s + level, call)
-            if found.entropy is not None:
+        if args.config.is_sigmoid:
+            if outputs.lse is not None:
+                z = z * rescale + tl.sum(p, 1)
+            p = sigmoid(s + sink_or_bias, args)
+            if outputs.entropy is not None:
                 t += tl.sum(p * tl.where(p > 0.0, tl.log2(p), 0.0), 1)
         else:
-            if found.entropy is not None:
-                t = tl.where(z > 0.0, shrink * (t + (m - base) * z), 0.0) + tl.sum(p * apart, 1)
-            z = z * shrink + tl.sum(p, 1)
-            out = out * shrink[:, None]
-        m = highest
-        if call.form.top > 0:
-            best, keys = top.take(best, keys, s * scale, tile * call.form.keys, call.form.keys)
-        if call.words.seed is not None:
-            # By a product: a row that attends to NaN is NaN, whatever is dropped.
-            p = p * tl.where(keep(call, stream[:, None], factor[:, None], key[None, :]), 1.0, 0.0)
-        value = rows(v, b, shared, key, call.sizes.S, call.form.E, call.form.wide_e, masked)
-        if careful:
-            # NaN goes to the rows that may attend to it and to no others: 0 * NaN would be NaN.
-            reached = times((s != -float("inf")).to(tl.float16), is_wild(value).to(tl.float16), call)
-            out = tl.where(reached > 0.0, float("nan"), out)
-            value = without_wild(value)
-        if call.form.exact and value.dtype != tl.float32:
-            # In three parts, which hold all digits: weights that are rounded no longer sum to what they were, and a
-            # parameter's gradient knows.
+            if outputs.entropy is not None:
+                t = tl.where(z > 0.0, rescale * (t + (m - base) * z), 0.0) + tl.sum(p * shifted, 1)
+            z = z * rescale + tl.sum(p, 1)
+            out = out * rescale[:, None]
+        m = m_new
+        if args.config.top > 0:
+            best, keys = top.update(best, keys, s * scale, tile * args.config.keys, args.config.keys)
+        if args.score.seed is not None:
+            # Multiply instead of selecting: a row that attends to NaN stays NaN, whatever is dropped.
+            p = p * tl.where(keep_mask(args, stream[:, None], factor[:, None], key[None, :]), 1.0, 0.0)
+        v_tile = load_rows(v, b, kv_head, key, args.sizes.S, args.config.E, args.config.E_padded, is_partial)
+        if mask_nonfinite:
+            # NaN reaches only the rows that may attend to it: 0 * NaN would be NaN in all of them.
+            num_nonfinite = matmul((s != -float("inf")).to(tl.float16), is_nonfinite(v_tile).to(tl.float16), args)
+            out = tl.where(num_nonfinite > 0.0, float("nan"), out)
+            v_tile = zero_nonfinite(v_tile)
+        if args.config.has_exact_weights and v_tile.dtype != tl.float32:
+            # Split the weights into three terms that hold all their digits. Rounded weights sum to something else than
+            # 1, which the gradients of parameters would show.
             for _ in tl.static_range(2):
-                part = p.to(value.dtype)
-                out += times(part, value, call)
-                p -= part.to(tl.float32)
-        out += times(p.to(value.dtype), value, call)
+                rounded = p.to(v_tile.dtype)
+                out += matmul(rounded, v_tile, args)
+                p -= rounded.to(tl.float32)
+        out += matmul(p.to(v_tile.dtype), v_tile, args)
     return m, z, t, out, best, keys

@@ -1,4 +1,4 @@
-"""Starts the Triton kernels of the forward and the backward pass."""
+"""Host side of the forward and backward passes: allocate the results, and launch the kernels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,28 @@ from regard.backends.relative import through_table
 from regard.backends.triton import additive_backward_kernels as additive_backward
 from regard.backends.triton import tuning
 from regard.backends.triton.args import RowSums
-from regard.backends.triton.backward_kernels import Kept, Pulled, pull_keys, pull_queries
-from regard.backends.triton.bias_grad import Over, Sums, gather, unfold
-from regard.backends.triton.call import FEW, Call, constants, level_of, matrix, rows, start, wide
-from regard.backends.triton.forward_kernel import Found
-from regard.backends.triton.forward_kernel import forward as attend
-from regard.backends.triton.weights import receive, write
+from regard.backends.triton.backward_kernels import Grads, Saved, bwd_dkv_kernel, bwd_dq_kernel
+from regard.backends.triton.bias_grad import (
+    OVER_DIAGONAL,
+    OVER_HEADS,
+    OVER_KEYS,
+    OVER_QUERIES,
+    BiasGrad,
+    bias_grad_kernel,
+    sum_by_distance,
+)
+from regard.backends.triton.call import (
+    FEW_QUERIES,
+    Call,
+    as_constexpr,
+    as_matrix,
+    contiguous_rows,
+    launch_kernel,
+    padded_width,
+    sink_or_bias,
+)
+from regard.backends.triton.forward_kernel import Outputs, fwd_kernel
+from regard.backends.triton.weights import received_kernel, weights_kernel
 from regard.components.component import Slot
 from regard.components.normalizer import Sigmoid, Softmax
 from regard.components.position import TensorBias
@@ -26,173 +42,182 @@ from regard.components.score import Additive, Product
 from regard.merge import merge
 from regard.plan.problem import Plan
 
-LN2 = 0.6931471805599453
-# Tiles of keys that a part has, at least.
-_LEAST = 2
+_MIN_TILES_PER_SPLIT = 2
 
 
-def forward(plan: Plan, tensors: Sequence[Tensor], last: bool) -> dict[str, Tensor]:
-    """The outputs of a problem by name; with `sums` and `exact`, what its backward pass takes, unless it is the `last`."""
-    call = Call(plan, tensors, "forward", last)
+def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool) -> dict[str, Tensor]:
+    """Return the outputs of a problem by name, and the tensors saved for the backward pass.
+
+    These are "row_sums", and "out_fp32" where the output is not float32 and the pass is not the last.
+    """
+    call = Call(plan, tensors, "forward", is_last)
     summary = plan.summary
-    parts = _parts(call) if last else 1
-    if parts > 1:
-        return _in_parts(call, parts)
-    results = {"out": call.per_query(call.E).to(call.v.dtype)}
-    results["sums"] = call.empty(2, call.size.B, call.size.H, call.size.L)
-    results |= {name: call.per_query() for name in ("lse", "max", "entropy") if getattr(summary, name)}
+    num_splits = _num_splits(call) if is_last else 1
+    if num_splits > 1:
+        return _forward_split(call, num_splits)
+    results = {"out": call.empty_per_query(call.E).to(call.v.dtype)}
+    results["row_sums"] = call.empty(2, call.size.B, call.size.H, call.size.L)
+    results |= {name: call.empty_per_query() for name in ("lse", "max", "entropy") if getattr(summary, name)}
     if summary.top:
-        results["top_weights"] = call.per_query(summary.top)
+        results["top_weights"] = call.empty_per_query(summary.top)
         results["top_keys"] = torch.empty_like(results["top_weights"], dtype=torch.int64)
-    if call.v.dtype != torch.float32 and not last:
-        results["exact"] = call.per_query(call.E)
-    exact = matrix(results["exact"]) if "exact" in results else None
-    found = Found(matrix(results["out"]), exact=exact, sums=_row_sums(call, results["sums"]))
-    found = found._replace(**{name: results.get(name) for name in ("lse", "max", "entropy", "top_weights", "top_keys")})
-    _attend(call, found, 1)
-    return results | _afterwards(call, found.sums)
+    if call.v.dtype != torch.float32 and not is_last:
+        results["out_fp32"] = call.empty_per_query(call.E)
+    out_fp32 = as_matrix(results["out_fp32"]) if "out_fp32" in results else None
+    outputs = Outputs(as_matrix(results["out"]), out_fp32=out_fp32, row_sums=_row_sums(call, results["row_sums"]))
+    names = ("lse", "max", "entropy", "top_weights", "top_keys")
+    outputs = outputs._replace(**{name: results.get(name) for name in names})
+    _launch_forward(call, outputs, 1)
+    return results | _second_pass(call, outputs.row_sums)
 
 
-def _row_sums(call: Call, sums: Tensor) -> RowSums:
-    return RowSums(sums[0], sums[1] if call.q.dtype == torch.float32 else None)
+def _row_sums(call: Call, saved: Tensor) -> RowSums:
+    return RowSums(saved[0], saved[1] if call.q.dtype == torch.float32 else None)
 
 
-def _attend(call: Call, found: Found, parts: int) -> None:
-    grid = (call.grid[0], call.size.B * call.size.H // call.repeats, parts)
-    start(attend, grid, call.shape, matrix(call.q), matrix(call.k), matrix(call.v), found, call.told())
+def _launch_forward(call: Call, outputs: Outputs, num_splits: int) -> None:
+    grid = (call.grid[0], call.size.B * call.size.H // call.heads_per_tile, num_splits)
+    q, k, v = as_matrix(call.q), as_matrix(call.k), as_matrix(call.v)
+    launch_kernel(fwd_kernel, grid, call.launch_config, q, k, v, outputs, call.kernel_args())
 
 
-def _parts(call: Call) -> int:
-    """Into how many parts the keys are split, so that few queries fill the GPU, too."""
+def _num_splits(call: Call) -> int:
+    """Return the number of splits of the keys (split-K), with which few queries fill the GPU, too."""
     summary = call.plan.summary
-    if call.size.L > FEW or not isinstance(call.plan.normalizer, Softmax) or set(summary.outputs) - {"lse"}:
+    if call.size.L > FEW_QUERIES or not isinstance(call.plan.normalizer, Softmax) or set(summary.outputs) - {"lse"}:
         return 1
-    there = call.grid[0] * call.size.B * call.size.H // call.repeats
-    return min(tuning.programs(call.device) // there, -(-call.grid[1] // _LEAST))
+    programs = call.grid[0] * call.size.B * call.size.H // call.heads_per_tile
+    return min(tuning.max_programs(call.device) // programs, -(-call.grid[1] // _MIN_TILES_PER_SPLIT))
 
 
-def _in_parts(call: Call, parts: int) -> dict[str, Tensor]:
-    """The same, of keys that are split; no backward pass takes their sums."""
+def _forward_split(call: Call, num_splits: int) -> dict[str, Tensor]:
+    """Attend to each split of the keys, and merge the results. There is no backward pass, and no row sums are saved."""
     size = call.size
-    outs = call.empty(parts, size.B, size.H, size.L, call.E)
-    sums = call.empty(parts, size.B, size.H, size.L)
-    _attend(call, Found(matrix(outs[0]), lse=sums, part=sums[0].numel()), parts)
-    out, lse = merge(list(outs), list(sums))
-    return {"out": out.to(call.v.dtype), "lse": lse, "sums": lse.new_empty(0)}
+    outs = call.empty(num_splits, size.B, size.H, size.L, call.E)
+    lses = call.empty(num_splits, size.B, size.H, size.L)
+    _launch_forward(call, Outputs(as_matrix(outs[0]), lse=lses, split_stride=lses[0].numel()), num_splits)
+    out, lse = merge(list(outs), list(lses))
+    return {"out": out.to(call.v.dtype), "lse": lse, "row_sums": lse.new_empty(0)}
 
 
-def _afterwards(call: Call, sums: RowSums) -> dict[str, Tensor]:
-    """The summaries that are told once the sums of the rows are known."""
-    size, summary = call.size, call.plan.summary
+def _second_pass(call: Call, row_sums: RowSums) -> dict[str, Tensor]:
+    """Compute the summaries that need the row sums first."""
+    size, summary, config = call.size, call.plan.summary, call.launch_config
     B, H, S = size.B, size.H, size.S
-    q, k = matrix(call.q), matrix(call.k)
+    q, k = as_matrix(call.q), as_matrix(call.k)
     results = {}
     if summary.received:
-        results["received"] = call.empty(B, H, S)
-        start(receive, (call.grid[1], B * H), call.shape, q, k, results["received"], sums, call.told(turned=True))
-    wanted: list[tuple[str, Tensor | None, int]] = [("full", None, size.L)] if summary.full else []
+        received = results["received"] = call.empty(B, H, S)
+        args = call.kernel_args(transposed=True)
+        launch_kernel(received_kernel, (call.grid[1], B * H), config, q, k, received, row_sums, args)
+    requests: list[tuple[str, Tensor | None, int]] = [("full", None, size.L)] if summary.full else []
     if summary.row_numbers:
-        numbers = _numbers(tuple(row % size.L for row in summary.row_numbers), call.device)
-        wanted.append(("rows", numbers, len(numbers)))
-    for name, places, count in wanted:
-        results[name] = call.empty(B, H, count, S)
-        grid = (call.grid[1], -(-count // call.shape.queries), B * H)
-        start(write, grid, call.shape, q, k, results[name], places, count, sums, call.told())
+        indices = _as_indices(tuple(row % size.L for row in summary.row_numbers), call.device)
+        requests.append(("rows", indices, len(indices)))
+    for name, query_indices, count in requests:
+        out = results[name] = call.empty(B, H, count, S)
+        grid = (call.grid[1], -(-count // config.queries), B * H)
+        launch_kernel(weights_kernel, grid, config, q, k, out, query_indices, count, row_sums, call.kernel_args())
     if summary.mass is not None:
-        # The weight of a group is a weighted sum, too: of values that are 1 for its keys.
-        member = call.of(summary.mass).float().mT
+        # The weight of a group is an attention output whose values are 1 for the keys of the group, without dropout.
+        member = call.value_of(summary.mass).float().mT
         N = member.shape[-1]
         member = member.contiguous().view(-1, 1, S, N).expand(B, size.G, S, N)
-        results["mass"] = call.per_query(N)
-        found = Found(matrix(results["mass"]))
-        told = call.told()
-        told = told._replace(
-            words=told.words._replace(seed=None), form=constants(call.form._replace(E=N, wide_e=wide(N), top=0))
+        results["mass"] = call.empty_per_query(N)
+        args = call.kernel_args()
+        args = args._replace(
+            score=args.score._replace(seed=None),
+            config=as_constexpr(call.config._replace(E=N, E_padded=padded_width(N), top=0)),
         )
-        start(attend, (call.grid[0], B * H // call.repeats, 1), call.shape, q, k, matrix(member), found, told)
+        grid = (call.grid[0], B * H // call.heads_per_tile, 1)
+        outputs = Outputs(as_matrix(results["mass"]))
+        launch_kernel(fwd_kernel, grid, config, q, k, as_matrix(member), outputs, args)
     return results
 
 
 @lru_cache(64)
-def _numbers(rows: tuple[int, ...], device: torch.device) -> Tensor:
+def _as_indices(rows: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
 def backward(
-    plan: Plan, tensors: Sequence[Tensor], dout: Tensor, out: Tensor, sums: Tensor, dlse: Tensor | None,
-    wanted: Sequence[bool],
+    plan: Plan, tensors: Sequence[Tensor], dout: Tensor, out: Tensor, saved_sums: Tensor, dlse: Tensor | None,
+    needs_grad: Sequence[bool],
 ) -> dict[int, Tensor]:  # fmt: skip
-    """The gradients that are wanted, by the place of the tensor, from those of the output and of the log-sum-exp."""
+    """Return the needed gradients, by the index of the tensor, from those of the output and the log-sum-exp."""
     call = Call(plan, tensors, "backward")
-    size, score, normalizer = call.size, plan.score, plan.normalizer
-    dout = rows(dout)
+    size, score, normalizer, config = call.size, plan.score, plan.normalizer, call.launch_config
+    dout = contiguous_rows(dout)
     delta = (dout.float() * out.float()).sum(-1)
-    kept = Kept(_row_sums(call, sums), delta if dlse is None else delta - dlse)
-    found: dict[int, Tensor] = {}
-    pulled: dict[str, Any] = dict.fromkeys(Pulled._fields)
+    saved = Saved(_row_sums(call, saved_sums), delta if dlse is None else delta - dlse)
+    grads: dict[int, Tensor] = {}
+    destinations: dict[str, Any] = dict.fromkeys(Grads._fields)
 
-    def index(slot: Any) -> int | None:
-        return slot.index if isinstance(slot, Slot) and wanted[slot.index] else None
+    def needed_index(field: Any) -> int | None:
+        return field.index if isinstance(field, Slot) and needs_grad[field.index] else None
 
     if isinstance(score, Additive):
-        found |= additive_backward.pull(call, dout, kept, wanted)
+        grads |= additive_backward.backward(call, dout, saved, needs_grad)
     else:
-        for place, (name, x) in enumerate((("q", call.q), ("k", call.k), ("v", call.v))):
-            if wanted[place]:
-                found[place] = torch.empty_like(x, memory_format=torch.contiguous_format)
-                pulled[name] = matrix(found[place])
+        for index, (name, x) in enumerate((("q", call.q), ("k", call.k), ("v", call.v))):
+            if needs_grad[index]:
+                grads[index] = torch.empty_like(x, memory_format=torch.contiguous_format)
+                destinations[name] = as_matrix(grads[index])
     if isinstance(score, Product):
-        key_bias, query_bias = index(score.key_bias), index(score.query_bias)
+        key_bias, query_bias = needed_index(score.key_bias), needed_index(score.query_bias)
         if key_bias is not None:
-            pulled["key_bias"] = found[key_bias] = call.empty(size.B, size.G, size.S)
+            destinations["key_bias"] = grads[key_bias] = call.empty(size.B, size.G, size.S)
         if query_bias is not None:
-            pulled["query_bias"] = found[query_bias] = call.per_query()
-    level = index(level_of(normalizer))
-    if level is not None and isinstance(normalizer, Sigmoid):
-        pulled["level"] = found[level] = call.per_query()
+            destinations["query_bias"] = grads[query_bias] = call.empty_per_query()
+    term = needed_index(sink_or_bias(normalizer))
+    if term is not None and isinstance(normalizer, Sigmoid):
+        destinations["sigmoid_bias"] = grads[term] = call.empty_per_query()
 
-    arguments = (matrix(call.q), matrix(call.k), matrix(call.v), matrix(dout), Pulled(**pulled), kept)
-    if any(pulled[name] is not None for name in ("q", "query_bias", "level")):
-        start(pull_queries, (call.grid[0], size.B * size.H), call.shape, *arguments, call.told())
-    if any(pulled[name] is not None for name in ("k", "v", "key_bias")):
-        start(pull_keys, (call.grid[1], size.B * size.G), call.shape, *arguments, call.told(turned=True))
-    if level is not None:
+    q, k, v = as_matrix(call.q), as_matrix(call.k), as_matrix(call.v)
+    arguments = (q, k, v, as_matrix(dout), Grads(**destinations), saved)
+    if any(destinations[name] is not None for name in ("q", "query_bias", "sigmoid_bias")):
+        launch_kernel(bwd_dq_kernel, (call.grid[0], size.B * size.H), config, *arguments, call.kernel_args())
+    if any(destinations[name] is not None for name in ("k", "v", "key_bias")):
+        args = call.kernel_args(transposed=True)
+        launch_kernel(bwd_dkv_kernel, (call.grid[1], size.B * size.G), config, *arguments, args)
+    if term is not None:
         if not isinstance(normalizer, Sigmoid):
-            # A sink has no value: all that it does is to take from the other weights.
-            found[level] = -(torch.exp2(call.words.level.view(-1, 1) - sums[0]) * kept.delta)
-        found[level] = found[level].sum((0, 2))
+            # A sink has no value, so its dp is 0 and ds = -p delta.
+            p_sink = torch.exp2(call.score_args.sink_or_bias.view(-1, 1) - saved_sums[0])
+            grads[term] = -(p_sink * saved.delta)
+        grads[term] = grads[term].sum((0, 2))
     if plan.bias is not None:
-        found |= _of_bias(call, dout, kept, wanted)
-    return {place: x.sum_to_size(tensors[place].shape).to(tensors[place].dtype) for place, x in found.items()}
+        grads |= _bias_grads(call, dout, saved, needs_grad)
+    return {index: x.sum_to_size(tensors[index].shape).to(tensors[index].dtype) for index, x in grads.items()}
 
 
-def _of_bias(call: Call, dout: Tensor, kept: Kept, wanted: Sequence[bool]) -> dict[int, Tensor]:
-    """The gradients of what a bias holds."""
+def _bias_grads(call: Call, dout: Tensor, saved: Saved, needs_grad: Sequence[bool]) -> dict[int, Tensor]:
+    """Return the gradients of the tensors of a bias."""
     bias, size = call.plan.bias, call.size
-    places = [x.index for x in vars(bias).values() if isinstance(x, Slot) and wanted[x.index]]
-    if not places:
+    indices = [x.index for x in vars(bias).values() if isinstance(x, Slot) and needs_grad[x.index]]
+    if not indices:
         return {}
-    call = Call(call.plan, call.tensors, "gather")
+    call = Call(call.plan, call.tensors, "bias_grad")
     R, C = call.grid
-    kinds, own = call.kinds()
-    over, batch, heads, grid = Over.DIAGONALS, size.B, 1, (R + C - 1, size.H)
-    total = call.empty(size.H, R + C - 1, call.shape.queries, call.shape.keys)
+    tile_kinds, batch_stride = call.tile_kinds()
+    config = call.launch_config
+    over, batch, heads, grid = OVER_DIAGONAL, size.B, 1, (R + C - 1, size.H)
+    total = call.empty(size.H, R + C - 1, config.queries, config.keys)
     if isinstance(bias, TensorBias):
-        b, h, L, S = call.tensors[places[0]].shape
+        b, h, L, S = call.tensors[indices[0]].shape
         if L == size.L and S == size.S:
-            over, batch, heads, grid = Over.HEADS, size.B // b, size.H // h, (R * C, b * h)
+            over, batch, heads, grid = OVER_HEADS, size.B // b, size.H // h, (R * C, b * h)
             total = call.empty(b, h, L, S)
         elif L == size.L:
-            over, grid, total = Over.KEYS, (R, size.B * size.H), call.empty(size.B, size.H, L, 1)
+            over, grid, total = OVER_KEYS, (R, size.B * size.H), call.empty(size.B, size.H, L, 1)
         else:
-            over, grid, total = Over.QUERIES, (C, size.B * size.H), call.empty(size.B, size.H, 1, size.S)
-    matrices = (matrix(call.q), matrix(call.k), matrix(call.v), matrix(dout))
-    start(
-        gather, grid, call.shape, *matrices, Sums(total, kinds, own, R, C, batch, heads), kept, call.told(), int(over)
-    )
+            over, grid, total = OVER_QUERIES, (C, size.B * size.H), call.empty(size.B, size.H, 1, size.S)
+    matrices = (as_matrix(call.q), as_matrix(call.k), as_matrix(call.v), as_matrix(dout))
+    destination = BiasGrad(total, tile_kinds, batch_stride, R, C, batch, heads)
+    launch_kernel(bias_grad_kernel, grid, config, *matrices, destination, saved, call.kernel_args(), over.value)
     if isinstance(bias, TensorBias):
-        return {places[0]: total}
-    table = unfold(total, size.S)
+        return {indices[0]: total}
+    table = sum_by_distance(total, size.S)
     width = size.L + size.S + 63
     table = torch.nn.functional.pad(table, (0, max(width - table.shape[1], 0)))[:, :width]
-    return dict(through_table(call.plan, call.tensors, table, places))
+    return dict(through_table(call.plan, call.tensors, table, indices))

@@ -1,14 +1,13 @@
-"""Masks on the GPU: which tiles there are, as lists, and inside a tile arithmetic.
+"""Masks on the GPU: lists of the tiles to visit, and arithmetic inside partial tiles.
 
-A mask is brought to the form (a & ~b & ...) | (c & ...) | ..., whose parts the kernels are compiled for; its numbers and
-tensors are arguments. What `coverage` says of the tiles becomes, for each row of tiles, the list of those that hold
-something: no matrix of queries by keys, and no wait for the GPU.
+A mask is brought to disjunctive normal form, (a & ~b & ...) | (c & ...) | ..., for which the kernels are compiled.
+Integers and tensors of its literals are arguments. `coverage` gives, for each row of tiles, the list of tiles that are
+not empty: without an L x S matrix, and without waiting for the GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -20,128 +19,147 @@ from torch import Tensor
 from regard.components.component import fill, slots
 from regard.components.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
 from regard.components.tile import Grid, Sizes
+from regard.plan.cache import derived
 
-_FAR = 1 << 30
+# An offset that no difference of positions exceeds.
+_UNBOUNDED = 1 << 30
+
+# Kinds of literals.
+_BAND: tl.constexpr = tl.constexpr(0)
+_BEFORE: tl.constexpr = tl.constexpr(1)
+_DOCUMENTS: tl.constexpr = tl.constexpr(2)
+_TABLE: tl.constexpr = tl.constexpr(3)
+_LEFT_UNBOUNDED_BAND: tl.constexpr = tl.constexpr(4)
+
+# Kinds of tiles, in the order in which they are listed.
+FULL: tl.constexpr = tl.constexpr(0)
+PARTIAL: tl.constexpr = tl.constexpr(1)
+EMPTY: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def allowed(call, b, head, query, key):
-    """May each pair attend? `query` and `key` broadcast to the tile, `head` to the queries."""
-    some = (query != query) | (key != key)
-    every = (query == query) & (key == key)
-    for n in tl.static_range(call.form.literals):
-        every = every & _literal(call, n, b, head, query, key)
-        if call.form.terms[n][2]:
-            some = some | every
-            every = (query == query) & (key == key)
-    return some
+def allowed(args, b, head, query, key):
+    """Which pairs may attend. `query` and `key` broadcast to the tile, `head` to the queries."""
+    any_term = (query != query) | (key != key)
+    term = (query == query) & (key == key)
+    for n in tl.static_range(args.config.num_literals):
+        term = term & _literal(args, n, b, head, query, key)
+        if args.config.terms[n][2]:
+            any_term = any_term | term
+            term = (query == query) & (key == key)
+    return any_term
 
 
 @triton.jit
-def _literal(call, place: tl.constexpr, b, head, query, key):
-    kind: tl.constexpr = call.form.terms[place][0]
-    p: tl.constexpr = call.form.terms[place][3]
-    n: tl.constexpr = call.form.terms[place][4]
-    pointers = call.tiles.pointers
-    numbers = call.tiles.numbers
-    if kind == 0:  # Band: offset, left, right
-        behind = query + numbers[n] - key
-        ok = (behind <= numbers[n + 1]) & (behind >= -numbers[n + 2])
-    elif kind == 4:  # Band without an end on its left: the same numbers
-        ok = key <= query + (numbers[n] + numbers[n + 2])
-    elif kind == 1:  # Before: stride
-        ok = key + 0 * query < tl.load(pointers[p] + b * numbers[n])
-    elif kind == 2:  # Documents: two strides; L and S
-        own = tl.load(pointers[p] + b * numbers[n] + query, mask=query < numbers[n + 2], other=0)
-        ok = own == tl.load(pointers[p + 1] + b * numbers[n + 1] + key, mask=key < numbers[n + 3], other=0)
-    else:  # Blocks and Dense: four strides; the size of a block; how many there are
-        row = query // numbers[n + 4]
-        column = key // numbers[n + 5]
-        inside = (row < numbers[n + 6]) & (column < numbers[n + 7])
-        at = b * numbers[n] + head * numbers[n + 1] + row.to(tl.int64) * numbers[n + 2] + column * numbers[n + 3]
-        ok = tl.load(pointers[p] + at, mask=inside, other=0) != 0
-    if call.form.terms[place][1]:
+def _literal(args, index: tl.constexpr, b, head, query, key):
+    kind: tl.constexpr = args.config.terms[index][0]
+    p: tl.constexpr = args.config.terms[index][3]
+    n: tl.constexpr = args.config.terms[index][4]
+    tensors = args.tiles.mask_tensors
+    integers = args.tiles.mask_integers
+    if kind == _BAND:  # offset, left, right
+        behind = query + integers[n] - key
+        ok = (behind <= integers[n + 1]) & (behind >= -integers[n + 2])
+    elif kind == _LEFT_UNBOUNDED_BAND:  # the same integers
+        ok = key <= query + (integers[n] + integers[n + 2])
+    elif kind == _BEFORE:  # stride
+        ok = key + 0 * query < tl.load(tensors[p] + b * integers[n])
+    elif kind == _DOCUMENTS:  # two strides; L and S
+        query_id = tl.load(tensors[p] + b * integers[n] + query, mask=query < integers[n + 2], other=0)
+        ok = query_id == tl.load(tensors[p + 1] + b * integers[n + 1] + key, mask=key < integers[n + 3], other=0)
+    else:  # _TABLE: four strides; queries and keys per element; rows and columns
+        row = query // integers[n + 4]
+        column = key // integers[n + 5]
+        inside = (row < integers[n + 6]) & (column < integers[n + 7])
+        at = b * integers[n] + head * integers[n + 1] + row.to(tl.int64) * integers[n + 2] + column * integers[n + 3]
+        ok = tl.load(tensors[p] + at, mask=inside, other=0) != 0
+    if args.config.terms[index][1]:
         ok = ~ok
     return ok
 
 
-class Told(NamedTuple):
-    """A mask as the kernels take it: its parts (kind, is it denied, is it the last of a term, the places of its first
-    tensor and number), its tensors, and its numbers."""
+class EncodedMask(NamedTuple):
+    """A mask as the kernels take it.
+
+    Each literal in `terms` is (kind, is it negated, is it the last of its term, index of its first tensor, index of its
+    first integer).
+    """
 
     terms: tuple[tuple[int, bool, bool, int, int], ...]
-    pointers: tuple[Tensor, ...]
-    numbers: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+    integers: tuple[int, ...]
 
 
-def tell(mask: Mask, size: Sizes) -> Told:
-    """A filled mask as the kernels take it."""
-    parts: dict[int, tuple[int, int, int]] = {}
+def encode_mask(mask: Mask, size: Sizes) -> EncodedMask:
+    """Encode a mask whose slots are filled. A literal that occurs twice is stored once."""
+    encoded: dict[int, tuple[int, int, int]] = {}
     tensors: list[Tensor] = []
-    numbers: list[int] = []
-    told = []
-    for term in terms(mask):
-        for place, (literal, denied) in enumerate(term):
-            if id(literal) not in parts:
-                kind, own, own_numbers = _PARTS[type(literal)](literal, size)
-                parts[id(literal)] = (kind, len(tensors), len(numbers))
-                tensors += own
-                numbers += own_numbers
-            kind, p, n = parts[id(literal)]
-            told.append((kind, denied, place == len(term) - 1, p, n))
-    return Told(tuple(told), tuple(tensors), tuple(numbers))
+    integers: list[int] = []
+    literals = []
+    for term in to_normal_form(mask):
+        for index, (literal, is_negated) in enumerate(term):
+            if id(literal) not in encoded:
+                kind, own_tensors, own_integers = _ENCODERS[type(literal)](literal, size)
+                encoded[id(literal)] = (kind, len(tensors), len(integers))
+                tensors += own_tensors
+                integers += own_integers
+            kind, p, n = encoded[id(literal)]
+            literals.append((kind, is_negated, index == len(term) - 1, p, n))
+    return EncodedMask(tuple(literals), tuple(tensors), tuple(integers))
 
 
-Term = tuple[tuple[Mask, bool], ...]  # masks that must all allow it, or deny it
+Term = tuple[tuple[Mask, bool], ...]  # a conjunction of masks, each with whether it is negated
 
 
-def terms(mask: Mask, denied: bool = False) -> list[Term]:
-    """The terms of which one must hold."""
+def to_normal_form(mask: Mask, is_negated: bool = False) -> list[Term]:
+    """Return the terms whose disjunction is the mask, or its negation."""
     if isinstance(mask, Not):
-        return terms(mask.inner, not denied)
+        return to_normal_form(mask.inner, not is_negated)
     if not isinstance(mask, And | Or):
-        return [((mask, denied),)]
-    left, right = terms(mask.left, denied), terms(mask.right, denied)
-    if isinstance(mask, Or) != denied:
+        return [((mask, is_negated),)]
+    left, right = to_normal_form(mask.left, is_negated), to_normal_form(mask.right, is_negated)
+    if isinstance(mask, Or) != is_negated:
         return left + right
     return [a + b for a, b in product(left, right)]
 
 
-_Part = tuple[int, list[Tensor], list[int]]
+_Literal = tuple[int, list[Tensor], list[int]]  # kind, tensors, integers
 
 
-def _band(mask: Any, size: Sizes) -> _Part:
-    left, right = (_FAR if n is None else min(n, _FAR) for n in (mask.left, mask.right))
-    return 4 if mask.left is None else 0, [], [size.offset(mask.align), left, right]
+def _encode_band(mask: Any, size: Sizes) -> _Literal:
+    left, right = (_UNBOUNDED if n is None else min(n, _UNBOUNDED) for n in (mask.left, mask.right))
+    kind = _LEFT_UNBOUNDED_BAND if mask.left is None else _BAND
+    return kind.value, [], [size.offset(mask.align), left, right]
 
 
-def _before(mask: Any, size: Sizes) -> _Part:
-    return 1, [mask.n.contiguous()], [int(mask.n.numel() > 1)]
+def _encode_before(mask: Any, size: Sizes) -> _Literal:
+    return _BEFORE.value, [mask.n.contiguous()], [int(mask.n.numel() > 1)]
 
 
-def _documents(mask: Any, size: Sizes) -> _Part:
+def _encode_documents(mask: Any, size: Sizes) -> _Literal:
     tensors = [ids.contiguous() for ids in (mask.queries, mask.keys)]
     strides = [n if ids.shape[0] > 1 else 0 for ids, n in zip(tensors, (size.L, size.S), strict=True)]
-    return 2, tensors, [*strides, size.L, size.S]
+    return _DOCUMENTS.value, tensors, [*strides, size.L, size.S]
 
 
-def _table(table: Tensor, rows: int, columns: int, size: Sizes) -> _Part:
+def _encode_table(table: Tensor, rows: int, columns: int, size: Sizes) -> _Literal:
     strides = [stride if n > 1 else 0 for stride, n in zip(table.stride(), table.shape, strict=True)]
     counts = [-(-size.L // rows), -(-size.S // columns)]
-    return 3, [table.view(torch.uint8)], [*strides, rows, columns, *counts]
+    return _TABLE.value, [table.view(torch.uint8)], [*strides, rows, columns, *counts]
 
 
-def _blocks(mask: Any, size: Sizes) -> _Part:
+def _encode_blocks(mask: Any, size: Sizes) -> _Literal:
     rows, columns = mask.size(size)
-    return _table(mask.table, rows, columns, size)
+    return _encode_table(mask.table, rows, columns, size)
 
 
-def _dense(mask: Any, size: Sizes) -> _Part:
-    return _table(mask.table, 1, 1, size)
+def _encode_dense(mask: Any, size: Sizes) -> _Literal:
+    return _encode_table(mask.table, 1, 1, size)
 
 
-_PARTS: dict[type[Mask], Callable[[Any, Sizes], _Part]] = {
-    Band: _band, Before: _before, Documents: _documents, Blocks: _blocks, Dense: _dense,
+_ENCODERS: dict[type[Mask], Callable[[Any, Sizes], _Literal]] = {
+    Band: _encode_band, Before: _encode_before, Documents: _encode_documents, Blocks: _encode_blocks,
+    Dense: _encode_dense,
 }  # fmt: skip
 
 
@@ -149,39 +167,62 @@ _PARTS: dict[type[Mask], Callable[[Any, Sizes], _Part]] = {
 # Lists of tiles.
 
 
-def lists(
-    mask: Mask, tensors: Sequence[Tensor], size: Sizes, queries: int, keys: int, device: torch.device, turned: bool
+def list_tiles(
+    mask: Mask, tensors: Sequence[Tensor], size: Sizes, queries: int, keys: int, device: torch.device, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    """For each row of tiles its full tiles and then its partial ones (B|1, R, C), and how many there are of each
-    (B|1, R, 2); `turned`, for each column of tiles its rows. `mask` is split: what holds no tensor is looked up.
+    """List the full, then the partial tiles of each row of tiles, or of each column of tiles if `transposed`.
+
+    Lists of masks without tensors are cached.
+
+    Args:
+        mask: a mask of a plan, whose tensors are slots.
+        tensors: the tensors of the problem.
+        queries, keys: the size of a tile.
+
+    Returns:
+        The lists (B|1, R, C), int32, and how many tiles are full and partial (B|1, R, 2), int32. What follows these in
+        a list is unspecified.
     """
-    # What a captured graph makes is its own.
-    if slots(mask) or is_captured(device):
-        return _lists(fill(mask, tensors), size, queries, keys, device, turned)
-    return _known_lists(mask, size, queries, keys, device, turned)
+    # Tensors made while a CUDA graph is captured belong to the graph.
+    if slots(mask) or is_capturing(device):
+        return _make_lists(fill(mask, tensors), size, queries, keys, device, transposed)
+    return _cached_lists(mask, size, queries, keys, device, transposed, _current_stream(device))
 
 
-def is_captured(device: torch.device) -> bool:
-    """Does a CUDA graph record what runs? Its tensors hold numbers only once it is replayed."""
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured. Its tensors hold values only once it is replayed."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def kinds(mask: Mask, size: Sizes, queries: int, keys: int, device: torch.device) -> Tensor:
-    """Of each tile: 0 full, 1 partial, 2 empty; int8 (B|1, R, C). A tile that reaches past the end is partial."""
+def _current_stream(device: torch.device) -> int | None:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def classify_tiles(mask: Mask, size: Sizes, queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return the kind of each tile, int8 (B|1, R, C). A tile that reaches past the end is never FULL."""
     grid = Grid.of(size, queries, keys, device)
     some, full = (x.expand(-1, grid.first_query.shape[0], grid.first_key.shape[1]) for x in mask.coverage(grid))
     inside = (grid.first_query + queries <= size.L) & (grid.first_key + keys <= size.S)
-    return 2 - some.to(torch.int8) - (some & full & inside).to(torch.int8)
+    kinds: Tensor = EMPTY.value - some.to(torch.int8) - (some & full & inside).to(torch.int8)
+    return kinds
 
 
-def _lists(
-    mask: Mask, size: Sizes, queries: int, keys: int, device: torch.device, turned: bool
+def _make_lists(
+    mask: Mask, size: Sizes, queries: int, keys: int, device: torch.device, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    kind = kinds(mask, size, queries, keys, device)
-    kind = kind.mT.contiguous() if turned else kind
-    order = torch.sort(kind, dim=-1, stable=True).indices
-    counts = torch.stack([(kind == 0).sum(-1), (kind == 1).sum(-1)], -1)
+    kinds = classify_tiles(mask, size, queries, keys, device)
+    kinds = kinds.mT.contiguous() if transposed else kinds
+    order = torch.sort(kinds, dim=-1, stable=True).indices
+    counts = torch.stack([(kinds == FULL.value).sum(-1), (kinds == PARTIAL.value).sum(-1)], -1)
     return order.to(torch.int32).contiguous(), counts.to(torch.int32)
 
 
-_known_lists = lru_cache(256)(_lists)
+def _make_lists_on_stream(
+    mask: Mask, size: Sizes, queries: int, keys: int, device: torch.device, transposed: bool, stream: int | None
+) -> tuple[Tensor, Tensor]:
+    """The lists are filled asynchronously. As the stream is part of the cache key, only that stream reads them."""
+    return _make_lists(mask, size, queries, keys, device, transposed)
+
+
+# The lists of a causal mask of 131,072 tokens take 4 MB.
+_cached_lists = derived(_make_lists_on_stream, 256)

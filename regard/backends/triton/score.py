@@ -1,4 +1,4 @@
-"""From products to scores, in units of log2 e, on the GPU: all that a plan says of a pair of query and key."""
+"""From raw scores to the scores and weights of a tile, in units of log2(e), and the helpers that all kernels share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, bounded: tl.constexpr):
-    """Some rows of a matrix, filled up with 0 to a width that a product takes; `h` and `row` are of one shape."""
-    column = tl.arange(0, wide)
+def load_rows(x, b, h, row, count, width: tl.constexpr, padded: tl.constexpr, bounded: tl.constexpr):
+    """Load rows of a matrix, padded with 0 to a width that `tl.dot` takes. `h` and `row` have the same shape."""
+    column = tl.arange(0, padded)
     at = x.pointer + b.to(tl.int64) * x.b + (h.to(tl.int64) * x.h + row.to(tl.int64) * x.row)[:, None] + column[None, :]
     if bounded:
         x = tl.load(at, mask=(row < count)[:, None] & (column < width)[None, :], other=0.0)
-    elif width == wide:
+    elif width == padded:
         x = tl.load(at)
     else:
         x = tl.load(at, mask=(column < width)[None, :], other=0.0)
@@ -26,12 +26,12 @@ def rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, bounded: 
 
 
 @triton.jit
-def write_rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, value, skip=0):
-    """Write some rows of a matrix, so many numbers further on."""
-    column = tl.arange(0, wide)
+def write_rows(x, b, h, row, count, width: tl.constexpr, padded: tl.constexpr, value, offset=0):
+    """Write rows of a matrix, `offset` elements after its start."""
+    column = tl.arange(0, padded)
     at = (
         x.pointer
-        + skip
+        + offset
         + b.to(tl.int64) * x.b
         + (h.to(tl.int64) * x.h + row.to(tl.int64) * x.row)[:, None]
         + column[None, :]
@@ -40,38 +40,42 @@ def write_rows(x, b, h, row, count, width: tl.constexpr, wide: tl.constexpr, val
 
 
 @triton.jit
-def is_wild(x):
-    """Which numbers are NaN or inf?"""
+def is_nonfinite(x):
+    """Which elements are NaN or inf."""
     return ~(tl.abs(x.to(tl.float32)) < float("inf"))
 
 
 @triton.jit
-def any_wild(x):
-    """Is any number of a tile NaN or inf?"""
-    return tl.max(tl.max(is_wild(x).to(tl.int32), 1), 0) > 0
+def any_nonfinite(x):
+    """Whether any element of a tile is NaN or inf."""
+    return tl.max(tl.max(is_nonfinite(x).to(tl.int32), 1), 0) > 0
 
 
 @triton.jit
-def without_wild(x):
-    """The numbers of a tile with 0 for NaN and inf, as the weight 0 of a pair that may not attend makes NaN of them."""
-    return tl.where(is_wild(x), 0.0, x)
+def zero_nonfinite(x):
+    """Replace NaN and inf by 0: times the weight 0 of a masked pair, they would give NaN."""
+    return tl.where(is_nonfinite(x), 0.0, x)
 
 
 @triton.jit
-def times(a, b, call):
-    """The product of two tiles, in float32; of mixed types both are widened, and so is all that the interpreter multiplies,
-    which takes bfloat16 for whole numbers.
+def matmul(a, b, args):
+    """The product of two tiles, in float32.
+
+    Operands of different dtypes are widened first. In the interpreter all are, as it multiplies bfloat16 as integers.
     """
-    if call.form.interpreted or a.dtype != b.dtype:
+    if args.config.is_interpreted or a.dtype != b.dtype:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
-def reciprocal(x, call):
-    """1 / x, of a float of middling size: one instruction, exact to the last place or so, where a division takes eight."""
-    if call.form.interpreted:
+def reciprocal(x, args):
+    """1 / x in one instruction, with an error of about one unit in the last place. A division takes eight.
+
+    Subnormal inputs and results are flushed to zero.
+    """
+    if args.config.is_interpreted:
         y = 1.0 / x
     else:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
@@ -79,106 +83,108 @@ def reciprocal(x, call):
 
 
 @triton.jit
-def tanh(x, call):
-    """Of x, tanh and 1 - tanh^2."""
-    # Near 0 by its series, as 1 - e^-2x keeps no digits there; and where tanh is near 1, one less its square keeps none.
+def tanh(x, args):
+    """The hyperbolic tangent of x, and its derivative."""
+    # Near 0, 1 - e^-2x cancels: there the Taylor series is used. Where tanh is near 1, 1 - tanh^2 cancels: the
+    # derivative is computed from the exponential instead.
     size = tl.abs(x)
     square = x * x
     series = x * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * (-0.05396825 + square * 0.021869488))))
     power = tl.exp2(size * (-2.0 * LOG2E))
-    one = reciprocal(1.0 + power, call)
-    large = (1.0 - power) * one
+    inverse = reciprocal(1.0 + power, args)
+    large = (1.0 - power) * inverse
     near = size < 0.25
     value = tl.where(near, series, tl.where(x < 0.0, -large, large))
-    return value, tl.where(near, 1.0 - series * series, 4.0 * power * one * one)
+    return value, tl.where(near, 1.0 - series * series, 4.0 * power * inverse * inverse)
 
 
 @triton.jit
-def scores(product, call, b, g, head, query, key, masked: tl.constexpr, scaled: tl.constexpr = True):
-    """The scores of a tile, -inf where a pair may not attend; and by how much each grows with what stands before the
-    softcap. `query` and `key` broadcast to the tile, `head` to the queries.
+def scores(raw, args, b, g, head, query, key, is_partial: tl.constexpr, is_scaled: tl.constexpr = True):
+    """The scores of a tile, -inf where a pair is masked, and the derivative of the softcap.
+
+    `query` and `key` broadcast to the tile, `head` to the queries. The scale is applied if `is_scaled`.
     """
-    s = product * call.words.scale if scaled else product
-    known = (query < call.sizes.L) & (key < call.sizes.S)
-    row = (b * call.sizes.H + head) * call.sizes.L + query  # of what there is per query
-    if call.words.key_bias is not None:
+    s = raw * args.score.scale if is_scaled else raw
+    is_valid = (query < args.sizes.L) & (key < args.sizes.S)
+    row = (b * args.sizes.H + head) * args.sizes.L + query
+    if args.score.key_bias is not None:
         s += tl.load(
-            call.words.key_bias + (b * call.sizes.G + g) * call.sizes.S + key, mask=key < call.sizes.S, other=0.0
+            args.score.key_bias + (b * args.sizes.G + g) * args.sizes.S + key, mask=key < args.sizes.S, other=0.0
         )
-    if call.words.query_bias is not None:
-        s += tl.load(call.words.query_bias + row, mask=query < call.sizes.L, other=0.0)
-    rise = tl.full([1, 1], 1.0, tl.float32)
-    if call.words.softcap is not None:
-        t, rise = tanh(s * (1.0 / call.words.softcap), call)
-        s = call.words.softcap * t
-    if call.words.bias is not None:
-        bias = call.words.bias
-        of_head = bias.pointer + b.to(tl.int64) * bias.b + head.to(tl.int64) * bias.h
-        s += tl.load(of_head + query * bias.query + key * bias.key, mask=known, other=0.0).to(tl.float32) * LOG2E
-    if call.words.slopes is not None:
-        slope = tl.load(call.words.slopes + head)
-        s -= slope * tl.abs(query + call.words.offset - key).to(tl.float32)
-    if call.words.relative is not None:
-        width = call.sizes.L + call.sizes.S + 63
-        s += tl.load(call.words.relative + head * width + query - key + call.sizes.S - 1, mask=known, other=0.0)
-    if call.words.nonfinite_q is not None:
-        bad = tl.load(call.words.nonfinite_q + row, mask=query < call.sizes.L, other=0) != 0
-        bad = bad | (
-            tl.load(
-                call.words.nonfinite_k + (b * call.sizes.G + g) * call.sizes.S + key, mask=key < call.sizes.S, other=0
-            )
-            != 0
-        )
-        s = tl.where(bad, float("nan"), s)
-    if masked:
-        if call.form.literals > 0:
-            known = known & allowed(call, b, head, query, key)
-        s = tl.where(known, s, -float("inf"))
-    return s, rise
+    if args.score.query_bias is not None:
+        s += tl.load(args.score.query_bias + row, mask=query < args.sizes.L, other=0.0)
+    softcap_grad = tl.full([1, 1], 1.0, tl.float32)
+    if args.score.softcap is not None:
+        t, softcap_grad = tanh(s * (1.0 / args.score.softcap), args)
+        s = args.score.softcap * t
+    if args.score.bias is not None:
+        bias = args.score.bias
+        start = bias.pointer + b.to(tl.int64) * bias.b + head.to(tl.int64) * bias.h
+        s += tl.load(start + query * bias.query + key * bias.key, mask=is_valid, other=0.0).to(tl.float32) * LOG2E
+    if args.score.alibi_slopes is not None:
+        slope = tl.load(args.score.alibi_slopes + head)
+        s -= slope * tl.abs(query + args.score.alibi_offset - key).to(tl.float32)
+    if args.score.relative_bias is not None:
+        width = args.sizes.L + args.sizes.S + 63
+        at = args.score.relative_bias + head * width + query - key + args.sizes.S - 1
+        s += tl.load(at, mask=is_valid, other=0.0)
+    if args.score.nonfinite_q is not None:
+        nonfinite_q = tl.load(args.score.nonfinite_q + row, mask=query < args.sizes.L, other=0) != 0
+        at = args.score.nonfinite_k + (b * args.sizes.G + g) * args.sizes.S + key
+        nonfinite_k = tl.load(at, mask=key < args.sizes.S, other=0) != 0
+        s = tl.where(nonfinite_q | nonfinite_k, float("nan"), s)
+    if is_partial:
+        if args.config.num_literals > 0:
+            is_valid = is_valid & allowed(args, b, head, query, key)
+        s = tl.where(is_valid, s, -float("inf"))
+    return s, softcap_grad
 
 
 @triton.jit
-def sigmoid(s, call):
+def sigmoid(s, args):
     """1 / (1 + 2^-s)."""
-    return reciprocal(1.0 + tl.exp2(-s), call)
+    return reciprocal(1.0 + tl.exp2(-s), args)
 
 
 @triton.jit
-def weights(s, sums, call, b, head, query):
-    """The weights of a tile, from its scores and the sum of each row."""
-    if call.form.sigmoid:
-        if call.words.level is not None:
-            s += tl.load(call.words.level + head)
-        p = sigmoid(s, call)
+def weights(s, row_sums, args, b, head, query):
+    """The weights of a tile, from its scores and `RowSums`."""
+    if args.config.is_sigmoid:
+        if args.score.sink_or_bias is not None:
+            s += tl.load(args.score.sink_or_bias + head)
+        p = sigmoid(s, args)
     else:
-        row = (b * call.sizes.H + head) * call.sizes.L + query
-        less = s - tl.load(sums.total + row, mask=query < call.sizes.L, other=float("inf"))
-        if sums.rest is not None:
-            less -= tl.load(sums.rest + row, mask=query < call.sizes.L, other=0.0)
-        p = tl.exp2(less)
+        row = (b * args.sizes.H + head) * args.sizes.L + query
+        log_p = s - tl.load(row_sums.log2_sum + row, mask=query < args.sizes.L, other=float("inf"))
+        if row_sums.residual is not None:
+            log_p -= tl.load(row_sums.residual + row, mask=query < args.sizes.L, other=0.0)
+        p = tl.exp2(log_p)
     return p
 
 
 @triton.jit
-def span(call, b, row, wide: tl.constexpr, turned: tl.constexpr):
-    """The list of the tiles of a row: where it begins, how many are full, and how many there are."""
-    if call.tiles.order is None:
+def tile_range(args, b, row, width: tl.constexpr, transposed: tl.constexpr):
+    """The start of the tile list of a row of tiles, and how many tiles are full and how many there are.
+
+    `width` is the size of a tile along the list: keys, or queries if `transposed`.
+    """
+    if args.tiles.order is None:
         start = row * 0
-        length = call.sizes.L if turned else call.sizes.S
-        full = length // wide
-        count = (length + wide - 1) // wide
+        length = args.sizes.L if transposed else args.sizes.S
+        full = length // width
+        count = (length + width - 1) // width
     else:
-        at = b * call.tiles.b * call.tiles.rows + row
-        start = call.tiles.order + at.to(tl.int64) * call.tiles.columns
-        full = tl.load(call.tiles.counts + 2 * at)
-        count = full + tl.load(call.tiles.counts + 2 * at + 1)
+        at = b * args.tiles.batch_stride * args.tiles.rows + row
+        start = args.tiles.order + at.to(tl.int64) * args.tiles.columns
+        full = tl.load(args.tiles.counts + 2 * at)
+        count = full + tl.load(args.tiles.counts + 2 * at + 1)
     return start, full, count
 
 
 @triton.jit
-def listed(call, start, n):
-    """The number of the n-th tile of a list."""
-    if call.tiles.order is None:
+def nth_tile(args, start, n):
+    """The index of the n-th tile of a list."""
+    if args.tiles.order is None:
         tile = n
     else:
         tile = tl.load(start + n)

@@ -1,4 +1,4 @@
-"""How large the tiles are, and how many warps and stages share them, by architecture and width."""
+"""Tile sizes, warps and pipeline stages of the kernels, by architecture and width."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from triton import knobs
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The tiles of a kernel: queries by keys; warps that share one; tiles that are loaded ahead."""
+class LaunchConfig:
+    """Rows of queries and keys per tile, warps per program, and tiles that are loaded ahead."""
 
     queries: int
     keys: int
@@ -19,89 +19,110 @@ class Shape:
     stages: int = 3
 
 
-# By (architecture, kernel), for the widths up to those given, in half precision. What is not here has the default.
-_SHAPES: dict[tuple[tuple[int, int], str], dict[int, Shape]] = {
-    ((9, 0), "forward"): {64: Shape(128, 128, 8, 2), 128: Shape(128, 64, 8, 3), 256: Shape(64, 64, 4, 2)},
-    ((9, 0), "backward"): {64: Shape(64, 64, 4, 3), 128: Shape(64, 64, 8, 2), 256: Shape(32, 32, 4, 2)},
-    ((8, 0), "forward"): {64: Shape(128, 64, 4, 3), 128: Shape(64, 64, 4, 3), 256: Shape(64, 32, 4, 2)},
-    ((8, 0), "backward"): {64: Shape(64, 64, 4, 2), 128: Shape(32, 64, 4, 2), 256: Shape(32, 32, 4, 1)},
+# By (architecture, kernel): configurations in half precision for widths up to the key. Others use _DEFAULT.
+_CONFIGS: dict[tuple[tuple[int, int], str], dict[int, LaunchConfig]] = {
+    ((9, 0), "forward"): {
+        64: LaunchConfig(128, 128, 8, 2),
+        128: LaunchConfig(128, 64, 8, 3),
+        256: LaunchConfig(64, 64, 4, 2),
+    },
+    ((9, 0), "backward"): {
+        64: LaunchConfig(64, 64, 4, 3),
+        128: LaunchConfig(64, 64, 8, 2),
+        256: LaunchConfig(32, 32, 4, 2),
+    },
+    ((8, 0), "forward"): {
+        64: LaunchConfig(128, 64, 4, 3),
+        128: LaunchConfig(64, 64, 4, 3),
+        256: LaunchConfig(64, 32, 4, 2),
+    },
+    ((8, 0), "backward"): {
+        64: LaunchConfig(64, 64, 4, 2),
+        128: LaunchConfig(32, 64, 4, 2),
+        256: LaunchConfig(32, 32, 4, 1),
+    },
 }
-_DEFAULT = {64: Shape(64, 64, 4, 2), 128: Shape(64, 32, 4, 2), 256: Shape(32, 32, 4, 1)}
-# The largest weights stand in registers beside the scores.
-_TOP = {64: Shape(64, 64, 4, 1), 128: Shape(64, 64, 4, 1), 256: Shape(32, 32, 4, 1)}
-# Additive scores fill the registers by fours of fractions, and their gradients by rows.
-_ADDITIVE = {"forward": Shape(64, 64, 4, 1), "backward": Shape(32, 32, 4, 1)}
-# Few queries: the keys are split among the programs.
-_FEW = {256: Shape(16, 64, 4, 3)}
-_FEW_SINGLE = {64: Shape(16, 64, 4, 3), 128: Shape(16, 64, 8, 2), 256: Shape(16, 16, 4, 3)}
-# Products of float32 run on no matrix unit, and fill the registers.
-_SINGLE = {64: Shape(64, 32, 4, 2), 128: Shape(32, 32, 4, 2), 256: Shape(32, 16, 4, 1)}
-_WIDEST = Shape(16, 16, 4, 1)
-_FEWEST = 16
-# Shared memory that a program may take, in bytes; elsewhere that of the GPUs with the least.
-_SHARED = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
-_LEAST_SHARED = 99 << 10
-# Under the interpreter each tile is a round of Python: small ones for small problems, and not square, so that no axis is
-# mistaken for another.
-_INTERPRETED = Shape(32, 64)
-# Programs that fill a GPU, and those of the interpreter, which has only one to run them.
-_PROGRAMS_A_PROCESSOR, _PROGRAMS_INTERPRETED = 2, 12
+_DEFAULT = {64: LaunchConfig(64, 64, 4, 2), 128: LaunchConfig(64, 32, 4, 2), 256: LaunchConfig(32, 32, 4, 1)}
+# The largest weights take registers besides the scores.
+_TOP = {64: LaunchConfig(64, 64, 4, 1), 128: LaunchConfig(64, 64, 4, 1), 256: LaunchConfig(32, 32, 4, 1)}
+# Additive scores fill the registers with four fractions per element, their gradients with whole rows.
+_ADDITIVE = {"forward": LaunchConfig(64, 64, 4, 1), "backward": LaunchConfig(32, 32, 4, 1)}
+# Few queries: the keys are split among programs.
+_FEW = {256: LaunchConfig(16, 64, 4, 3)}
+_FEW_FLOAT32 = {64: LaunchConfig(16, 64, 4, 3), 128: LaunchConfig(16, 64, 8, 2), 256: LaunchConfig(16, 16, 4, 3)}
+# float32 products do not run on the matrix units, and fill the registers.
+_FLOAT32 = {64: LaunchConfig(64, 32, 4, 2), 128: LaunchConfig(32, 32, 4, 2), 256: LaunchConfig(32, 16, 4, 1)}
+_FALLBACK = LaunchConfig(16, 16, 4, 1)
+_MIN_KEYS = 16
+# Shared memory per program in bytes, by architecture; the smallest of all GPUs for the others.
+_SHARED_MEMORY = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+_MIN_SHARED_MEMORY = 99 << 10
+# In the interpreter each tile costs Python time: small problems need small tiles. They are not square, so that no test
+# passes with queries and keys exchanged.
+_INTERPRETED = LaunchConfig(32, 64)
+# Programs that fill a GPU, per multiprocessor; in the interpreter, enough for tests to split the keys.
+_PROGRAMS_PER_MULTIPROCESSOR, _PROGRAMS_INTERPRETED = 2, 12
 
 
 def is_interpreted() -> bool:
-    """Do kernels run on the CPU, by Triton's interpreter? TRITON_INTERPRET=1 says so, before triton is imported."""
+    """Whether kernels run on the CPU in Triton's interpreter. Triton reads TRITON_INTERPRET=1 when it is imported."""
     return bool(knobs.runtime.interpret)
 
 
-def shape(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Shape:
-    """The tiles of a kernel for queries of such a type and rows so wide: "forward", or "few" where there are few queries, or
-    "top" with the largest weights; "backward", or "biased backward" with a tensor as a bias; "gather" for the gradients of a
-    bias; and these after "additive".
+def launch_config(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> LaunchConfig:
+    """Return the launch configuration of a kernel.
+
+    Args:
+        kernel: "forward", "few" (few queries), "top" (with the largest weights), "backward", "biased backward" (with a
+            tensor as bias) or "bias_grad"; with additive scores, one of "additive forward", "additive backward" and
+            "additive bias_grad".
+        dtype: of the queries.
+        width: of the tiles.
     """
     family, _, pass_ = kernel.rpartition(" ")
-    if pass_ == "gather":
-        # Along a diagonal of squares the distances are the same.
-        found = shape(kernel.replace(pass_, "backward"), dtype, width, device)
-        side = min(found.queries, found.keys)
-        return replace(found, queries=side, keys=side)
+    if pass_ == "bias_grad":
+        # Only square tiles hold the same distances along a diagonal.
+        config = launch_config(kernel.replace(pass_, "backward"), dtype, width, device)
+        side = min(config.queries, config.keys)
+        return replace(config, queries=side, keys=side)
     if family == "biased":
-        # What is loaded ahead of a matrix of queries by keys fills the registers: five in six of what is spilled.
-        return replace(shape(pass_, dtype, width, device), stages=1)
+        # Loading tiles of a bias ahead fills the registers: it causes five sixths of the spills.
+        return replace(launch_config(pass_, dtype, width, device), stages=1)
     if is_interpreted():
         return _INTERPRETED
-    architecture, size = _architecture(device), width * dtype.itemsize
-    single = dtype.itemsize != 2
+    architecture, row_bytes = _architecture(device), width * dtype.itemsize
+    is_float32 = dtype.itemsize != 2
     if family:
-        found = _ADDITIVE[pass_]
+        config = _ADDITIVE[pass_]
     else:
         if kernel == "few":
-            table = _FEW_SINGLE if single else _FEW
-        elif single:
-            table = _SINGLE
+            table = _FEW_FLOAT32 if is_float32 else _FEW
+        elif is_float32:
+            table = _FLOAT32
         else:
-            table = _TOP if kernel == "top" else _SHAPES.get((architecture, kernel), _DEFAULT)
-        found = next((shape for most, shape in table.items() if width <= most), _WIDEST)
-    return fitting(found, size, _SHARED.get(architecture, _LEAST_SHARED))
+            table = _TOP if kernel == "top" else _CONFIGS.get((architecture, kernel), _DEFAULT)
+        config = next((config for max_width, config in table.items() if width <= max_width), _FALLBACK)
+    return fit_shared_memory(config, row_bytes, _SHARED_MEMORY.get(architecture, _MIN_SHARED_MEMORY))
 
 
-def fitting(shape: Shape, row: int, shared: int) -> Shape:
-    """The tiles with fewer stages, and then fewer keys, until they fit the shared memory; `row` is the bytes of a row."""
-    while _taken(shape, row) > shared and (shape.stages > 1 or shape.keys > _FEWEST):
-        fewer = {"stages": shape.stages - 1} if shape.stages > 1 else {"keys": shape.keys // 2}
-        shape = replace(shape, **fewer)
-    return shape
+def fit_shared_memory(config: LaunchConfig, row_bytes: int, limit: int) -> LaunchConfig:
+    """Reduce the stages, and then the keys per tile, until a program fits into `limit` bytes of shared memory."""
+    while _shared_memory(config, row_bytes) > limit and (config.stages > 1 or config.keys > _MIN_KEYS):
+        fewer = {"stages": config.stages - 1} if config.stages > 1 else {"keys": config.keys // 2}
+        config = replace(config, **fewer)
+    return config
 
 
-def _taken(shape: Shape, row: int) -> int:
-    """About how much shared memory a program takes: keys and values ahead, the queries, scores and a bias."""
-    return (2 * shape.keys * shape.stages + shape.queries) * row + 6 * shape.queries * shape.keys
+def _shared_memory(config: LaunchConfig, row_bytes: int) -> int:
+    """Estimate the bytes of shared memory per program: keys and values loaded ahead, queries, scores and a bias."""
+    return (2 * config.keys * config.stages + config.queries) * row_bytes + 6 * config.queries * config.keys
 
 
-def programs(device: torch.device) -> int:
-    """How many programs fill a GPU."""
+def max_programs(device: torch.device) -> int:
+    """Return the number of programs that fill a GPU."""
     if is_interpreted():
         return _PROGRAMS_INTERPRETED
-    return _PROGRAMS_A_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return _PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -1,5 +1,6 @@
-"""Attention in convolutional networks: layers that stand between convolutions, from a map (B, C, H, W) to one of the same
-shape, and a pooling at the end. Any height and width will do.
+"""Attention for convolutional networks: layers on feature maps (B, C, H, W), positions, and pooling.
+
+All layers accept maps of any height and width.
 """
 
 from regard.nn.vision.channel import CBAM, Gates, SqueezeExcitation

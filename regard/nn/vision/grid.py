@@ -1,4 +1,4 @@
-"""Feature maps (B, C, H, W), as tokens (B, N, C) with N = H W, row by row, and back; what the layers share besides."""
+"""Helpers of the vision layers: argument checks, and conversion of maps (B, C, H, W) to tokens (B, H W, C) and back."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from regard.components.summary import AttentionSummary, Summary
 
 
 def check_map(name: str, x: Tensor, channels: int | None = None) -> None:
-    """Raise unless `x` is a feature map (B, C, H, W) of floats with C = channels (any where None), and no side of 0."""
-    fits = check.is_floats(x)
+    """Raise unless `x` is a float tensor (B, C, H, W) with C = channels (any C if None) and nonzero H and W."""
+    fits = check.is_float_tensor(x)
     if not fits or x.dim() != 4 or channels not in (None, x.shape[1]) or not x.shape[2] or not x.shape[3]:
         C = "C" if channels is None else channels
-        raise check.wrong(name, x, f"floats of shape (B, {C}, H, W), neither H nor W being 0", fits)
+        raise check.error(name, x, f"a float tensor of shape (B, {C}, H, W) with H and W > 0", fits)
 
 
 def check_heads(name: str, num_heads: object, width: int) -> None:
-    """Raise unless `num_heads` divides the width."""
+    """Raise unless `num_heads` is a divisor of `width`."""
     if not check.is_int(num_heads) or num_heads < 1 or width % num_heads:
-        raise check.wrong(f"{name}: num_heads", num_heads, f"a divisor of the width, {width}", check.is_int(num_heads))
+        raise check.error(f"{name}: num_heads", num_heads, f"a divisor of the width, {width}", check.is_int(num_heads))
 
 
-def pair(name: str, value: object, least: int) -> tuple[int, int]:
-    """A size in rows and columns, from one number for both, or a pair of them."""
+def to_pair(name: str, value: object, minimum: int) -> tuple[int, int]:
+    """Return a pair (rows, columns) from a pair, or from one integer for both."""
     sides = value if isinstance(value, tuple) else (value, value)
-    if len(sides) != 2 or not all(check.is_int(side) and side >= least for side in sides):
+    if len(sides) != 2 or not all(check.is_int(side) and side >= minimum for side in sides):
         fits = all(check.is_int(side) for side in sides)
-        raise check.wrong(name, value, f"an int >= {least}, or a pair (rows, columns)", fits)
+        raise check.error(name, value, f"an integer >= {minimum}, or a pair (rows, columns)", fits)
     return sides
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H W, C)."""
+    """(B, C, H, W) -> (B, H W, C), row-major."""
     return x.flatten(2).mT
 
 
@@ -50,13 +50,15 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, summary: Summary | None, **words: Any
+    q: Tensor, k: Tensor, v: Tensor, summary: Summary | None, **arguments: Any
 ) -> tuple[Tensor, AttentionSummary | None]:
-    """`attention` of q (..., heads, L, D), k (..., heads, S, D), v (..., heads, S, E), the heads put side by side: (..., L,
-    heads E). Always with what was seen, None where there is no summary.
+    """Compute attention of q (..., heads, L, D), k (..., heads, S, D), v (..., heads, S, E), and concatenate the heads.
+
+    Returns:
+        The output (..., L, heads E), and an `AttentionSummary`, or None without `summary`.
     """
     if summary is None:
-        out, seen = attention(q, k, v, **words), None
+        out, statistics = attention(q, k, v, **arguments), None
     else:
-        out, seen = attention(q, k, v, summary=summary, **words)
-    return out.transpose(-3, -2).flatten(-2), seen
+        out, statistics = attention(q, k, v, summary=summary, **arguments)
+    return out.transpose(-3, -2).flatten(-2), statistics

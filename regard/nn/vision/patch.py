@@ -1,4 +1,4 @@
-"""Self-attention among the patches of a map."""
+"""Self-attention over patches of a map."""
 
 from __future__ import annotations
 
@@ -17,22 +17,28 @@ from regard.nn.vision.self_attention import SelfAttention
 
 
 class PatchAttention(nn.Module):
-    """x + MSA(LayerNorm(patches of x, with positions)): the patches of a map, p x p places each, attend to one another.
-    It starts as the identity: the last map is 0 at first.
+    """Self-attention over patches of p x p positions: x + MSA(LayerNorm(patches of x, with positions)).
 
-    A patch is a token of all its C p^2 numbers. A map whose sides are no multiples of p is filled up with zeros at the right
-    and at the bottom; no patch is of zeros alone.
+    The layer is initialized as the identity: the output projection starts at 0. A patch is one token of width C p^2. A
+        map whose
+    sides are not multiples of p is padded with zeros at the right and at the bottom.
 
     Args:
-        channels: C, those of the map.
-        num_heads: how many heads; a divisor of the width.
-        patch: p, the side of a patch.
-        width: that of queries, keys and values, all heads together; C by default.
-        position: a `Rotary2d` (of the width of a head or less), which turns q and k; a `RelativeBias2d`, added to the
-            scores; or any module that adds positions to a map, which is called with the map of patches (B, C p^2,
-            H/p, W/p). `Sinusoidal2d()` by default; `nn.Identity()` for none.
-        score: one of `regard.score`, `ScaledDot()` by default. Its parameters are learned.
-        normalizer: one of `regard.normalizer`, `Softmax()` by default. Its parameters are learned.
+        channels: number of channels C of the map.
+        num_heads: number of heads, a divisor of width.
+        patch: side p of a patch.
+        width: width of queries, keys and values, over all heads; C by default.
+        position: a `Rotary2d` (at most as wide as a head), which rotates q and k; a `RelativeBias2d`, added to the
+            scores; or any module that adds positions to a map, which is called with the map of patches (B, C p^2, H/p,
+            W/p). `Sinusoidal2d()` by default; `nn.Identity()` for none.
+        score: one of `regard.score`; `ScaledDot()` by default. Its parameters are learned.
+        normalizer: one of `regard.normalizer`; `Softmax()` by default. Its parameters are learned.
+
+    >>> layer = regard.nn.vision.PatchAttention(8, num_heads=2, patch=2)
+    >>> x = torch.randn(2, 8, 5, 7)
+    >>> out, statistics = layer(x, summary=Summary(entropy=True))  # 3 x 4 patches
+    >>> torch.equal(out, x), statistics.entropy.shape
+    (True, torch.Size([2, 2, 12]))
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2021), equations 1 and 2.
     """
@@ -49,16 +55,16 @@ class PatchAttention(nn.Module):
         normalizer: Normalizer | None = None,
     ) -> None:
         super().__init__()
-        check.whole("PatchAttention: channels", channels, 1)
-        check.whole("PatchAttention: patch", patch, 1)
+        check.integer("PatchAttention: channels", channels, 1)
+        check.integer("PatchAttention: patch", patch, 1)
         width = channels if width is None else width
-        check.whole("PatchAttention: width", width, 1, ", or None for the channels")
+        check.integer("PatchAttention: width", width, 1, ", or None for the channels")
         check_heads("PatchAttention", num_heads, width)
         if position is not None and not isinstance(position, nn.Module):
-            raise check.wrong("PatchAttention: position", position, "a module, or None for Sinusoidal2d()", False)
+            raise check.error("PatchAttention: position", position, "a module, or None for Sinusoidal2d()", False)
         if isinstance(position, Rotary2d) and position.width > width // num_heads:
             raise ValueError(
-                f"PatchAttention: position turns {position.width} entries of each head; expected no more than "
+                f"PatchAttention: position rotates {position.width} elements of each head; expected at most "
                 f"{width // num_heads}, the width of a head"
             )
         if isinstance(position, RelativeBias2d) and position.table.shape[1] != num_heads:
@@ -70,26 +76,26 @@ class PatchAttention(nn.Module):
         self.attention = SelfAttention(channels * patch**2, width, num_heads, score, normalizer)
 
     def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, AttentionSummary]:
-        """From x (B, C, H, W) to the same shape. With `summary`, a pair of it and `AttentionSummary`, (B, heads, N): its queries and
-        keys are the N patches, row by row.
+        """Map x (B, C, H, W) to the same shape. With `summary`, return a pair of it and an `AttentionSummary`, (B,
+        heads, N), whose queries and keys are the N patches in row-major order.
         """
         check_map("PatchAttention: x", x, self.channels)
         H, W = x.shape[2:]
         patches = _unshuffle(F.pad(x, (0, -W % self.patch, 0, -H % self.patch)), self.patch)
         size = patches.shape[2:]
-        turn = bias = None
+        rotate = bias = None
         if isinstance(self.position, Rotary2d):
-            turn = partial(self.position, height=size[0], width=size[1])
+            rotate = partial(self.position, height=size[0], width=size[1])
         elif isinstance(self.position, RelativeBias2d):
             bias = self.position(*size)
         else:
             patches = self.position(patches)
-        y, seen = self.attention(to_tokens(patches), turn=turn, bias=bias, summary=summary)
+        y, statistics = self.attention(to_tokens(patches), rotate=rotate, bias=bias, summary=summary)
         out = x + _shuffle(to_map(y, *size), self.patch)[..., :H, :W]
-        return out if seen is None else (out, seen)
+        return out if statistics is None else (out, statistics)
 
 
-# Not torch's `pixel_unshuffle` and `pixel_shuffle`: of an empty batch, they give another shape.
+# torch's `pixel_unshuffle` and `pixel_shuffle` return another shape for an empty batch.
 
 
 def _unshuffle(x: Tensor, p: int) -> Tensor:
@@ -99,6 +105,6 @@ def _unshuffle(x: Tensor, p: int) -> Tensor:
 
 
 def _shuffle(x: Tensor, p: int) -> Tensor:
-    """The inverse of `_unshuffle`."""
+    """Invert `_unshuffle`."""
     B, C, H, W = x.shape
     return x.reshape(B, C // p**2, p, p, H, W).permute(0, 1, 4, 2, 5, 3).reshape(B, C // p**2, H * p, W * p)

@@ -1,4 +1,4 @@
-"""Self-attention among tokens, as the layers of patches and of windows use it."""
+"""Self-attention over tokens, shared by the patch and window layers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from regard.components.summary import AttentionSummary, Summary
 from regard.nn.component import ComponentModule
 from regard.nn.vision.grid import attend, split_heads
 
-# Turns q and k (..., heads, N, D).
-Turn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Rotates q and k (..., heads, N, D).
+Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class SelfAttention(nn.Module):
-    """LayerNorm, the maps to queries, keys and values, attention, and the map back: tokens (..., N, C) -> (..., N, C).
+    """LayerNorm, projection to q, k and v, multi-head attention, and output projection: tokens (..., N, C) -> (..., N,
+    C).
 
     Args:
-        width: C.
-        inner: the width of all queries of a token, and so of its keys and values; each of the heads takes its share.
-        num_heads, score, normalizer: as the layers have them.
+        width: width C of the tokens.
+        inner: width of queries, keys and values, over all heads.
+        num_heads, score, normalizer: as in `PatchAttention`.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * inner)
         self.out = nn.Linear(inner, width)
-        # So that the layer, which adds this to its input, starts as the identity.
+        # The layer adds this output to its input, and so starts as the identity.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.score, self.normalizer = ComponentModule(score), ComponentModule(normalizer)
@@ -43,15 +44,15 @@ class SelfAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        turn: Turn | None = None,
+        rotate: Rotate | None = None,
         mask: Mask | None = None,
         bias: Tensor | None = None,
         summary: Summary | None = None,
     ) -> tuple[Tensor, AttentionSummary | None]:
-        """From x (..., N, C) to the same shape, and what was seen; `turn` is applied to q and k (..., heads, N, D) first."""
+        """Return the output (..., N, C) and an `AttentionSummary`, or None. `rotate` is applied to q and k."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(self.norm(x)).chunk(3, -1))
-        if turn is not None:
-            q, k = turn(q, k)
-        words = {"score": self.score(), "normalizer": self.normalizer(), "mask": mask, "bias": bias}
-        out, seen = attend(q, k, v, summary, **words)
-        return self.out(out), seen
+        if rotate is not None:
+            q, k = rotate(q, k)
+        arguments = {"score": self.score(), "normalizer": self.normalizer(), "mask": mask, "bias": bias}
+        out, statistics = attend(q, k, v, summary, **arguments)
+        return self.out(out), statistics

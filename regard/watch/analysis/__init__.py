@@ -1,1 +1,1 @@
-"""What can be computed from a recording: head types, rollout and flow, comparisons."""
+"""Analysis of recordings: head types, rollout and flow, comparisons."""

@@ -1,4 +1,4 @@
-"""Two models on one text, or one model on two texts."""
+"""Comparison of two recordings: two models on one text, or one model on two texts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from regard.watch.recording.record import Record
 
 
 class Comparison(NamedTuple):
-    """One attention beside another.
+    """Two records compared.
 
-    `same` (B, H): how alike each head attends to its namesake, where both read the same tokens, else None (`similarity`).
-    `alike` (B, H) the head of b that is most like each of a. `change`: what b's heads do more than a's, (B, H) each.
+    same: `similarity` of the heads with the same index (B, H); None if the records differ in shape or number of heads.
+    alike: for each head of a, the most similar head of b (B, H); None if the records differ in shape.
+    change: the statistics of b's heads minus those of a's (see `Heads`); None if the numbers of heads differ.
     """
 
     a: Record
@@ -26,20 +27,28 @@ class Comparison(NamedTuple):
 
 
 def compare(a: Sequence[Record], b: Sequence[Record]) -> list[Comparison]:
-    """Compare what was seen of two models or of two inputs, record by record.
+    """Compare two recordings record by record, in order.
 
-    Records are paired by their order. Where both are of as many queries and keys, weights are compared; what heads do
-    (entropy, distance, sinks) is compared where there are as many heads.
+    Weights are compared where both records have the same batch size, number of queries and number of keys. Statistics
+    of the heads (entropy, distance, sinks) are compared where both have the same batch size and number of heads.
 
     Raises:
-        ValueError: there are not as many records.
+        ValueError: the recordings differ in length.
+
+    >>> model = nn.MultiheadAttention(16, 4, batch_first=True)
+    >>> with regard.watch(model, top=3) as recording:
+    ...     for _ in range(2):
+    ...         _ = model(x := torch.randn(1, 3, 16), x, x)
+    >>> (itself,) = compare(recording[:1], recording[:1])
+    >>> [round(share, 4) for share in itself.same.least[0].tolist()]
+    [1.0, 1.0, 1.0, 1.0]
     """
     if len(a) != len(b):
         raise ValueError(f"b: {len(b)} records; expected {len(a)} as in a: the same layers of both")
-    return [_compared(one, other) for one, other in zip(a, b, strict=True)]
+    return [_compare(record, other) for record, other in zip(a, b, strict=True)]
 
 
-def _compared(a: Record, b: Record) -> Comparison:
+def _compare(a: Record, b: Record) -> Comparison:
     same = alike = change = None
     if (a.max.shape[0], a.queries, a.keys) == (b.max.shape[0], b.queries, b.keys):
         overlaps = similarity(a, b)
@@ -52,11 +61,23 @@ def _compared(a: Record, b: Record) -> Comparison:
 
 
 def differing(compared: Sequence[Comparison], count: int = 10) -> list[tuple[int, int, float]]:
-    """The heads that attend most differently: (number of the record, head, how alike at most), the least alike first."""
-    found = [
-        (n, head, float(alike))
-        for n, one in enumerate(compared)
-        if one.same is not None
-        for head, alike in enumerate(one.same.most.mean(0).tolist())
+    """Return the heads that differ most, as (index of the record, head, upper bound of the similarity), ascending.
+
+    >>> a, b = nn.MultiheadAttention(16, 4, batch_first=True), nn.MultiheadAttention(16, 4, batch_first=True)
+    >>> recordings = []
+    >>> for model in (a, b):
+    ...     with regard.watch(model, top=3) as recording:
+    ...         _ = model(x := torch.ones(1, 3, 16).cumsum(1), x, x)
+    ...     recordings.append(recording)
+    >>> comparisons = compare(*recordings)
+    >>> [(n, head, value)] = differing(comparisons, 1)
+    >>> n, head == int(comparisons[0].same.most.argmin()), round(value - float(comparisons[0].same.most.min()), 6)
+    (0, True, 0.0)
+    """
+    similarities = [
+        (n, head, float(most))
+        for n, comparison in enumerate(compared)
+        if comparison.same is not None
+        for head, most in enumerate(comparison.same.most.mean(0).tolist())
     ]
-    return sorted(found, key=lambda entry: entry[2])[:count]
+    return sorted(similarities, key=lambda entry: entry[2])[:count]

@@ -1,1 +1,1 @@
-"""How calls of attention are found inside of any model while it runs."""
+"""Interception of attention calls in a running model."""

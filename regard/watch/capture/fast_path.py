@@ -1,4 +1,4 @@
-"""Torch's fast path: whole layers in one operator, which tells nothing. What they attend to is computed beside them."""
+"""Torch's fast path, which computes a layer in one operator. The summaries are computed separately from its inputs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from regard.attention import attention
 from regard.components import mask as masks
 from regard.components.mask import Mask
 from regard.watch.capture import nested
-from regard.watch.capture.recorder import Ask, aside
-from regard.watch.capture.softmax import looks_causal
+from regard.watch.capture.recorder import Recorder, untracked
+from regard.watch.capture.softmax import is_causal_mask
 
-# The type of a mask that is padding, (B, S); others are (L, S) or (B, H, L, S).
+# `mask_type` of a padding mask (B, S); other masks are (L, S) or (B, H, L, S).
 _PADDING = 1
-_FEW = 8  # values that are looked at by nobody
+# Width of the values; small, since the output is not used.
+_VALUE_WIDTH = 8
 
 
-def tell_layer(
-    ask: Ask,
+def record_layer(
+    recorder: Recorder,
     src: Tensor,
     embed_dim: int,
     num_heads: int,
@@ -35,16 +36,16 @@ def tell_layer(
     norm_bias_1: Tensor,
     *rest: Any,
 ) -> None:
-    """Tell what a call of `torch._transformer_encoder_layer_fwd` attends to."""
-    mask, kind = rest[6:8] if len(rest) > 6 else (None, None)
+    """Record the attention of a call of `torch._transformer_encoder_layer_fwd`."""
+    mask, mask_type = rest[6:8] if len(rest) > 6 else (None, None)
     x = src
     if norm_first:
         x = F.layer_norm(src, (embed_dim,), norm_weight_1, norm_bias_1, eps)
-    _tell(ask, "self_attn", x, x, num_heads, qkv_weight, qkv_bias, mask, kind)
+    _record(recorder, "self_attn", x, x, num_heads, qkv_weight, qkv_bias, mask, mask_type)
 
 
-def tell_attention(
-    ask: Ask,
+def record_attention(
+    recorder: Recorder,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -59,44 +60,43 @@ def tell_attention(
     average_attn_weights: bool = True,
     mask_type: int | None = None,
 ) -> None:
-    """Tell what a call of `torch._native_multi_head_attention` attends to."""
-    _tell(ask, "", query, key, num_head, qkv_weight, qkv_bias, mask, mask_type)
+    """Record the attention of a call of `torch._native_multi_head_attention`."""
+    _record(recorder, "", query, key, num_head, qkv_weight, qkv_bias, mask, mask_type)
 
 
-def _tell(
-    ask: Ask,
-    within: str,
+def _record(
+    recorder: Recorder,
+    submodule: str,
     query: Tensor,
     key: Tensor,
     heads: int,
     weight: Tensor,
     bias: Tensor | None,
     mask: Any,
-    kind: Any,
+    mask_type: Any,
 ) -> None:
-    summary = ask.wanted(within)
-    if summary is None:
+    if not recorder.should_record(submodule):
         return
-    with aside():
-        may: Mask | None = None
-        causal = False
+    with untracked():
+        allowed_mask: Mask | None = None
+        is_causal = False
         if mask is not None:
-            allowed = ~mask.bool()  # torch's True forbids
-            causal = kind != _PADDING and looks_causal(allowed)
-            may = masks.dense(allowed[:, None, None] if kind == _PADDING else allowed)
+            allowed = ~mask.bool()  # torch masks where it is True
+            is_causal = mask_type != _PADDING and is_causal_mask(allowed)
+            allowed_mask = masks.dense(allowed[:, None, None] if mask_type == _PADDING else allowed)
         if query.is_nested:
-            # What is padded comes back, and attends to nothing.
-            found = nested.padded(query)
-            if found is None:
+            padded = nested.to_padded(query)
+            if padded is None:
                 return
-            query, n = found
-            key, may = query, nested.within(n, n, query.shape[1], query.shape[1])
+            query, lengths = padded
+            key = query
+            allowed_mask = nested.length_mask(lengths, lengths, query.shape[1], query.shape[1])
         width = weight.shape[1]
         biases = (None, None) if bias is None else (bias[:width], bias[width : 2 * width])
         q, k = (
-            F.linear(x, some, b).view(*x.shape[:2], heads, -1).transpose(1, 2)
-            for x, some, b in zip((query, key), weight.chunk(3), biases, strict=False)
+            F.linear(x, w, b).view(*x.shape[:2], heads, -1).transpose(1, 2)
+            for x, w, b in zip((query, key), weight.chunk(3), biases, strict=False)
         )
-        _, seen = attention(q, k, k[..., :_FEW], mask=may, summary=summary)
+        _, summary = attention(q, k, k[..., :_VALUE_WIDTH], mask=allowed_mask, summary=recorder.summary)
     B, H, L, _ = q.shape
-    ask.tell(seen, (B, H, L, k.shape[2]), causal)
+    recorder.record(summary, (B, H, L, k.shape[2]), is_causal)

@@ -1,4 +1,7 @@
-"""What makes a model's attention readable for the time of a watch, where it is hidden in a compiled graph or a library."""
+"""Temporary settings that make a model call attention functions which can be observed.
+
+Compiled graphs run uncompiled, and Hugging Face models whose attention runs in a library of its own use SDPA.
+"""
 
 from __future__ import annotations
 
@@ -8,77 +11,88 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from regard.watch.capture.patch import Counted
+from regard.watch.capture.torch_layers import RefCountedPatch
 
-# Hugging Face's ways to attend that can be seen as they are.
-_SEEN = {"sdpa", "eager", "flex_attention", "regard", None}
-# A compiled module warns of hooks that no module knows of, for they run once more for it. Ours are meant to.
-_HOOKS = re.compile(r"Using `torch\.compile\(module\)` when there are global hooks")
-_OURS = ("ignore", _HOOKS, UserWarning, None, 0)
-_changing = threading.Lock()
-_changed: dict[int, list[Any]] = {}  # by the id of a config: the config, what it said, how many need the change
+# Values of `_attn_implementation` whose attention calls can be intercepted.
+_OBSERVABLE = {"sdpa", "eager", "flex_attention", "regard", None}
+# A compiled module warns about global hooks, which run once more for it. Here they are intended.
+_HOOKS_MESSAGE = re.compile(r"Using `torch\.compile\(module\)` when there are global hooks")
+_FILTER = ("ignore", _HOOKS_MESSAGE, UserWarning, None, 0)
+
+
+@dataclass
+class _Override:
+    config: Any  # keeps the object, and with it its id, alive
+    implementation: str
+    count: int = 0
+
+
+_lock = threading.Lock()
+_overrides: dict[int, _Override] = {}  # by the id of the config
 
 
 @contextmanager
-def readable(model: nn.Module) -> Iterator[None]:
-    """Have the model call what can be seen, for the time of the block; models that share a config, and several threads,
-    may be in such blocks at once.
+def observable(model: nn.Module) -> Iterator[None]:
+    """Make the attention of a model observable in the block.
+
+    Blocks may overlap, in several threads and for models that share a config.
     """
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules or "torch.nn.attention.flex_attention" in sys.modules:
             stack.enter_context(_uncompiled())
-        for config in _hidden(model):
-            stack.enter_context(_by_sdpa(config))
+        for config in _opaque_configs(model):
+            stack.enter_context(_use_sdpa(config))
         yield
 
 
-def _run_uncompiled() -> ExitStack:
+def _disable_compiled_graphs() -> ExitStack:
     stack = ExitStack()
     stack.enter_context(torch.compiler.set_stance("force_eager"))
-    # Put in by hand: `warnings.filterwarnings` would have Python forget all that it has warned of once.
+    # Not by `warnings.filterwarnings`, which resets Python's registry of the warnings shown so far.
     filters: Any = warnings.filters
-    filters.insert(0, _OURS)
+    filters.insert(0, _FILTER)
 
-    def undo() -> None:
-        with suppress(ValueError):  # where somebody has cleared them
-            filters.remove(_OURS)
+    def remove_filter() -> None:
+        with suppress(ValueError):  # the filters may have been reset
+            filters.remove(_FILTER)
 
-    stack.callback(undo)
+    stack.callback(remove_filter)
     return stack
 
 
-_uncompiled = Counted(_run_uncompiled)
+_uncompiled = RefCountedPatch(_disable_compiled_graphs)
 
 
-def _hidden(model: nn.Module) -> list[Any]:
-    """The configs of Hugging Face's modules that attend by a kernel out of sight."""
-    found: dict[int, Any] = {}
-    refused = set()
+def _opaque_configs(model: nn.Module) -> list[Any]:
+    """Return the configs of Hugging Face modules whose attention cannot be observed, if they support SDPA."""
+    configs: dict[int, Any] = {}
+    without_sdpa = set()
     for module in model.modules():
         config: Any = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) not in _SEEN:
-            found[id(config)] = config
+        if getattr(config, "_attn_implementation", None) not in _OBSERVABLE:
+            configs[id(config)] = config
             if getattr(module, "_supports_sdpa", True) is False:
-                refused.add(id(config))
-    return [config for key, config in found.items() if key not in refused]
+                without_sdpa.add(id(config))
+    return [config for key, config in configs.items() if key not in without_sdpa]
 
 
 @contextmanager
-def _by_sdpa(config: Any) -> Iterator[None]:
-    with _changing:
-        entry = _changed.setdefault(id(config), [config, config._attn_implementation, 0])
-        entry[2] += 1
+def _use_sdpa(config: Any) -> Iterator[None]:
+    with _lock:
+        override = _overrides.setdefault(id(config), _Override(config, config._attn_implementation))
+        override.count += 1
         config._attn_implementation = "sdpa"
     try:
         yield
     finally:
-        with _changing:
-            entry[2] -= 1
-            if not entry[2]:
-                config._attn_implementation = entry[1]
-                del _changed[id(config)]
+        with _lock:
+            override.count -= 1
+            if not override.count:
+                config._attn_implementation = override.implementation
+                del _overrides[id(config)]

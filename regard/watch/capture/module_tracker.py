@@ -1,4 +1,4 @@
-"""Where in a model a thread is: which module, which run of the model, which of its attentions."""
+"""Which module of a model is running, in which forward pass, and which of the model's attention layers it is."""
 
 from __future__ import annotations
 
@@ -15,37 +15,35 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from regard.watch.capture import torch_layers
 
 
-class Place:
-    """Where in the model the thread that made this is.
+class ModuleTracker:
+    """The stack of running modules of a model, in the thread that created the tracker.
 
-    call: the run of the model, from 0; -1 before the first.
+    call: index of the forward pass of the model; -1 before the first.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.call = -1
-        self._path: list[tuple[nn.Module, str]] = []
-        self._names = {id(module): _plain(name) for name, module in model.named_modules()}
-        self._torch_own = {id(module) for module in model.modules() if torch_layers.is_torch_own(module)}
-        self._entered: set[str] = set()  # what ran in this run
-        self._whole: set[str] = set()  # of these, what the model's user called
-        self._times: Counter[str] = Counter()  # how often each name has attended in this run
+        self._stack: list[tuple[nn.Module, str]] = []
+        self._names = {id(module): _strip_compiled(name) for name, module in model.named_modules()}
+        self._torch_layers = {id(module) for module in model.modules() if torch_layers.is_torch_layer(module)}
+        self._entered: set[str] = set()  # the modules that ran in this pass
+        self._roots: set[str] = set()  # those of them that were called from outside of the model
+        self._counts: Counter[str] = Counter()  # attention calls in this pass, by name
         self._layers: dict[tuple[str, int], int] = {}
         self._causal: set[str] = set()
         self._owner = threading.get_ident()
 
     @property
     def is_outside(self) -> bool:
-        """Is some other model run, or a part of this one that is computed again for its gradients?"""
-        return not self._path or torch._C._current_graph_task_id() != -1
+        """Whether no module of the model is running, or one is recomputed during a backward pass."""
+        return not self._stack or torch._C._current_graph_task_id() != -1
 
     @contextmanager
-    def follow(self) -> Iterator[None]:
-        """Keep the place up to date for the time of the block, by hooks that no module knows of: those that stand on a
-        module itself turn torch's fast path off.
-        """
+    def track(self) -> Iterator[None]:
+        """Follow the model's modules in the block, by global hooks: hooks on a module disable torch's fast path."""
         handles = [
             register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
+            register_module_forward_hook(self._exit, always_call=True),
         ]
         try:
             yield
@@ -57,67 +55,69 @@ class Place:
         name = self._names.get(id(module))
         if name is None or threading.get_ident() != self._owner:
             return
-        if not self._path:
-            if self.call < 0 or name in self._entered or any(_is_part(name, whole) for whole in self._whole):
-                # What ran in this run, by itself or in something larger, begins another.
+        if not self._stack:
+            if self.call < 0 or name in self._entered or any(_is_submodule(name, root) for root in self._roots):
+                # A module that already ran in this pass, alone or within a larger one, starts the next pass.
                 self.call += 1
                 self._entered.clear()
-                self._whole.clear()
-                self._times.clear()
-            self._whole.add(name)
+                self._roots.clear()
+                self._counts.clear()
+            self._roots.add(name)
         self._entered.add(name)
-        self._path.append((module, name))
-        if id(module) in self._torch_own:
-            torch_layers.enter()
+        self._stack.append((module, name))
+        if id(module) in self._torch_layers:
+            torch_layers.enter_layer()
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A hook that fails before ours has us leave what we never entered.
-        if self._path and self._path[-1][0] is module and threading.get_ident() == self._owner:
-            self._path.pop()
-            if id(module) in self._torch_own:
-                torch_layers.leave()
+    def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
+        # If a hook before `_enter` raises, this one is called for a module that was never entered.
+        if self._stack and self._stack[-1][0] is module and threading.get_ident() == self._owner:
+            self._stack.pop()
+            if id(module) in self._torch_layers:
+                torch_layers.exit_layer()
 
-    def name(self, within: str = "") -> str:
-        """The name of the module, and of what attends within it where torch calls no module."""
-        return ".".join(part for part in (self._path[-1][1], within) if part)
+    def name(self, submodule: str = "") -> str:
+        """Return the name of the running module, followed by that of a submodule."""
+        return ".".join(part for part in (self._stack[-1][1], submodule) if part)
 
-    def number(self, name: str) -> int:
-        """Count one more attention, and say which of the model's it is. The first run gives the order: a module that
-        attends again in a later run keeps its number, and one that several layers share has one for each of its turns.
+    def layer_index(self, name: str) -> int:
+        """Count one more attention call of a module, and return which of the model's attention layers it is.
+
+        The first pass defines the order, and later passes keep it. A module that is used as several layers has one
+        index for each of them.
         """
-        turn = name, self._times[name]
-        self._times[name] += 1
-        return self._layers.setdefault(turn, len(self._layers))
+        key = name, self._counts[name]
+        self._counts[name] += 1
+        return self._layers.setdefault(key, len(self._layers))
 
-    def kind(self, name: str, causal: bool, queries: int, keys: int) -> str:
-        """Whether it is "cross", "decoder" or "self": by what the module says of itself, by its name, and by the mask."""
-        module = self._path[-1][0]
+    def kind(self, name: str, is_causal: bool, queries: int, keys: int) -> str:
+        """Return "cross", "decoder" or "self", from the attributes of the module, its name, and the mask."""
+        module = self._stack[-1][0]
         last = name.rsplit(".", 1)[-1].lower()
-        if getattr(module, "is_cross_attention", None) is True or any(sign in last for sign in _CROSS):
+        if getattr(module, "is_cross_attention", None) is True or any(part in last for part in _CROSS):
             return "cross"
-        said = getattr(module, "is_causal", None) is True or getattr(module, "is_decoder", None) is True
-        if causal or said or name in self._causal:
-            # One token that looks back at a cache has no mask to know it by.
+        declared = getattr(module, "is_causal", None) is True or getattr(module, "is_decoder", None) is True
+        if is_causal or declared or name in self._causal:
+            # A single query with a key/value cache has no causal mask: remember the module.
             self._causal.add(name)
             return "decoder"
         return "self" if queries == keys else "cross"
 
-    def heads(self) -> int | None:
-        """How many heads the module says that it has, where one that wrote its attention by hand says so."""
+    def num_heads(self) -> int | None:
+        """Return the number of heads that the running module declares, or None."""
         for name in ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"):
-            found = getattr(self._path[-1][0], name, None)
-            if isinstance(found, int) and found > 0:
-                return found
+            heads = getattr(self._stack[-1][0], name, None)
+            if isinstance(heads, int) and heads > 0:
+                return heads
         return None
 
 
 _CROSS = ("cross", "encdec", "encoder_attn", "multihead_attn")
 
 
-def _is_part(name: str, whole: str) -> bool:
-    return not whole or name == whole or name.startswith(f"{whole}.")
+def _is_submodule(name: str, root: str) -> bool:
+    return not root or name == root or name.startswith(f"{root}.")
 
 
-def _plain(name: str) -> str:
-    """The name without what torch.compile wraps around a module."""
+def _strip_compiled(name: str) -> str:
+    """Return a module's name without the `_orig_mod` that torch.compile adds."""
     return ".".join(part for part in name.split(".") if part and part != "_orig_mod")

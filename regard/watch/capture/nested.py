@@ -1,4 +1,4 @@
-"""Texts of several lengths without padding: torch's nested tensors, of either layout."""
+"""Nested tensors, of jagged or strided layout: batches of sequences of different lengths without padding."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from regard.components import mask as masks
 from regard.components.mask import Mask
 
 
-def padded(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """A nested tensor (B, ..., L, D) with zeros behind what is shorter, and how long each of its texts is (B,); None where
-    more than L and D differ from text to text.
+def to_padded(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Pad a nested tensor (B, ..., L, D) with zeros.
+
+    Returns:
+        The padded tensor and the length of each sequence (B,); None where other dimensions than L and D are ragged.
     """
-    rows = x.unbind()
-    if len({row.shape[:-2] for row in rows}) != 1:
+    sequences = x.unbind()
+    if len({sequence.shape[:-2] for sequence in sequences}) != 1:
         return None
-    high, wide = (max(row.shape[axis] for row in rows) for axis in (-2, -1))
-    filled = [F.pad(row, (0, wide - row.shape[-1], 0, high - row.shape[-2])) for row in rows]
-    return torch.stack(filled), torch.tensor([row.shape[-2] for row in rows], device=x.device)
+    L, D = (max(sequence.shape[axis] for sequence in sequences) for axis in (-2, -1))
+    padded = [F.pad(sequence, (0, D - sequence.shape[-1], 0, L - sequence.shape[-2])) for sequence in sequences]
+    return torch.stack(padded), torch.tensor([sequence.shape[-2] for sequence in sequences], device=x.device)
 
 
-def within(queries: Tensor, keys: Tensor, L: int, S: int) -> Mask:
-    """A mask for L queries and S keys, of which each text has so many (B,): what is padding attends to nothing, and nothing
-    attends to it.
+def length_mask(queries: Tensor, keys: Tensor, L: int, S: int) -> Mask:
+    """Return a mask for L queries and S keys that excludes padding on both sides.
+
+    queries, keys: the lengths of the sequences (B,).
     """
-    # Queries and keys that are padding belong to documents that have nothing else in them: arithmetic, on every kernel.
+    # Padding queries get document 1 and padding keys document 2, which have nothing in common. Every backend takes
+    # document masks.
     sides = ((queries, L, 1), (keys, S, 2))
-    q, k = ((torch.arange(size, device=n.device) >= n[:, None]) * other for n, size, other in sides)
+    q, k = ((torch.arange(size, device=n.device) >= n[:, None]) * document for n, size, document in sides)
     return masks.documents((q, k))

@@ -1,40 +1,96 @@
-"""What a watch wants to know of a call of attention, and where it is told."""
+"""Which attention calls of a model are recorded, and what a record of one holds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from regard.components.summary import AttentionSummary, Summary
+from regard.components.summary import AttentionSummary, Summary, Top
+from regard.watch.capture.module_tracker import ModuleTracker
+from regard.watch.recording.record import Record
+from regard.watch.recording.recording import Recording
 
 Shape = tuple[int, int, int, int]
 
 
-class Ask(Protocol):
-    """What a watch wants to know."""
+class Recorder:
+    """Appends records of a model's attention calls to a recording.
 
-    def wanted(self, within: str = "") -> Summary | None:
-        """What a call of attention is to tell, or None to leave it alone. within: what attends, inside of the module."""
+    Args:
+        recording: receives the records.
+        tracker: knows which module of the model is running.
+        summary: the statistics to record of each call.
+        layers: the layers to record; None for all.
+    """
 
-    def tell(self, seen: AttentionSummary, shape: Shape, causal: bool) -> None:
-        """The summaries of the call that was wanted last, its sizes (B, H, L, S), and whether it forbids later keys."""
+    def __init__(
+        self, recording: Recording, tracker: ModuleTracker, summary: Summary, layers: frozenset[int] | None
+    ) -> None:
+        self.summary = summary
+        self._recording, self._tracker, self._layers = recording, tracker, layers
+        self._name, self._layer = "", 0
 
-    def heads(self) -> int | None:
-        """How many heads the module says that it has."""
+    def should_record(self, submodule: str = "") -> bool:
+        """Count an attention call of the current module, and return whether to record it.
+
+        submodule: the part of the module that attends, where torch calls no module for it.
+        """
+        if self._tracker.is_outside:
+            return False
+        self._name = self._tracker.name(submodule)
+        self._layer = self._tracker.layer_index(self._name)
+        return self._layers is None or self._layer in self._layers
+
+    def record(self, summary: AttentionSummary, shape: Shape, is_causal: bool) -> None:
+        """Record the call that `should_record` counted last.
+
+        summary: its statistics. shape: (B, H, L, S). is_causal: no query may attend to a later key.
+        """
+        _, heads, queries, keys = shape
+        summary = summary.each(Tensor.detach)
+        assert summary.top is not None and summary.max is not None
+        kind = self._tracker.kind(self._name, is_causal, queries, keys)
+        top = summary.top
+        if is_causal and kind == "decoder":
+            # Masks of large negative numbers leave later keys in the list, with weight 0.
+            positions = torch.arange(queries, device=top.keys.device) + keys - queries
+            top = Top(top.weights, top.keys.masked_fill((top.keys > positions[:, None]) & (top.weights == 0), -1))
+        self._recording.records.append(
+            Record(
+                name=self._name,
+                layer=self._layer,
+                call=self._tracker.call,
+                kind=kind,
+                heads=heads,
+                queries=queries,
+                keys=keys,
+                top=top,
+                max=summary.max,
+                received=summary.received,
+                entropy=summary.entropy,
+                rows=summary.rows,
+            )
+        )
+
+    def num_heads(self) -> int | None:
+        """Return the number of heads that the current module declares."""
+        return None if self._tracker.is_outside else self._tracker.num_heads()
 
 
 @contextmanager
-def aside() -> Iterator[None]:
-    """What is computed in the block is for the summaries alone: it is in no graph, and no other watch sees it."""
+def untracked() -> Iterator[None]:
+    """Compute without gradients and without being recorded, for summaries that are computed separately."""
     with torch.no_grad(), torch._C.DisableTorchFunction():
         yield
 
 
-def is_kept_by_others() -> bool:
-    """Does somebody else decide what is kept for the backward pass? A checkpoint keeps nothing, computes all again, and
-    compares: each call must stay what it is without a watch.
+def has_saved_tensor_hooks() -> bool:
+    """Return whether hooks for saved tensors are active.
+
+    Activation checkpointing recomputes a call and compares the tensors that it saves: the call must then stay what it
+    is without a watch.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -1,9 +1,9 @@
-"""Torch's own layers from inside: their attention is seen, and the fast path that they take stays.
+"""Attention inside torch's own layers, recorded without disabling their fast path.
 
-Any mode that sees torch's functions turns the fast path of `nn.TransformerEncoder` and `nn.MultiheadAttention` off, and
-with it what they give for padding. So a watch takes its modes off while such a layer runs, and the functions that those
-layers call are exchanged instead. That holds for the whole process; only a thread that is inside, in a watch, is
-answered.
+An active `TorchFunctionMode` disables the fast path of `nn.TransformerEncoder` and `nn.MultiheadAttention`, and changes
+what they return for padding. The recording modes are therefore removed while such a layer runs, and the functions that
+these layers call are patched instead. The patches hold for the whole process; they reach a mode only from a thread that
+runs such a layer inside a watch.
 """
 
 from __future__ import annotations
@@ -19,30 +19,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from regard.watch.capture.patch import Counted
+
+class RefCountedPatch:
+    """A process-wide change, applied when the first block is entered, in any thread, and undone when the last is left.
+
+    Args:
+        apply: applies the change and returns the stack that undoes it.
+    """
+
+    def __init__(self, apply: Callable[[], ExitStack]) -> None:
+        self._apply = apply
+        self._lock = threading.Lock()
+        self._count = 0
+        self._undo = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._count:
+                self._undo = self._apply()
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+                if not self._count:
+                    self._undo.close()
 
 
-class Mode(Protocol):
-    """A mode that answers calls of attention itself."""
+class RecordingMode(Protocol):
+    """A mode that handles attention calls."""
 
-    def answer(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do what `function` does, which has this name in `FUNCTIONS`."""
+    def handle(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of `function`, whose key in `FUNCTIONS` is `name`."""
 
-    def see_softmax(self, weights: Tensor) -> None:
-        """These are what a softmax gave."""
+    def on_softmax(self, weights: Tensor) -> None:
+        """Receive the result of a softmax."""
 
 
-class _Thread(threading.local):
-    """What a thread is inside of: how deep, and the modes that were taken off, the outermost first."""
+class _ThreadState(threading.local):
+    """The nesting depth of torch's layers in this thread, and the modes removed meanwhile, outermost first."""
 
     def __init__(self) -> None:
         self.depth = 0
         self.modes: list[Any] = []
 
 
-_thread = _Thread()
-_OWN = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
-# What attends in there.
+_thread = _ThreadState()
+_TORCH_LAYERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+# The functions that compute attention in these layers.
 FUNCTIONS: dict[str, tuple[Any, str]] = {
     "sdpa": (F, "scaled_dot_product_attention"),
     "mha": (F, "multi_head_attention_forward"),
@@ -52,21 +78,23 @@ FUNCTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
-def is_torch_own(module: nn.Module) -> bool:
-    """Is it a layer of torch's that may take the fast path, with nothing inside that somebody else wrote?"""
-    return type(module) in _OWN and all(type(part).__module__.startswith("torch.nn.") for part in module.modules())
+def is_torch_layer(module: nn.Module) -> bool:
+    """Return whether a module is a layer of torch that may take the fast path: it contains only modules of torch."""
+    return type(module) in _TORCH_LAYERS and all(
+        type(part).__module__.startswith("torch.nn.") for part in module.modules()
+    )
 
 
-def enter() -> None:
-    """The thread enters one of torch's own layers."""
+def enter_layer() -> None:
+    """Note that this thread enters a torch layer, and remove the recording modes at the outermost one."""
     _thread.depth += 1
     if _thread.depth == 1:
-        while (stack := _get_current_function_mode_stack()) and hasattr(stack[-1], "see_softmax"):  # type: ignore[no-untyped-call]
+        while (stack := _get_current_function_mode_stack()) and hasattr(stack[-1], "on_softmax"):  # type: ignore[no-untyped-call]
             _thread.modes.insert(0, _pop_mode())  # type: ignore[no-untyped-call]
 
 
-def leave() -> None:
-    """The thread leaves what it entered last."""
+def exit_layer() -> None:
+    """Note that this thread leaves a torch layer, and restore the recording modes after the outermost one."""
     _thread.depth -= 1
     if _thread.depth == 0:
         modes, _thread.modes = _thread.modes, []
@@ -75,8 +103,8 @@ def leave() -> None:
 
 
 @contextmanager
-def answered_by(mode: TorchFunctionMode) -> Iterator[None]:
-    """Have a mode, which is off while it handles a call, answer what is called in the block."""
+def dispatch_to(mode: TorchFunctionMode) -> Iterator[None]:
+    """Send patched calls in the block to a mode that is disabled because it is handling a call."""
     _thread.modes.append(mode)
     try:
         yield
@@ -84,50 +112,59 @@ def answered_by(mode: TorchFunctionMode) -> Iterator[None]:
         _thread.modes.pop()
 
 
-def original(function: Any) -> Any:
-    """What torch calls by its own name, and so may find exchanged."""
-    return getattr(function, "exchanged_for", function)
+def unpatched(function: Any) -> Any:
+    """Return the function behind a patch. Torch passes the patch to modes where it looks a function up by its name."""
+    while hasattr(function, "patched_function"):
+        function = function.patched_function
+    return function
 
 
-def _exchange() -> ExitStack:
+def _patch_functions() -> ExitStack:
     stack = ExitStack()
     for name, (owner, attribute) in FUNCTIONS.items():
-        before = getattr(owner, attribute)
-        answer: Any = _seeing(before) if name == "softmax" else _answering(name, before)
-        answer.exchanged_for = before
-        setattr(owner, attribute, answer)
-        stack.callback(setattr, owner, attribute, before)
+        original = getattr(owner, attribute)
+        patch = _observe_softmax(original) if name == "softmax" else _dispatch(name, original)
+        patch.patched_function, patch.is_active = original, True
+        setattr(owner, attribute, patch)
+        stack.callback(_restore, owner, attribute, patch)
     return stack
 
 
-def _answering(name: str, before: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(before)
-    def answer(*args: Any, **kwargs: Any) -> Any:
+def _restore(owner: Any, attribute: str, patch: Any) -> None:
+    # A patch that was set on top of this one stays, and may keep calling this one.
+    patch.is_active = False
+    if getattr(owner, attribute) is patch:
+        setattr(owner, attribute, patch.patched_function)
+
+
+def _dispatch(name: str, original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def patch(*args: Any, **kwargs: Any) -> Any:
         modes = _thread.modes
-        if not modes:
-            return before(*args, **kwargs)
-        # The last one answers; what it calls is seen by the others, which are on again meanwhile.
+        if not modes or not patch.is_active:  # type: ignore[attr-defined]
+            return original(*args, **kwargs)
+        # The innermost mode handles the call. The others are enabled meanwhile, and handle what it calls.
         _thread.modes = []
         try:
             with ExitStack() as stack:
                 for mode in modes[:-1]:
                     stack.enter_context(mode)
-                return modes[-1].answer(name, before, args, kwargs)
+                return modes[-1].handle(name, original, args, kwargs)
         finally:
             _thread.modes = modes
 
-    return answer
+    return patch
 
 
-def _seeing(before: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(before)
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        out = before(*args, **kwargs)
-        for mode in _thread.modes:
-            mode.see_softmax(out)
+def _observe_softmax(original: Callable[..., Any]) -> Any:
+    @functools.wraps(original)
+    def patch(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        for mode in _thread.modes if patch.is_active else ():  # type: ignore[attr-defined]
+            mode.on_softmax(out)
         return out
 
-    return answer
+    return patch
 
 
-exchanged = Counted(_exchange)
+patched = RefCountedPatch(_patch_functions)

@@ -1,1 +1,1 @@
-"""What a watch collects: records, in memory and in files."""
+"""Records of attention calls: joined, saved, loaded and exported."""

@@ -1,4 +1,4 @@
-"""Records for other tools: NumPy, pandas and JSON."""
+"""Conversion of records to NumPy, pandas and JSON."""
 
 from __future__ import annotations
 
@@ -15,71 +15,76 @@ _SUMMARIES = ("max", "received", "entropy", "rows")
 
 
 def to_numpy(record: Record) -> dict[str, Any]:
-    """The tensors of a record as arrays: weights, keys, max, and received, entropy and rows where they were asked for."""
+    """Return the tensors of a record as arrays: weights, keys, max, and received, entropy and rows where recorded."""
     tensors = {"weights": record.top.weights, "keys": record.top.keys}
     tensors |= {name: getattr(record, name) for name in _SUMMARIES if getattr(record, name) is not None}
     return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
 
 def to_pandas(records: Sequence[Record], tokens: Sequence[str] | None, key_tokens: Sequence[str] | None) -> Any:
-    """A data frame with a row for each weight that was kept."""
+    """Return a data frame with one row per recorded weight."""
     try:
         import pandas
     except ImportError as error:
-        raise ImportError("a data frame needs pandas: pip install 'regard[watch]'") from error
+        raise ImportError("data frames require pandas: pip install 'regard[watch]'") from error
     frames = []
     for record in records:
-        batch, head, query, place = torch.nonzero(record.top.keys >= 0, as_tuple=True)
-        at = batch, head, query, place
+        indices = torch.nonzero(record.top.keys >= 0, as_tuple=True)
+        batch, head, query, _ = indices
         columns = {
-            "batch": batch, "head": head, "query": query, "key": record.top.keys[at], "weight": record.top.weights[at],
-        }  # fmt: skip
+            "batch": batch,
+            "head": head,
+            "query": query,
+            "key": record.top.keys[indices],
+            "weight": record.top.weights[indices],
+        }
         frame = pandas.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
         for n, name in enumerate(("call", "layer", "name", "kind")):
             frame.insert(n, name, getattr(record, name))
-        texts = _texts_of(record, tokens, key_tokens)
-        for side, text in zip(("query", "key"), texts, strict=True):
-            if text is not None:
-                frame[f"{side}_token"] = [text[n] for n in frame[side]]
+        for side, names in zip(("query", "key"), _tokens_of(record, tokens, key_tokens), strict=True):
+            if names is not None:
+                frame[f"{side}_token"] = [names[n] for n in frame[side]]
         frames.append(frame)
     return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
 
 def to_json(records: Sequence[Record], tokens: Sequence[str] | None, key_tokens: Sequence[str] | None) -> str:
-    """Everything as one JSON object: {"tokens", "key_tokens", "records": [{"name", ..., "weights", "keys", ...}]}."""
+    """Return a JSON object: {"tokens", "key_tokens", "records": [{"name", ..., "top": {"weights", "keys"}, ...}]}."""
 
-    def listed(tensor: Tensor) -> Any:
+    def to_list(tensor: Tensor) -> Any:
         return tensor.cpu().tolist()
 
-    described = [
+    entries = [
         {
             **{name: getattr(record, name) for name in ("name", "layer", "call", "kind", "heads", "queries", "keys")},
-            "top": {"weights": listed(record.top.weights), "keys": listed(record.top.keys)},
-            **{name: listed(getattr(record, name)) for name in _SUMMARIES if getattr(record, name) is not None},
+            "top": {"weights": to_list(record.top.weights), "keys": to_list(record.top.keys)},
+            **{name: to_list(getattr(record, name)) for name in _SUMMARIES if getattr(record, name) is not None},
         }
         for record in records
     ]
-    texts = {
+    names = {
         "tokens": None if tokens is None else list(tokens),
         "key_tokens": None if key_tokens is None else list(key_tokens),
     }
-    return json.dumps({**texts, "records": described})
+    return json.dumps({**names, "records": entries})
 
 
-def _texts_of(
+def _tokens_of(
     record: Record, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None
 ) -> tuple[Sequence[str] | None, Sequence[str] | None]:
-    """The texts of a record's queries and keys, where they are known and as long: `tokens` are the queries of cross
-    attention, and both sides of all that they fit; `key_tokens` are the others.
+    """Return the tokens of a record's queries and of its keys; None where they are unknown or of another number.
+
+    Cross-attention takes the queries from `tokens` and the keys from `key_tokens`. Self-attention takes both from the
+    first of the two that has as many tokens as there are keys.
     """
     if record.kind == "cross":
         sources = tokens if key_tokens is None else key_tokens
-        return _fitting(tokens, record.queries), _fitting(sources, record.keys)
-    for text in (tokens, key_tokens):
-        if text is not None and len(text) == record.keys >= record.queries:
-            return text[record.keys - record.queries :], text
+        return _if_length(tokens, record.queries), _if_length(sources, record.keys)
+    for names in (tokens, key_tokens):
+        if names is not None and len(names) == record.keys >= record.queries:
+            return names[record.keys - record.queries :], names
     return None, None
 
 
-def _fitting(text: Sequence[str] | None, size: int) -> Sequence[str] | None:
-    return text if text is not None and len(text) == size else None
+def _if_length(tokens: Sequence[str] | None, length: int) -> Sequence[str] | None:
+    return tokens if tokens is not None and len(tokens) == length else None

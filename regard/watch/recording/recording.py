@@ -1,4 +1,4 @@
-"""What a watch saw: all its records."""
+"""The records of a watch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,19 @@ from regard.watch.recording.record import Record
 class Recording(Sequence[Record]):
     """The records of a watch, in the order of the calls.
 
-    `tokens` and `key_tokens` are the texts that they are of, where somebody has put them there: those of the queries, and
-    those that cross attention looks at. They are saved and exported with the records.
+    Args:
+        records: the records.
+        tokens: the tokens of the queries, if known.
+        key_tokens: the tokens of the keys of cross-attention, if known. Both are saved and exported with the records.
+
+    >>> model = nn.MultiheadAttention(16, 4, batch_first=True)
+    >>> with regard.watch(model, top=2) as recording:
+    ...     for length in (3, 5):
+    ...         _ = model(x := torch.randn(1, length, 16), x, x)
+    >>> [(record.call, record.layer, record.queries) for record in recording]
+    [(0, 0, 3), (1, 0, 5)]
+    >>> recording.numpy()[1]["keys"].shape
+    (1, 4, 5, 2)
     """
 
     records: list[Record] = field(default_factory=list)
@@ -38,48 +49,51 @@ class Recording(Sequence[Record]):
         return iter(self.records)
 
     def joined(self) -> Recording:
-        """The same with one record for all steps of a layer that continue one another: a text that was generated token by
-        token, as if it had been read at once. `rows` of single steps are left out.
+        """Return a recording with one record per layer and generated text.
+
+        The steps of generation with a key/value cache become one record, as if the text had been read in a single call.
+        Joined records have no `rows`.
         """
         return Recording(join(self.records), self.tokens, self.key_tokens)
 
     def text(self, n: int) -> Recording:
-        """The same of text n of the batch alone, as long as it is by itself: without what was filled up to the longest and
-        attends to nothing.
-        """
+        """Return the recording of sequence n of the batch, cut to its own length (see `Record.text`)."""
         return Recording([record.text(n) for record in self.records], self.tokens, self.key_tokens)
 
     def save(self, path: str | Path) -> None:
-        """Write all of it to a safetensors file, in the format that `regard.watch.recording.store` documents."""
+        """Write the recording to a safetensors file, in the format documented in `regard.watch.recording.store`."""
         store.write(path, self.records, self.tokens, self.key_tokens)
 
     @staticmethod
     def load(path: str | Path) -> Recording:
-        """Read what `save` wrote. A file from elsewhere gives a ValueError, never code.
+        """Read a file that `save` wrote. Files from untrusted sources are safe to load: nothing in them is executed.
 
         Raises:
-            FileNotFoundError, ValueError: there is no such file, or it is none of ours, or damaged.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a recording, or is damaged.
         """
         return Recording(*store.read(path))
 
     def numpy(self) -> list[dict[str, Any]]:
-        """The tensors of each record as NumPy arrays."""
+        """Return the tensors of each record as NumPy arrays."""
         return [export.to_numpy(record) for record in self.records]
 
     def frame(self) -> Any:
-        """A pandas data frame with a row for each weight that was kept: call, layer, name, kind, batch, head, query, key,
-        weight, and the tokens of query and key where they are known.
+        """Return a pandas data frame with one row per recorded weight.
+
+        Its columns are call, layer, name, kind, batch, head, query, key, weight, and query_token and key_token where
+        the tokens are known.
         """
         return export.to_pandas(self.records, self.tokens, self.key_tokens)
 
     def json(self) -> str:
-        """Everything as JSON."""
+        """Return the recording as JSON."""
         return export.to_json(self.records, self.tokens, self.key_tokens)
 
     def __repr__(self) -> str:
         if not self.records:
-            return "Recording(no attention seen)"
+            return "Recording(no attention recorded)"
         layers = {record.layer for record in self.records}
         last = self.records[-1]
-        shape = f"{last.heads} heads, {last.queries} queries x {last.keys} keys at last"
+        shape = f"{last.heads} heads, {last.queries} queries x {last.keys} keys in the last call"
         return f"Recording({len(self.records)} calls in {len(layers)} layers; {shape})"

@@ -1,4 +1,4 @@
-"""The native CPU kernels: every word they serve against the oracle, on every instruction set of this machine."""
+"""The native CPU kernels: every supported component against the reference, on every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from support.cases import CASES, PLAIN
-from support.compare import judge, truth
+from support.cases import BASE, CASES
+from support.compare import compare, compute_reference
 from support.cpu import COMMON, NATIVE, SETS, why_not
-from support.problems import Problem, decided, make, problems
+from support.problems import Problem, fixed_choices, make_problem, problems
 from torch import Tensor
 
 import regard
@@ -21,38 +21,38 @@ from regard.backends.cpu import backend as cpu
 from regard.backends.cpu import extension
 
 
-def test_they_are_there() -> None:
-    """Nothing below would run without them: on a machine without a compiler, this is what fails."""
+def test_native_kernels_are_available() -> None:
+    """Without a compiler this test fails; most tests below would be skipped."""
     assert extension.missing is None
     assert SETS[-1] == "baseline" or SETS[0] == "baseline"
 
 
-# What the native kernels leave to others, by a part of the reason.
-_LEFT = {
+# Unsupported problems, by a part of the reason.
+_REFUSED = {
     "float64": {"dtype": torch.float64},
     "Python": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
     "masks in Python": {"mask": "a", "mask a": "where"},
     "64 largest": {"summary": "top", "top": 90},
-    "NaN or inf": {"mask": "a", "mask a": "causal", "wild": "masked", "align": -3},
+    "NaN or inf": {"mask": "a", "mask a": "causal", "nonfinite": "masked", "align": -3},
 }
 
 
-@pytest.mark.parametrize("reason", _LEFT)
-def test_what_is_left_to_others(reason: str) -> None:
-    problem = make(decided({**PLAIN, "summary": None, **_LEFT[reason]}))
-    found = why_not(problem)
-    assert found is not None and reason in found, found
-    with pytest.raises(ValueError, match="kernel is 'cpu', which cannot serve this problem"):
-        regard.attention(**problem.ask(problem.tensors), backend="cpu")
+@pytest.mark.parametrize("reason", _REFUSED)
+def test_unsupported_problem_is_refused(reason: str) -> None:
+    problem = make_problem(fixed_choices({**BASE, "summary": None, **_REFUSED[reason]}))
+    message = why_not(problem)
+    assert message is not None and reason in message, message
+    with pytest.raises(ValueError, match="backend is 'cpu', which cannot serve this problem"):
+        regard.attention(**problem.arguments(problem.tensors), backend="cpu")
 
 
 def _served() -> list[Any]:
-    """Each case with the summary it names, and without any: then the native kernels take the gradients themselves."""
+    """Return each supported case with its summary and without any, where the native kernels compute the gradients."""
     cases = []
     for name, choices in CASES.items():
         for summary in (choices.get("summary", "all"), None):
-            case = {**PLAIN, **choices, "summary": summary}
-            reason = why_not(make(decided(case)))
+            case = {**BASE, **choices, "summary": summary}
+            reason = why_not(make_problem(fixed_choices(case)))
             if reason is None:
                 cases.append(pytest.param(case, id=f"{name}, {summary}"))
     return cases
@@ -61,81 +61,81 @@ def _served() -> list[Any]:
 _SERVED = _served()
 
 
-def test_most_is_served() -> None:
+def test_most_cases_are_supported() -> None:
     assert len(_SERVED) > 150
 
 
 @pytest.mark.parametrize("case", _SERVED)
-def test_word(case: dict[str, Any], instructions: str) -> None:
-    problem = make(decided(case))
-    judge(problem, "cpu", truth(problem))
+def test_component(case: dict[str, Any], instructions: str) -> None:
+    problem = make_problem(fixed_choices(case))
+    compare(problem, "cpu", compute_reference(problem))
 
 
-# Products of pairs of bfloat16, on the machines that have them: widths that are even, sequences that are not.
-_paired = pytest.mark.skipif(SETS[0] != "avx512_bf16", reason="this machine does not multiply bfloat16 in pairs")
-_PAIRS = {"dtype": torch.bfloat16, "D": 10, "E": 6}
+# bf16 dot products, on machines that have them: even widths, odd sequence lengths.
+_needs_bf16_dot = pytest.mark.skipif(SETS[0] != "avx512_bf16", reason="this machine has no bf16 dot products")
+_BF16 = {"dtype": torch.bfloat16, "D": 10, "E": 6}
 
 
-@_paired
+@_needs_bf16_dot
 @pytest.mark.parametrize("case", _SERVED)
-def test_word_in_pairs(case: dict[str, Any]) -> None:
-    problem = make(decided({**case, **_PAIRS}))
-    judge(problem, "cpu", truth(problem))
+def test_component_with_bf16_dot(case: dict[str, Any]) -> None:
+    problem = make_problem(fixed_choices({**case, **_BF16}))
+    compare(problem, "cpu", compute_reference(problem))
 
 
-@_paired
+@_needs_bf16_dot
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_pairs_are_what_runs(dropout: float) -> None:
-    """Other roundings than those of the widened numbers; and theirs where widths are odd."""
+def test_bf16_dot_is_selected(dropout: float) -> None:
+    """Results round differently than with float32 products; for odd widths they are the same."""
     for D, E, same in ((10, 6, False), (10, 7, True), (11, 6, True)):
-        answers = []
+        results = []
         for name in ("avx512_bf16", "avx512"):
             extension.ops.use(name)
             q, k, v = (x.detach().bfloat16().requires_grad_() for x in _qkv(70, 83, D=D, E=E))
             out = regard.attention(q, k, v, dropout=dropout, seed=1, backend="cpu")
-            answers.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v])])
+            results.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v])])
         extension.ops.use("")
-        assert all(torch.equal(x, y) == same for x, y in zip(*answers, strict=True))
+        assert all(torch.equal(x, y) == same for x, y in zip(*results, strict=True))
 
 
-def _judge_if_served(problem: Problem) -> None:
+def _compare_if_supported(problem: Problem) -> None:
     if why_not(problem) is None:
-        judge(problem, "cpu", truth(problem))
+        compare(problem, "cpu", compute_reference(problem))
 
 
-def test_nothing_is_read_of_what_memory_held_before(instructions: str) -> None:
-    """Of the keys that some queries of a tile may attend to and others may not, nothing is computed for those others."""
+def test_uninitialized_memory_is_not_read(instructions: str) -> None:
+    """Of a key that only some queries of a tile attend to, nothing is computed for the others."""
     q, k, v = (torch.randn(1, 3, 131, 2, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
-    words = {"mask": mask.causal(), "normalizer": normalizer.Entmax(1.5), "softcap": 5.0}
+    arguments: dict[str, Any] = {"mask": mask.causal(), "normalizer": normalizer.Entmax(1.5), "softcap": 5.0}
     for size in range(20_000, 200_000, 10_000):
-        torch.full((size,), torch.nan)  # given back at once
-        out = regard.attention(q, k, v, **words, backend="cpu")
+        torch.full((size,), torch.nan)  # freed at once
+        out = regard.attention(q, k, v, **arguments, backend="cpu")
         assert all(bool(x.isfinite().all()) for x in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("name", SETS)
 @settings(max_examples=120, derandomize=True, **COMMON)  # type: ignore[arg-type]
 @given(problem=problems(among=NATIVE))
-def test_random(name: str, problem: Problem) -> None:
+def test_random_problems(name: str, problem: Problem) -> None:
     extension.ops.use(name)
     try:
-        _judge_if_served(problem)
+        _compare_if_supported(problem)
     finally:
         extension.ops.use("")
 
 
-@_paired
+@_needs_bf16_dot
 @settings(max_examples=120, derandomize=True, **COMMON)  # type: ignore[arg-type]
 @given(problem=problems(among=NATIVE | {"dtype": (torch.bfloat16,), "D": (2, 10, 34), "E": (2, 6, 18)}))
-def test_random_in_pairs(problem: Problem) -> None:
-    _judge_if_served(problem)
+def test_random_problems_with_bf16_dot(problem: Problem) -> None:
+    _compare_if_supported(problem)
 
 
 @pytest.mark.slow
 @settings(max_examples=3000, **COMMON)  # type: ignore[arg-type]
 @given(problems(among=NATIVE))
-def test_random_at_length(problem: Problem) -> None:
-    _judge_if_served(problem)
+def test_many_random_problems(problem: Problem) -> None:
+    _compare_if_supported(problem)
 
 
 def _qkv(L: int = 300, S: int = 300, heads: tuple[int, int] = (4, 2), D: int = 24, E: int = 16) -> list[torch.Tensor]:
@@ -154,7 +154,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# Several blocks of keys, several super-tiles of queries, and shares of a head: what short problems do not reach.
+# Several blocks of keys, several super-tiles of queries, and several splits of a head.
 _LONG: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"mask": mask.causal(align="end")},
@@ -170,17 +170,17 @@ _LONG: dict[str, dict[str, Any]] = {
 }
 
 
-def _check(exact: list[torch.Tensor], plain: list[torch.Tensor], native_: list[torch.Tensor]) -> None:
-    """No worse than twice the plain way in float32, by the largest error, and a few units of the largest number."""
-    for told, straight, got in zip(exact, plain, native_, strict=True):
-        unit = told.abs().max().item() * torch.finfo(torch.float32).eps
-        assert (got - told).abs().max() <= 2 * (straight - told).abs().max() + 4 * unit + 1e-37
+def _check(references: list[torch.Tensor], baselines: list[torch.Tensor], results: list[torch.Tensor]) -> None:
+    """The maximum error is at most twice that of the float32 baseline, plus four units of the largest element."""
+    for reference, baseline, got in zip(references, baselines, results, strict=True):
+        unit = reference.abs().max().item() * torch.finfo(torch.float32).eps
+        assert (got - reference).abs().max() <= 2 * (baseline - reference).abs().max() + 4 * unit + 1e-37
 
 
 @pytest.mark.parametrize("name", _LONG)
 @pytest.mark.parametrize("heads", [(2, 1), (2, 2)])
-@pytest.mark.parametrize("threads", [1, 2, 3])  # three: heads that do not go evenly into them are shared out
-def test_long(name: str, heads: tuple[int, int], threads: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3])  # three: heads have to be split
+def test_long_sequences(name: str, heads: tuple[int, int], threads: int) -> None:
     tensors, parameters = _qkv(700, 900, heads), {}
     generator = torch.Generator().manual_seed(1)
     if name == "bias":
@@ -190,11 +190,11 @@ def test_long(name: str, heads: tuple[int, int], threads: int) -> None:
     elif name == "additive":
         parameters = {"score": torch.randn(heads[0], 24, generator=generator)}
     with _threads(threads):
-        answers = [
-            _with_gradients([*tensors, *parameters.values()], name, kernel, dtype)
-            for kernel, dtype in (("tiled", torch.float64), ("tiled", torch.float32), ("cpu", torch.float32))
+        results = [
+            _with_gradients([*tensors, *parameters.values()], name, backend, dtype)
+            for backend, dtype in (("tiled", torch.float64), ("tiled", torch.float32), ("cpu", torch.float32))
         ]
-    _check(*answers)
+    _check(*results)
 
 
 _MASKS: dict[str, mask.Mask | None] = {
@@ -208,44 +208,47 @@ _MASKS: dict[str, mask.Mask | None] = {
 
 @pytest.mark.parametrize("name", _MASKS)
 @pytest.mark.parametrize("kind", [normalizer.Softmax(sink=0.5), normalizer.Sigmoid(), normalizer.Entmax(1.5)])
-@pytest.mark.parametrize("threads", [1, 3])  # three share out a single head: what a key receives comes of three sums
-def test_all_weights(name: str, kind: Any, threads: int, instructions: str) -> None:
+@pytest.mark.parametrize("threads", [1, 3])  # three split a single head: `received` is a sum of three
+def test_weight_summaries(name: str, kind: Any, threads: int, instructions: str) -> None:
     q, k, v = (x.detach() for x in _qkv(150, 300, (2, 1) if threads == 1 else (1, 1)))
     groups = torch.arange(300) % 7 == torch.arange(3)[:, None]
-    words = {"normalizer": kind, "mask": _MASKS[name], "dropout": 0.2, "seed": 1}
-    asked = Summary(received=True, mass=groups, rows=(0, 70, -1), full=True)
-    answers = []
-    for kernel, dtype in (("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32)):
+    arguments: dict[str, Any] = {"normalizer": kind, "mask": _MASKS[name], "dropout": 0.2, "seed": 1}
+    summary = Summary(received=True, mass=groups, rows=(0, 70, -1), full=True)
+    results = []
+    for backend, dtype in (("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32)):
         with _threads(threads):
-            out, seen = regard.attention(*(x.to(dtype) for x in (q, k, v)), **words, backend=kernel, summary=asked)
-        answers.append([out, seen.received, seen.mass, seen.rows, seen.full])
-    _check(*answers)
+            out, got = regard.attention(
+                *(x.to(dtype) for x in (q, k, v)), **arguments, backend=backend, summary=summary
+            )
+        results.append([out, got.received, got.mass, got.rows, got.full])
+    _check(*results)
 
 
 def _with_gradients(
-    tensors: list[torch.Tensor], name: str, kernel: str = "cpu", dtype: torch.dtype = torch.float32
+    tensors: list[torch.Tensor], name: str, backend: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[torch.Tensor]:
-    leaves, words = [x.detach().to(dtype).requires_grad_() for x in tensors], dict(_LONG[name])
+    leaves, arguments = [x.detach().to(dtype).requires_grad_() for x in tensors], dict(_LONG[name])
     for x in leaves[3:]:
-        words |= {"score": score.Additive(x)} if name == "additive" else {"bias": x}
-    out, seen = regard.attention(*leaves[:3], **words, backend=kernel, summary=Summary(lse=True))
-    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype) for x in (out, seen.lse)]
-    return [out, seen.lse, *torch.autograd.grad([out, seen.lse], leaves, weights)]
+        arguments |= {"score": score.Additive(x)} if name == "additive" else {"bias": x}
+    out, got = regard.attention(*leaves[:3], **arguments, backend=backend, summary=Summary(lse=True))
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype) for x in (out, got.lse)]
+    return [out, got.lse, *torch.autograd.grad([out, got.lse], leaves, weights)]
 
 
 def _additive(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor) -> list[list[torch.Tensor]]:
-    """Log-sum-exp and all gradients: exact, the plain way in float32, and by the native kernels."""
-    v, answers = torch.randn(1, 2, 83, 5, generator=torch.Generator().manual_seed(3)), []
-    for kernel, dtype in (("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32)):
+    """Return output, log-sum-exp and gradients: the float64 reference, the float32 baseline, and the native kernels."""
+    v, results = torch.randn(1, 2, 83, 5, generator=torch.Generator().manual_seed(3)), []
+    for backend, dtype in (("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, weight)]
-        words = {"score": score.Additive(leaves[3]), "summary": Summary(lse=True), "kernel": kernel}
-        out, seen = regard.attention(*leaves[:3], **words)
-        answers.append([out, seen.lse, *torch.autograd.grad(out.square().sum() + seen.lse.sum(), leaves)])
-    return answers
+        out, got = regard.attention(
+            *leaves[:3], score=score.Additive(leaves[3]), summary=Summary(lse=True), backend=backend
+        )
+        results.append([out, got.lse, *torch.autograd.grad(out.square().sum() + got.lse.sum(), leaves)])
+    return results
 
 
-# Numbers whose exponentials leave the range of floats, in one block of keys or queries or in all; weights that are nothing,
-# and weights that are nothing beside others.
+# Elements whose exponentials leave the float range, in one block of keys or queries or in all; weights that are zero or
+# negligible relative to others.
 _EXTREME = {
     "within": {"q": 1.0, "k": 1.0, "weight": 1.0},
     "small": {"q": 0.05, "k": 0.05, "weight": 1.0},
@@ -260,7 +263,7 @@ _EXTREME = {
 
 @pytest.mark.parametrize("name", _EXTREME)
 @pytest.mark.parametrize("heads", [1, 2])
-def test_additive_in_every_range(name: str, heads: int, instructions: str) -> None:
+def test_additive_score_in_every_range(name: str, heads: int, instructions: str) -> None:
     sizes, generator = _EXTREME[name], torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 2, n, 19, generator=generator) for n in (70, 83))
     q[:, :, 40:] *= sizes["q"] if name == "far queries" else 1.0
@@ -277,24 +280,24 @@ def test_additive_in_every_range(name: str, heads: int, instructions: str) -> No
 _SPARSE = [{"normalizer": normalizer.Sparsemax()}, {"normalizer": normalizer.Entmax(1.2)}]
 
 
-@pytest.mark.parametrize("words", [{}, {"softcap": 2.0}, {"normalizer": normalizer.Sigmoid()}, *_SPARSE])
+@pytest.mark.parametrize("arguments", [{}, {"softcap": 2.0}, {"normalizer": normalizer.Sigmoid()}, *_SPARSE])
 @pytest.mark.parametrize("kind", ["scaled_dot", "additive"])
-def test_nan_is_not_lost(kind: str, words: dict[str, Any], instructions: str) -> None:
-    """Where nothing is masked, what attends to NaN is NaN, whichever key it is; and the rest is as it would be."""
+def test_nan_propagates_without_mask(kind: str, arguments: dict[str, Any], instructions: str) -> None:
+    """Queries that attend to NaN give NaN, for any position of the key; other heads and rows do not change."""
     q, k, v = (x.detach() for x in _qkv(70, 230, (2, 2), 8))
-    words = words | {"score": score.Additive(torch.ones(8)) if kind == "additive" else None, "kernel": "cpu"}
-    clean = regard.attention(q, k, v, **words)
-    for name, place in (("q", 5), ("k", 0), ("k", 229), ("k", 100), ("v", 3)):
-        bad = {"q": q.clone(), "k": k.clone(), "v": v.clone()}
-        bad[name][1, 0, place] = torch.nan
-        out = regard.attention(*bad.values(), **words)
-        rows = slice(place, place + 1) if name == "q" else slice(None)
+    arguments = arguments | {"score": score.Additive(torch.ones(8)) if kind == "additive" else None, "backend": "cpu"}
+    clean = regard.attention(q, k, v, **arguments)
+    for name, index in (("q", 5), ("k", 0), ("k", 229), ("k", 100), ("v", 3)):
+        inputs = {"q": q.clone(), "k": k.clone(), "v": v.clone()}
+        inputs[name][1, 0, index] = torch.nan
+        out = regard.attention(*inputs.values(), **arguments)
+        rows = slice(index, index + 1) if name == "q" else slice(None)
         assert bool(out[1, 0, rows].isnan().all())
         out[1, 0, rows] = clean[1, 0, rows]
         torch.testing.assert_close(out, clean)
 
 
-def test_the_same_bits_every_time() -> None:
+def test_results_are_bitwise_reproducible() -> None:
     tensors = _qkv(700, 900)
     first, *others = (_with_gradients(tensors, "dropout") for _ in range(5))
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
@@ -302,35 +305,35 @@ def test_the_same_bits_every_time() -> None:
 
 @pytest.mark.parametrize("L", [1, 70])
 @pytest.mark.parametrize("sink", [60.0, 80.0, 100.0])
-def test_a_sink_far_above_all_scores(sink: float, L: int, instructions: str) -> None:
-    """What is left of the weights is told down to the smallest numbers there are."""
+def test_sink_far_above_all_scores(sink: float, L: int, instructions: str) -> None:
+    """Weights are precise down to the subnormal range."""
     q, k, v = (x.detach() for x in _qkv(L, 9))
-    _told_to_the_last(q, k, v.abs(), normalizer.Softmax(sink=sink), sink)
+    _check_relative_errors(q, k, v.abs(), normalizer.Softmax(sink=sink), sink)
 
 
-def _told_to_the_last(q: Tensor, k: Tensor, v: Tensor, of: normalizer.Normalizer, far: float) -> None:
-    """Every number is right beside its own size, where scores are `far` from what they are measured against."""
-    answers = []
-    for kernel, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+def _check_relative_errors(q: Tensor, k: Tensor, v: Tensor, of: normalizer.Normalizer, far: float) -> None:
+    """Check each element relative to its own size, for scores at distance `far` from the sink or bias."""
+    results = []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
         summary = Summary(top=2, received=True)
         tensors = (x.to(dtype) for x in (q, k, v))
-        out, seen = regard.attention(*tensors, normalizer=of, summary=summary, backend=kernel)
-        answers.append([x.double() for x in (out, seen.top.weights, seen.received)])
-    number = torch.finfo(torch.float32)
-    for got, exact in zip(*answers, strict=True):
-        # A score, and its distance, are rounded once each, and what is below the normal numbers once for each summand.
-        allowed = 2 * number.eps * far * exact + number.tiny * number.eps * max(q.shape[2], k.shape[2])
-        assert bool(((got - exact).abs() <= allowed).all())
+        out, got = regard.attention(*tensors, normalizer=of, summary=summary, backend=backend)
+        results.append([x.double() for x in (out, got.top.weights, got.received)])
+    finfo = torch.finfo(torch.float32)
+    for value, exact in zip(*results, strict=True):
+        # The score and its distance are rounded once each, and subnormal results once per summand.
+        allowed = 2 * finfo.eps * far * exact + finfo.tiny * finfo.eps * max(q.shape[2], k.shape[2])
+        assert bool(((value - exact).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("bias", [-60.0, -75.0, -90.0, -110.0])
-def test_a_row_of_small_weights(bias: float, instructions: str) -> None:
-    """The weights of a sigmoid are small beside nothing: they are told down to the smallest numbers there are."""
+def test_small_sigmoid_weights(bias: float, instructions: str) -> None:
+    """A row of a sigmoid may have small weights only: they are precise down to the subnormal range."""
     q, k, v = (x.detach() for x in _qkv(5, 7))
-    _told_to_the_last(q, k, v.abs(), normalizer.Sigmoid(bias), -bias)  # v > 0, so that nothing cancels
+    _check_relative_errors(q, k, v.abs(), normalizer.Sigmoid(bias), -bias)  # v > 0 avoids cancellation
 
 
-def test_it_is_what_runs() -> None:
+def test_cpu_backend_is_selected() -> None:
     q, k, v = _qkv(8, 8)
     with regard.record_backends() as ran:
         regard.attention(q, k, v)
@@ -339,45 +342,45 @@ def test_it_is_what_runs() -> None:
     assert ran == ["cpu"] * 3
 
 
-def test_extras_are_as_they_are_told() -> None:
-    """What a compiled graph is told of the tensors that are kept for the backward pass."""
+def test_fake_saved_tensors_match_forward() -> None:
+    """Compiled graphs use the shapes and dtypes of `empty_saved`."""
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (x.detach().to(dtype) for x in _qkv(8, 9))
         problem = regard.plan.assemble.make_problem(q, k, v, *[None] * 5, 0.0, None, None)
-        extras = cpu.forward(problem.plan, problem.tensors)[-cpu.saved :]
-        told = cpu.empty_saved(regard.plan.problem.sizes(q, k), torch.empty(0), v)
-        assert [(x.shape, x.dtype) for x in extras] == [(x.shape, x.dtype) for x in told]
+        saved = cpu.forward(problem.plan, problem.tensors)[-cpu.saved :]
+        expected = cpu.empty_saved(regard.plan.problem.sizes(q, k), torch.empty(0), v)
+        assert [(x.shape, x.dtype) for x in saved] == [(x.shape, x.dtype) for x in expected]
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "ALiBi, learned", "sink, half", "dropout and summaries"])
-def test_one_graph(name: str) -> None:
-    """Compiled graphs hold the native kernels too, and their gradients."""
+def test_compiled_graph_matches_eager(name: str) -> None:
+    """A full graph contains the native kernels and their gradients."""
     q, k, v = _qkv(37, 53)
-    words: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     parameters = []
     if name == "causal":
-        words["mask"] = mask.causal(align="end")
+        arguments["mask"] = mask.causal(align="end")
     elif name == "ALiBi, learned":
         parameters = [torch.tensor([0.5, 0.25, 0.1, 0.3], requires_grad=True)]
-        words["bias"] = position.ALiBi(parameters[0], align="end")
+        arguments["bias"] = position.ALiBi(parameters[0], align="end")
     elif name == "sink, half":
         q, k, v = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
         parameters = [torch.zeros(4, requires_grad=True)]
-        words["normalizer"] = normalizer.Softmax(parameters[0])
+        arguments["normalizer"] = normalizer.Softmax(parameters[0])
     elif name == "dropout and summaries":
-        words |= {"dropout": 0.2, "seed": 3, "summary": Summary(lse=True, max=True, top=3, received=True)}
+        arguments |= {"dropout": 0.2, "seed": 3, "summary": Summary(lse=True, max=True, top=3, received=True)}
 
     def eager(*x: torch.Tensor) -> torch.Tensor:
-        found = regard.attention(*x, **words, backend="cpu")
+        result = regard.attention(*x, **arguments, backend="cpu")
         return (
-            found
-            if isinstance(found, torch.Tensor)
-            else found[0] + found[1].lse[..., None] + found[1].top.weights.sum()
+            result
+            if isinstance(result, torch.Tensor)
+            else result[0] + result[1].lse[..., None] + result[1].top.weights.sum()
         )
 
-    answers = []
+    results = []
     for function in (eager, torch.compile(eager, fullgraph=True, backend="aot_eager", dynamic=True)):
         out = function(q, k, v)
-        answers.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v, *parameters])])
-    for expected, got in zip(*answers, strict=True):
+        results.append([out, *torch.autograd.grad(out.square().sum(), [q, k, v, *parameters])])
+    for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected)

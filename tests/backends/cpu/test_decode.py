@@ -1,4 +1,4 @@
-"""Decoding, a few queries and many keys, by the native kernels: the way that reads each key once for all heads of a group."""
+"""The native decoding kernel: few queries, many keys, each key read once for all query heads of its group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from support.budget import OverBudgetError
-from support.compare import ask, judge_output, judge_top, measured_again, truth
+from support.compare import compare_output, compare_top, compute_reference, remeasure_baseline, run_backend
 from support.cpu import COMMON, NATIVE, SETS, why_not
 from support.problems import Problem, problems
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch import Tensor
 import regard
 from regard import Summary, mask, normalizer, position
 from regard.backends.cpu import extension
+from regard.backends.cpu.pack import pack
+from regard.plan.assemble import make_problem
 
-# Floats a register: so many lanes would be idle, or not.
+# Floats per register.
 _LANES = {"avx512_bf16": 16, "avx512": 16, "avx2": 8, "baseline": 4}
 
 
@@ -29,8 +31,7 @@ def instructions(request: Any) -> Iterator[str]:
     extension.ops.use("")
 
 
-# One split and several, with ends of all kinds; rows that are read as they lie and rows that are not; more rows than a
-# task has.
+# One or several splits, with partial last splits; rows read in place and rows that are copied; more rows than a task has.
 _AMONG = {
     **NATIVE,
     "summary": (None, "lse", "max", "entropy", "top"),
@@ -44,33 +45,33 @@ _AMONG = {
 }
 
 
-def _judge_last(problem: Problem) -> None:
-    """What a problem gives when no gradients are to follow, against the oracle."""
+def _compare_without_grad(problem: Problem) -> None:
+    """Compare the outputs without gradients to the reference."""
     if why_not(problem) is not None:
         return
-    told = truth(problem)
+    reference = compute_reference(problem)
     with torch.no_grad():
-        found = ask(problem, "cpu", problem.tensors)
-    for again in (False, True):
+        outputs = run_backend(problem, "cpu", problem.tensors)
+    for is_retry in (False, True):
         try:
-            for name in told.cotangents:
-                judge_output(problem, name, found[name], told)
+            for name in reference.cotangents:
+                compare_output(problem, name, outputs[name], reference)
             break
         except OverBudgetError:
-            if again:
+            if is_retry:
                 raise
-            told = measured_again(problem, told)
-    if "top_keys" in found:
-        judge_top(problem, found["top_weights"], found["top_keys"], told)
+            reference = remeasure_baseline(problem, reference)
+    if "top_keys" in outputs:
+        compare_top(problem, outputs["top_weights"], outputs["top_keys"], reference)
 
 
 @pytest.mark.parametrize("name", SETS)
 @settings(max_examples=150, derandomize=True, **COMMON)  # type: ignore[arg-type]
 @given(problem=problems(among=_AMONG))
-def test_random(name: str, problem: Problem) -> None:
+def test_random_problems(name: str, problem: Problem) -> None:
     extension.ops.use(name)
     try:
-        _judge_last(problem)
+        _compare_without_grad(problem)
     finally:
         extension.ops.use("")
 
@@ -79,8 +80,8 @@ def test_random(name: str, problem: Problem) -> None:
 @pytest.mark.parametrize("name", SETS)
 @settings(max_examples=2000, **COMMON)  # type: ignore[arg-type]
 @given(problem=problems(among=_AMONG))
-def test_random_at_length(name: str, problem: Problem) -> None:
-    test_random.hypothesis.inner_test(name, problem)  # type: ignore[attr-defined]
+def test_many_random_problems(name: str, problem: Problem) -> None:
+    test_random_problems.hypothesis.inner_test(name, problem)  # type: ignore[attr-defined]
 
 
 def _qkv(B: int, L: int, S: int, heads: tuple[int, int], D: int = 64, E: int = 32) -> list[Tensor]:
@@ -89,30 +90,28 @@ def _qkv(B: int, L: int, S: int, heads: tuple[int, int], D: int = 64, E: int = 3
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def _decoded() -> int:
-    return int(extension.ops.decoded())
+def _decode_count() -> int:
+    return int(extension.ops.decode_count())
 
 
 @pytest.mark.parametrize("L", [1, 2, 4, 8, 9])
 @pytest.mark.parametrize("S", [16, 700])
-def test_it_is_what_runs(L: int, S: int, instructions: str) -> None:
-    """Up to a quarter of the lanes; of a half, where there are keys enough. Not with dropout, and not where
-    another pass over the scores is to follow.
-    """
+def test_decode_kernel_is_selected(L: int, S: int, instructions: str) -> None:
+    """Up to a quarter of the lanes, or half of them with enough keys; never with dropout or weight summaries."""
     q, k, v = _qkv(1, L, S, (4, 2))
     lanes = _LANES[instructions]
-    for words, expected in (
+    for arguments, expected in (
         ({}, lanes >= 4 * L or (lanes >= 2 * L and S >= 64)),
         ({"dropout": 0.5, "seed": 1}, False),
         ({"summary": Summary(received=True)}, False),
     ):
-        before = _decoded()
-        regard.attention(q, k, v, **words, backend="cpu")
-        assert _decoded() - before == expected
+        before = _decode_count()
+        regard.attention(q, k, v, **arguments, backend="cpu")
+        assert _decode_count() - before == expected
 
 
 _S = 3000
-_WORDS: dict[str, dict[str, Any]] = {
+_ARGUMENTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"mask": mask.causal(align="end")},
     "window": {"mask": mask.causal(align="end") & mask.window(1100, None, align="end")},
@@ -135,92 +134,85 @@ def threads(request: Any) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", _WORDS)
+@pytest.mark.parametrize("name", _ARGUMENTS)
 @pytest.mark.parametrize("heads", [(6, 2), (6, 6)])
-def test_many_splits(name: str, heads: tuple[int, int], threads: int) -> None:
-    """Every word over several splits of the keys."""
-    words = _WORDS[name]
+def test_all_components_over_many_splits(name: str, heads: tuple[int, int], threads: int) -> None:
+    arguments = _ARGUMENTS[name]
     tensors = _qkv(3, 2, _S, heads)
     sigmoid = name == "sigmoid"
     summary = Summary(lse=not sigmoid, entropy=not sigmoid, max=True, top=5)
-    before, found = _decoded(), []
-    for kernel in ("cpu", "tiled"):
-        out, seen = regard.attention(*tensors, **words, summary=summary, backend=kernel)
-        found.append([out, seen.max, seen.top.weights, *([] if sigmoid else [seen.lse, seen.entropy])])
-        found[-1].append(seen.top.keys.float())
-    assert _decoded() == before + 1
-    for got, expected in zip(*found, strict=True):
+    before, results = _decode_count(), []
+    for backend in ("cpu", "tiled"):
+        out, got = regard.attention(*tensors, **arguments, summary=summary, backend=backend)
+        results.append([out, got.max, got.top.weights, *([] if sigmoid else [got.lse, got.entropy])])
+        results[-1].append(got.top.keys.float())
+    assert _decode_count() == before + 1
+    for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6)
 
 
-def _bits(q: Tensor, k: Tensor, v: Tensor, summary: Summary | None, **words: Any) -> list[Tensor]:
-    found = regard.attention(q, k, v, **words, summary=summary, backend="cpu")
+def _outputs(q: Tensor, k: Tensor, v: Tensor, summary: Summary | None, **arguments: Any) -> list[Tensor]:
+    result = regard.attention(q, k, v, **arguments, summary=summary, backend="cpu")
     if summary is None:
-        return [found]
-    out, seen = found
-    return [out, seen.lse, seen.max, seen.entropy, *seen.top]
+        return [result]
+    out, got = result
+    return [out, got.lse, got.max, got.entropy, *got.top]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_same_bits(dtype: torch.dtype) -> None:
+def test_the_same_outputs(dtype: torch.dtype) -> None:
     """Every time, on any number of threads, wherever in a batch, and whatever else is asked for: splits go by the sizes of
     the problem alone, and are merged in their order.
     """
     q, k, v = (x.to(dtype) for x in _qkv(5, 1, 9000, (8, 2)))
-    words: dict[str, Any] = {"mask": mask.prefix(8500), "softcap": 4.0}
+    arguments: dict[str, Any] = {"mask": mask.prefix(8500), "softcap": 4.0}
     summary = Summary(lse=True, max=True, entropy=True, top=4)
-    before, count = _decoded(), torch.get_num_threads()
-    first = _bits(q, k, v, summary, **words)
+    before, count = _decode_count(), torch.get_num_threads()
+    first = _outputs(q, k, v, summary, **arguments)
     try:
         for threads in (1, 2, 3, 2, 2, 2):
             torch.set_num_threads(threads)
-            assert all(torch.equal(x, y) for x, y in zip(first, _bits(q, k, v, summary, **words), strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(first, _outputs(q, k, v, summary, **arguments), strict=True))
     finally:
         torch.set_num_threads(count)
     for row in range(5):
-        alone = _bits(*(x[row : row + 1] for x in (q, k, v)), summary, **words)
+        alone = _outputs(*(x[row : row + 1] for x in (q, k, v)), summary, **arguments)
         assert all(torch.equal(x[row : row + 1], y) for x, y in zip(first, alone, strict=True))
-    assert torch.equal(first[0], _bits(q, k, v, None, **words)[0])
-    assert _decoded() == before + 13
+    assert torch.equal(first[0], _outputs(q, k, v, None, **arguments)[0])
+    assert _decode_count() == before + 13
 
 
-def test_what_is_masked_is_not_read(instructions: str) -> None:
-    """Of runs of keys that nobody may attend to; elsewhere, -inf takes the place of what was computed."""
+def test_nonfinite_masked_keys_do_not_change_results(instructions: str) -> None:
+    """Fully masked blocks are not read; elsewhere, -inf replaces the computed score."""
     q, k, v = _qkv(2, 1, 1500, (4, 2))
     n = torch.tensor([700, 64])
-    for dirty in (torch.nan, torch.inf, 3e38):
-        nonfinite_k, bad_v = k.clone(), v.clone()
+    for value in (torch.nan, torch.inf, 3e38):
+        nonfinite_k, nonfinite_v = k.clone(), v.clone()
         for row, end in enumerate(n):
-            nonfinite_k[row, :, end:], bad_v[row, :, end + 64 :] = dirty, dirty
-        words = {
-            "weight": None,
-            "pairs": True,
-            "key_bias": None,
-            "query_bias": None,
-            "bias": None,
-            "relative": None,
-            "sink": None,
-        }
-        words |= {"mask_tensors": [n.view(2, 1)], "mask": [1, 0, 0, 0, 0, 0, -1, 0], "scale": 0.1, "softcap": 0.0}
-        words |= {"normalizer": 0, "alpha": 2.0, "dropout": 0.0, "seed": 0, "top": 0}
-        words |= {"member": None, "numbers": [], "wanted": 7 + 8}
-        before = _decoded()
-        clean, dirty_ = (extension.ops.forward(q, *pair, **words) for pair in ((k, v), (nonfinite_k, bad_v)))
-        assert _decoded() == before + 2
-        assert all(torch.equal(x, y) for x, y in zip(clean, dirty_, strict=True))
-        # The whole way, with values too.
-        bad_v = torch.where(torch.arange(1500)[:, None] < n[:, None, None, None], v, dirty)
-        out = regard.attention(q, nonfinite_k, bad_v, mask=mask.lengths(n))
+            nonfinite_k[row, :, end:], nonfinite_v[row, :, end + 64 :] = value, value
+        score = regard.score.Product(scale=0.1)
+        problem = make_problem(q, k, v, score, None, mask.lengths(n), None, None, 0.0, None, None)
+        parameters = problem.tensors[3:]
+        before = _decode_count()
+        clean, masked = (
+            extension.ops.forward(*pack(problem.plan, (q, *pair, *parameters))[1], 0, None, [], 7 + 8)
+            for pair in ((k, v), (nonfinite_k, nonfinite_v))
+        )
+        assert _decode_count() == before + 2
+        assert all(torch.equal(x, y) for x, y in zip(clean, masked, strict=True))
+        # The same through `attention`, with all masked values.
+        nonfinite_v = torch.where(torch.arange(1500)[:, None] < n[:, None, None, None], v, value)
+        out = regard.attention(q, nonfinite_k, nonfinite_v, mask=mask.lengths(n))
         torch.testing.assert_close(out, regard.attention(q, k, v, mask=mask.lengths(n)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("S", [9, 1500])
-def test_a_nan_that_is_seen_stays_one(S: int, instructions: str) -> None:
+def test_nan_in_attended_key_propagates(S: int, instructions: str) -> None:
     q, k, v = _qkv(1, 1, S, (4, 2))
     k[0, 1, S // 2, 3] = torch.nan
-    before = _decoded()
-    for word in (normalizer.Softmax(), normalizer.Sigmoid()):
-        out = regard.attention(q, k, v, normalizer=word, backend="cpu")
+    before = _decode_count()
+    for kind in (normalizer.Softmax(), normalizer.Sigmoid()):
+        out = regard.attention(q, k, v, normalizer=kind, backend="cpu")
         assert bool(out[0, :2].isfinite().all())
         assert bool(out[0, 2:].isnan().all())
-    assert _decoded() == before + 2
+    assert _decode_count() == before + 2

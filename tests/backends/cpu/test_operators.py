@@ -1,65 +1,56 @@
-"""The operators of the native library, as torch knows them: schemas, graphs, and what they tell without computing."""
+"""The operators of the native library as torch sees them: schemas, fakes, argument checks, and compiled graphs."""
 
 from __future__ import annotations
 
 import itertools
-import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from support.cpu import packed_arguments
 from torch import Tensor
 
 import regard
 from regard import Summary, mask, normalizer, position, score, summary
 from regard.backends.cpu import extension
+from regard.backends.cpu.pack import pack
 from regard.backends.tiled import backend as tiled
 from regard.components.mask import Mask
 from regard.components.serialization import Numbers, serialize
 from regard.components.tile import Tile
+from regard.plan.assemble import make_problem
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def _call(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
-    """Arguments that forward and backward take alike; L = 5, S = 7, two query heads for each of two others."""
-    call = {
-        "q": _random(2, 4, 5, 3, dtype=dtype),
-        "k": _random(2, 2, 7, 3, dtype=dtype),
-        "v": _random(2, 2, 7, 6, dtype=dtype),
-    }
-    call |= dict.fromkeys(("weight", "key_bias", "query_bias", "bias", "relative", "sink"))
-    call |= {
-        "mask_tensors": [],
-        "mask": [],
-        "scale": 0.5,
-        "softcap": 0.0,
-        "normalizer": 0,
-        "alpha": 2.0,
-        "dropout": 0.0,
-        "seed": 0,
-    }
-    call["pairs"] = True
-    return {**call, **changes}
+def _qkv(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """L = 5, S = 7, two query heads for each of two key/value heads."""
+    shapes = {"q": (2, 4, 5, 3), "k": (2, 2, 7, 3), "v": (2, 2, 7, 6)}
+    return {name: _random(*shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-# Every word that adds a tensor; a mask of arithmetic, and one that is read.
-_CALLS = {
-    **{str(dtype): _call(dtype) for dtype in _FLOATS},
-    "words": _call(
+def _arguments(dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, Any]:
+    return {**_qkv(dtype), "scale": 0.5, **changes}
+
+
+# Each optional tensor occurs, a computed mask and one that is read from a tensor.
+_CASES = {
+    **{str(dtype): _arguments(dtype) for dtype in _DTYPES},
+    "all biases": _arguments(
         key_bias=_random(2, 2, 7), query_bias=_random(2, 4, 5), bias=_random(1, 4, 1, 7), relative=_random(4, 5 + 7 - 1 + 64),
         sink=_random(4), softcap=2.0, dropout=0.3, seed=7, mask=[0, 2, 3, 1, 0, 0, -1, -1],
     ),
-    "additive": _call(weight=_random(4, 3), scale=1.0, bias=_random(7)[None, None, None]),
-    "entmax": _call(normalizer=2, alpha=1.5),
-    "sigmoid": _call(normalizer=1, sink=_random(4)),
-    "dense": _call(mask_tensors=[_random(2, 1, 5, 7) > 0], mask=[4, 0, 0, 0, 0, 0, 0, -1]),
-    "gaps": _call(q=_random(2, 5, 4, 3).transpose(1, 2), v=_random(2, 2, 7, 8)[..., 1:7]),
+    "additive": _arguments(weight=_random(4, 3), scale=1.0, bias=_random(7)[None, None, None]),
+    "entmax": _arguments(normalizer=2, alpha=1.5),
+    "sigmoid": _arguments(normalizer=1, sink=_random(4)),
+    "dense": _arguments(mask_tensors=[_random(2, 1, 5, 7) > 0], mask=[4, 0, 0, 0, 0, 0, 0, -1]),
+    "gaps": _arguments(q=_random(2, 5, 4, 3).transpose(1, 2), v=_random(2, 2, 7, 8)[..., 1:7]),
 }  # fmt: skip
 
 
@@ -67,206 +58,246 @@ def _check(name: str, *arguments: Any) -> None:
     torch.library.opcheck(getattr(extension.ops, name).default, arguments)
 
 
-@pytest.mark.parametrize("name", _CALLS)
-def test_forward(name: str) -> None:
-    call = _CALLS[name]
-    for top, wanted in ((0, 0), (3, 7), (0, 2), (3, 15)):
-        _check("forward", *call.values(), top, None, [], wanted)
+@pytest.mark.parametrize("name", _CASES)
+def test_forward_passes_opcheck(name: str) -> None:
+    arguments = packed_arguments(**_CASES[name])
+    for top, requested in ((0, 0), (3, 7), (0, 2), (3, 15)):
+        _check("forward", *arguments, top, None, [], requested)
 
 
-@pytest.mark.parametrize("name", _CALLS)
-def test_forward_with_all_weights(name: str) -> None:
-    call = _CALLS[name]
-    for member, numbers, wanted in ((None, [], 16), (_random(1, 3, 7) > 0, [4, 0], 48), (None, [2], 8)):
-        _check("forward", *call.values(), 2, member, numbers, wanted)
+@pytest.mark.parametrize("name", _CASES)
+def test_forward_with_weight_summaries_passes_opcheck(name: str) -> None:
+    arguments = packed_arguments(**_CASES[name])
+    for member, rows, requested in (
+        (None, [], 16),
+        (_random(1, 3, 7) > 0, [4, 0], 48),
+        (_random(1, 3, 7) > 0, [4, 0], 63),
+        (None, [2], 8),
+    ):
+        _check("forward", *arguments, 2, member, rows, requested)
 
 
-def _all_gradients(call: dict[str, Any]) -> int:
-    """The bits that ask for all gradients that there are."""
+def _all_gradients(case: dict[str, Any]) -> int:
+    """Return the bits that request every gradient that exists."""
     bits = ((8, "key_bias"), (16, "q"), (32, "bias"), (64, "relative"), (128, "sink"), (256, "weight"))
-    return 7 | sum(bit for bit, word in bits if call[word] is not None)
+    return 7 | sum(bit for bit, name in bits if case.get(name) is not None)
 
 
-@pytest.mark.parametrize("name", _CALLS)
-def test_backward(name: str) -> None:
-    call = _CALLS[name]
-    out, stats, *exact = extension.ops.forward(*call.values(), 0, None, [], 0)
-    dlse = None if call["normalizer"] else _random(2, 4, 5)
-    for wanted in (7, 2, _all_gradients(call)):
-        _check("backward", (exact or [out])[0], torch.ones_like(out), stats, dlse, *call.values(), wanted)
+@pytest.mark.parametrize("name", _CASES)
+def test_backward_passes_opcheck(name: str) -> None:
+    case = _CASES[name]
+    arguments = packed_arguments(**case)
+    out, stats, *exact = extension.ops.forward(*arguments, 0, None, [], 0)
+    for dlse in (None,) if case.get("normalizer") else (None, _random(2, 4, 5)):
+        for requested in (7, 2, _all_gradients(case)):
+            _check("backward", (exact or [out])[0], torch.ones_like(out), stats, dlse, *arguments, requested)
 
 
-def _told(call: dict[str, Any]) -> tuple[Any, ...]:
-    """The same words, packed."""
-    words = [call[name] for name in ("weight", "key_bias", "query_bias", "bias", "relative", "sink")]
-    reals = struct.pack("4d", *[call[name] for name in ("scale", "softcap", "alpha", "dropout")])
-    numbers = [call["normalizer"], int(call["pairs"]), *struct.unpack("4q", reals), *call["mask"]]
-    tensors = [word for word in words if word is not None] + call["mask_tensors"]
-    there = sum(1 << i for i, word in enumerate(words) if word is not None)
-    return call["q"], call["k"], call["v"], tensors, there, torch.tensor(numbers), call["seed"]
+def _per_head(values: Tensor) -> Tensor:
+    return values.expand(4).contiguous()
 
 
-@pytest.mark.parametrize("name", _CALLS)
-def test_words_that_are_packed(name: str) -> None:
-    """They give the same as one by one, and tell the same of it."""
-    call = _CALLS[name]
-    told = _told(call)
-    for asked in ((0, None, [], 0), (3, None, [], 7), (3, _random(1, 3, 7) > 0, [4, 0], 63)):
-        _check("forward_told", *told, *asked)
-        _equal(extension.ops.forward_told(*told, *asked), extension.ops.forward(*call.values(), *asked))
-    out, stats, *exact = extension.ops.forward(*call.values(), 0, None, [], 0)
-    before = ((exact or [out])[0], torch.ones_like(out), stats, None)
-    for wanted in (2, _all_gradients(call)):
-        _check("backward_told", *before, *told, wanted)
-        _equal(
-            extension.ops.backward_told(*before, *told, wanted), extension.ops.backward(*before, *call.values(), wanted)
+# Arguments of `attention`, and the same packed by hand.
+_PLANS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], tuple[Any, ...]]]] = {
+    "scale": ({"score": score.Product(scale=0.25)}, lambda x: packed_arguments(**x, scale=0.25)),
+    "causal, softcap, sink": (
+        {"mask": mask.causal(align="end"), "softcap": 2.0, "normalizer": normalizer.Softmax(sink=0.5)},
+        lambda x: packed_arguments(
+            **x, scale=3**-0.5, softcap=2.0, mask=[0, 2, 1 << 40, 0, 0, 0, -1, -1], sink=_per_head(torch.tensor(0.5))
+        ),
+    ),
+    "tensor bias, dropout": (
+        {"bias": _random(4, 1, 7), "dropout": 0.3, "seed": 7},
+        lambda x: packed_arguments(
+            **x, scale=3**-0.5, bias=_random(4, 1, 7)[None], dropout=0.3, seed=7, allow_bf16_dot=False
+        ),
+    ),
+    "additive": (
+        {"score": score.Additive(_random(4, 3))},
+        lambda x: packed_arguments(**x, weight=_random(4, 3), allow_bf16_dot=False),
+    ),
+    "entmax": (
+        {"normalizer": normalizer.Entmax(1.5)},
+        lambda x: packed_arguments(**x, scale=3**-0.5, normalizer=2, alpha=1.5),
+    ),
+    "sigmoid": (
+        {"normalizer": normalizer.Sigmoid(-1.0)},
+        lambda x: packed_arguments(**x, scale=3**-0.5, normalizer=1, sink=_per_head(torch.tensor(-1.0))),
+    ),
+    "dense": (
+        {"mask": mask.dense(_random(5, 7) > 0)},
+        lambda x: packed_arguments(
+            **x, scale=3**-0.5, mask_tensors=[(_random(5, 7) > 0)[None, None]], mask=[4, 0, 0, 0, 0, 0, 0, -1]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _PLANS)
+def test_pack_equals_arguments_packed_by_hand(name: str) -> None:
+    """They give the same arguments, and the same results."""
+    components, by_hand = _PLANS[name]
+    order = ("score", "normalizer", "mask", "bias", "softcap")
+    problem = make_problem(
+        *_qkv().values(),
+        *[components.get(part) for part in order],
+        components.get("dropout", 0.0),
+        components.get("seed"),
+        None,
+    )
+    packed, arguments = pack(problem.plan, problem.tensors)
+    # The score may transform q and k; the rest is independent of their values.
+    expected = by_hand(dict(zip("qkv", problem.tensors[:3], strict=True)))
+    for got, value in zip(arguments, expected, strict=True):
+        if isinstance(value, list):
+            _assert_equal(got, value)
+        elif isinstance(value, Tensor):
+            assert torch.equal(got, value)
+        else:
+            assert got == value
+    for requested in ((0, None, [], 0), (3, None, [], 7), (3, _random(1, 3, 7) > 0, [4, 0], 63)):
+        _assert_equal(extension.ops.forward(*arguments, *requested), extension.ops.forward(*expected, *requested))
+    assert (packed.requested, packed.names, packed.order) == (0, (), ())
+    out, stats, *_ = extension.ops.forward(*arguments, 0, None, [], 0)
+    for gradients in (2, 7):
+        before = (out, torch.ones_like(out), stats, None)
+        _assert_equal(
+            extension.ops.backward(*before, *arguments, gradients),
+            extension.ops.backward(*before, *expected, gradients),
         )
 
 
-def _equal(found: list[Tensor], told: list[Tensor]) -> None:
-    assert len(found) == len(told)
-    assert all(torch.equal(x, y) for x, y in zip(found, told, strict=True))
+def _assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(got) == len(expected)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": torch.zeros(1, 2, 5, 3)}, "k has another shape"),
-        ({"q": torch.zeros(1, 2, 4, 8)[..., ::2]}, "gaps in its last axis"),
-        ({"q": torch.zeros(1, 2, 4, 4, dtype=torch.float64)}, "type"),
-        ({"mask": [0, 0, 0]}, "nodes of 8 numbers"),
-        ({"mask": [5, 0, 0, 0, 0, 0, -1, -1]}, "do not come before it"),
-        ({"mask": [1, 0, 0, 0, 0, 0, -1, 0]}, "names a tensor that is not there"),
-        ({"mask": [9, 0, 0, 0, 0, 0, -1, -1]}, "of no known kind"),
+        ({"k": torch.zeros(1, 2, 5, 3)}, "k has an unexpected shape"),
+        ({"q": torch.zeros(1, 2, 4, 8)[..., ::2]}, "q must be contiguous in its last dimension"),
+        ({"q": torch.zeros(1, 2, 4, 4, dtype=torch.float64)}, "dtype"),
+        ({"mask": [0, 0, 0]}, "nodes of 8 integers"),
+        ({"mask": [5, 0, 0, 0, 0, 0, -1, -1]}, "do not precede it"),
+        ({"mask": [1, 0, 0, 0, 0, 0, -1, 0]}, "refers to a missing tensor"),
+        ({"mask": [9, 0, 0, 0, 0, 0, -1, -1]}, "unknown kind"),
         ({"relative": torch.zeros(2, 3)}, "relative must be"),
-        ({"dropout": 2.0}, "dropout must be from 0 to 1"),
+        ({"dropout": 2.0}, r"dropout must be in \[0, 1\]"),
         ({"weight": torch.zeros(3)}, "weight must be"),
-        ({"weight": torch.zeros(4), "scale": 0.5}, "scale 1"),
+        ({"weight": torch.zeros(4), "scale": 0.5}, "scale must be 1"),
         ({"normalizer": 3}, "normalizer must be"),
         ({"normalizer": 2, "alpha": 1.0}, "alpha must be"),
     ],
 )
-def test_an_operator_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
-    """Anyone may call an operator: it must not read what is not there."""
-    q, k, v = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 3)
-    words = {"q": q, "k": k, "v": v, "weight": None, "key_bias": None, "query_bias": None}
-    words |= {
-        "bias": None,
-        "relative": None,
-        "sink": None,
-        "mask_tensors": [],
-        "mask": [],
-        "scale": 1.0,
-        "softcap": 0.0,
-        "normalizer": 0,
-        "alpha": 2.0,
-    }
-    words |= {"dropout": 0.0, "seed": 0, "pairs": True, "top": 0, "member": None, "numbers": [], "wanted": 0}
-    extension.ops.forward(**words)
+def test_operator_rejects_invalid_arguments(change: dict[str, Any], message: str) -> None:
+    """Anyone can call an operator: it must not read out of bounds."""
+    valid = {"q": torch.zeros(1, 2, 4, 4), "k": torch.zeros(1, 2, 5, 4), "v": torch.zeros(1, 2, 5, 3)}
+    extension.ops.forward(*packed_arguments(**valid), 0, None, [], 0)
     with pytest.raises(RuntimeError, match=message):
-        extension.ops.forward(**{**words, **change})
+        extension.ops.forward(*packed_arguments(**{**valid, **change}), 0, None, [], 0)
 
 
-def test_packed_words_that_do_not_fit() -> None:
-    q, k, v, tensors, there, told, seed = _told(_CALLS["words"])
-    with pytest.raises(RuntimeError, match="fewer tensors than told"):
-        extension.ops.forward_told(q, k, v, tensors[:2], there, told, seed, 0, None, [], 0)
-    for wrong in (told[:5], told.double(), torch.stack([told, told], 1)[:, 0]):
-        with pytest.raises(RuntimeError, match="at least 6 contiguous whole numbers"):
-            extension.ops.forward_told(q, k, v, tensors, there, wrong, seed, 0, None, [], 0)
+def test_operator_rejects_malformed_packed_arguments() -> None:
+    q, k, v, tensors, present_mask, packed, seed = packed_arguments(**_CASES["all biases"])
+    with pytest.raises(RuntimeError, match="fewer tensors than present_mask says"):
+        extension.ops.forward(q, k, v, tensors[:2], present_mask, packed, seed, 0, None, [], 0)
+    for wrong in (packed[:5], packed.double(), torch.stack([packed, packed], 1)[:, 0]):
+        with pytest.raises(RuntimeError, match="at least 6 contiguous int64 values"):
+            extension.ops.forward(q, k, v, tensors, present_mask, wrong, seed, 0, None, [], 0)
 
 
-@pytest.mark.parametrize("dtype", _FLOATS)
-@pytest.mark.parametrize("wild", [torch.nan, torch.inf, -torch.inf])
-def test_finite(dtype: torch.dtype, wild: float) -> None:
-    """Every number is looked at, in rows with and without gaps, and on many threads; the largest ones are finite."""
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize("nonfinite", [torch.nan, torch.inf, -torch.inf])
+def test_finite_checks_every_element(dtype: torch.dtype, nonfinite: float) -> None:
+    """In rows with and without gaps, and on many threads; the largest finite values are accepted."""
     shapes = ((2, 3, 5, 7), (1, 2, 4, 1), (2, 3, 300, 70))
     for shape, gaps in itertools.product(shapes, (False, True)):
         x = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)
         x = x.transpose(1, 2).contiguous().transpose(1, 2) if gaps else x
-        fine = torch.zeros(1, 1, 1, 1, dtype=dtype)
-        assert extension.ops.finite(x, -x, fine)
-        for place in ((0, 0, 0, 0), (-1, -1, -1, -1), (0, 1, 3, -1)):
+        finite = torch.zeros(1, 1, 1, 1, dtype=dtype)
+        assert extension.ops.finite(x, -x, finite)
+        for index in ((0, 0, 0, 0), (-1, -1, -1, -1), (0, 1, 3, -1)):
             y = x.clone()
-            y[place] = wild
-            assert not extension.ops.finite(y, fine, fine)
-            assert not extension.ops.finite(fine, y, fine)
-            assert not extension.ops.finite(fine, fine, y)
-    # What the kernels do not read is left to others.
-    assert not extension.ops.finite(x.double(), fine, fine)
-    assert not extension.ops.finite(fine, x.mT, fine)
-    assert extension.ops.finite(x[:, :, :0], fine, x[..., :0])
+            y[index] = nonfinite
+            assert not extension.ops.finite(y, finite, finite)
+            assert not extension.ops.finite(finite, y, finite)
+            assert not extension.ops.finite(finite, finite, y)
+    # Unsupported dtypes and layouts are not checked.
+    assert not extension.ops.finite(x.double(), finite, finite)
+    assert not extension.ops.finite(finite, x.mT, finite)
+    assert extension.ops.finite(x[:, :, :0], finite, x[..., :0])
 
 
-@pytest.mark.parametrize("dtype", _FLOATS)
-def test_plain(dtype: torch.dtype) -> None:
-    q, k, v = list(_call(dtype).values())[:3]
+@pytest.mark.parametrize("dtype", _DTYPES)
+def test_plain_passes_opcheck(dtype: torch.dtype) -> None:
+    q, k, v = _qkv(dtype).values()
     assert extension.ops.plain(q, k, v) is not None
     _check("plain", q, k, v)
-    # What is out of the ordinary is left to others, and the fake knows it.
+    # Other arguments return None, and so does the fake.
     for others in ((q[0], k, v), (q, k[:1], v), (q.mT.contiguous().mT, k, v), (q, k.double(), v), (q[:, :3], k, v)):
         assert extension.ops.plain(*others) is None
         _check("plain", *others)
 
 
-def test_none_is_left_out() -> None:
-    """Whatever gives tensors can be part of a graph."""
+def test_every_operator_that_returns_tensors_has_a_fake() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("regard_native::")}
-    giving = {
+    with_tensors = {
         name for name in names if "Tensor" in str(getattr(extension.ops, name[15:]).default._schema).split("->")[1]
     }
-    operators = ("forward", "plain", "backward", "forward_told", "backward_told")
-    assert {f"regard_native::{name}" for name in operators} <= giving
-    assert [name for name in giving if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")] == []
+    assert with_tensors == {f"regard_native::{name}" for name in ("forward", "plain", "backward")}
+    assert [name for name in with_tensors if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The operator that has gradients, and that compiled graphs hold.
+# The differentiable operator, which compiled graphs contain.
 
-_WORDS: dict[str, dict[str, Any]] = {
+_COMPONENTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal, log-sum-exp": {"mask": mask.causal(align="end"), "summary": Summary(lse=True)},
     "gaussian": {"score": score.Gaussian(1.5), "normalizer": normalizer.Softmax(sink=0.5)},
     "learned": {"bias": position.ALiBi(torch.tensor([0.5, 0.2, 0.1, 0.3], requires_grad=True), align="end")},
     "sigmoid, dropout": {"normalizer": normalizer.Sigmoid(-1.0), "dropout": 0.3, "seed": 3},
-    "views": {"summary": Summary(max=True, top=2, received=True, mass=summary.groups(torch.arange(7) % 2), rows=(0,))},
+    "summaries": {
+        "summary": Summary(max=True, top=2, received=True, mass=summary.groups(torch.arange(7) % 2), rows=(0,))
+    },
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", _WORDS)
-def test_the_differentiable_operator(name: str, dtype: torch.dtype) -> None:
-    q, k, v = (x.requires_grad_() for x in list(_call(dtype).values())[:3])
-    words = _WORDS[name]
+@pytest.mark.parametrize("name", _COMPONENTS)
+def test_differentiable_operator_passes_opcheck(name: str, dtype: torch.dtype) -> None:
+    q, k, v = (x.requires_grad_() for x in _qkv(dtype).values())
+    components = _COMPONENTS[name]
     order = ("score", "normalizer", "mask", "bias", "softcap")
-    posed = regard.plan.assemble.make_problem(
+    problem = make_problem(
         q,
         k,
         v,
-        *[words.get(word) for word in order],
-        words.get("dropout", 0.0),
-        words.get("seed"),
-        words.get("summary"),
+        *[components.get(part) for part in order],
+        components.get("dropout", 0.0),
+        components.get("seed"),
+        components.get("summary"),
     )
     numbers = Numbers()
-    text = serialize(posed.plan, numbers)
-    tensors = [x.detach().requires_grad_(x.requires_grad) for x in posed.tensors]
+    text = serialize(problem.plan, numbers)
+    tensors = [x.detach().requires_grad_(x.requires_grad) for x in problem.tensors]
     arguments = (tensors, "cpu", text, numbers.ints, numbers.floats)
     torch.library.opcheck(torch.ops.regard.forward.default, arguments)
 
 
-def test_a_loss_of_the_log_sum_exp_alone_stays_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lse_gradient_uses_native_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(2, 3, 5, 7, requires_grad=True)
-    told = []
-    for kernel in ("cpu", "reference"):
-        _, seen = regard.attention(q, q, q, mask=mask.causal(), summary=Summary(lse=True), backend=kernel)
+    gradients = []
+    for backend in ("cpu", "reference"):
+        _, attention = regard.attention(q, q, q, mask=mask.causal(), summary=Summary(lse=True), backend=backend)
         with monkeypatch.context() as patch:
-            patch.setattr(tiled, "backward", None)  # who calls it fails
-            told.append(torch.autograd.grad(seen.lse.square().sum(), q)[0])
-    torch.testing.assert_close(*told)
+            patch.setattr(tiled, "backward", None)  # calling it would fail
+            gradients.append(torch.autograd.grad(attention.lse.square().sum(), q)[0])
+    torch.testing.assert_close(*gradients)
 
 
-def test_a_mask_of_the_users_own_is_left_to_others() -> None:
+def test_custom_mask_falls_back_to_another_backend() -> None:
     @dataclass(frozen=True)
     class Even(Mask):
         def allowed(self, tile: Tile) -> Tensor:

@@ -1,6 +1,4 @@
-"""The native kernels in libraries that watch over themselves, under random problems: they touch no memory but their own and
-their tensors', do nothing that is undefined, and no thread writes what another reads.
-"""
+"""Random problems on native libraries built with sanitizers: no invalid memory access, undefined behavior or data race."""
 
 from __future__ import annotations
 
@@ -13,11 +11,11 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT, TESTS
 
-# Random problems, apart from one another, and the runtimes that have to be there before Python is.
+# Disjoint ranges of random problems, and the runtimes to preload.
 _PROBLEMS = {"address": range(12_000), "thread": range(12_000, 20_000)}
 _RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 _OPTIONS = {
-    # What Python itself never frees is no leak of ours: tests/backends/test_memory.py looks for these.
+    # Python itself leaks at exit; tests/backends/test_memory.py checks for leaks of the kernels.
     "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1",
@@ -26,13 +24,13 @@ _OPTIONS = {
 
 @pytest.fixture(scope="module", params=_PROBLEMS)
 def sanitizer(request: pytest.FixtureRequest) -> str:
-    found: str = request.param
-    return found
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
 def package(sanitizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package with a library of its own, built as CONTRIBUTING.md tells; the installed one is left alone."""
+    """Build a copy of the package with a sanitized library, as in CONTRIBUTING.md."""
     base = tmp_path_factory.mktemp(sanitizer)
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-base", base, "--build-lib", base / "package"],
@@ -60,13 +58,13 @@ _OPERATOR = """
 import ctypes, threading
 import numpy, torch
 from regard.backends.cpu import extension
+from support.cpu import packed_arguments
 
 def forward(q, sink=None):
-    words = [None, None, None, None, None, sink, [], [], 1.0, 0.0, 0, 2.0, 0.0, 0, False]
-    return extension.ops.forward(q, q, q, *words, 0, None, [], 0)
+    return extension.ops.forward(*packed_arguments(q, q, q, sink=sink, allow_bf16_dot=False), 0, None, [], 0)
 
 """
-# Faults of the caller, which a library without sanitizers would not notice.
+# Errors of the caller that only a sanitized library detects.
 _FAULTS = {
     "address": {
         "heap-buffer-overflow": """
@@ -90,8 +88,8 @@ while reader.is_alive():
 
 
 @pytest.mark.slow
-def test_a_fault_is_found(sanitizer: str, package: Path) -> None:
-    """Silence proves something only where there would be noise."""
+def test_sanitizer_detects_faults(sanitizer: str, package: Path) -> None:
+    """The absence of reports is only meaningful if faults are reported."""
     done = _run(sanitizer, package, "-c", _OPERATOR + "forward(torch.ones(1, 3, 100, 16), torch.ones(3))")
     assert done.returncode == 0 and not done.stderr, done.stderr
     for fault, code in _FAULTS[sanitizer].items():
@@ -100,8 +98,8 @@ def test_a_fault_is_found(sanitizer: str, package: Path) -> None:
 
 
 @pytest.mark.slow
-def test_random_problems(sanitizer: str, package: Path) -> None:
-    """Not one report, and not one answer that the oracle does not give, in 20,000 problems; on every instruction set."""
+def test_random_problems_without_reports(sanitizer: str, package: Path) -> None:
+    """20,000 problems over all instruction sets: no reports, and all results agree with the reference."""
     problems, processes = _PROBLEMS[sanitizer], os.cpu_count() or 1
     shares = [problems[i * len(problems) // processes : (i + 1) * len(problems) // processes] for i in range(processes)]
     with ThreadPoolExecutor(processes) as pool:

@@ -1,4 +1,4 @@
-"""The kernels of the GPU compile for GPUs, of which there is none here: what the interpreter cannot tell."""
+"""The Triton kernels compile for GPUs. No GPU is needed: the tests read the machine code."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from support import compile_triton
 
 
 def _compile(architecture: int, *names: str) -> dict[str, list[dict[str, Any]]]:
-    """What each case was compiled to."""
+    """Return the compiled kernels of each case."""
     command = [sys.executable, str(Path(compile_triton.__file__)), str(architecture), *names]
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.returncode, done.stderr[-3000:]
-    found: dict[str, list[dict[str, Any]]] = {}
+    cases: dict[str, list[dict[str, Any]]] = {}
     for line in map(json.loads, done.stdout.splitlines()):
         if "case" in line:
-            kernels = found.setdefault(line["case"], [])
+            kernels = cases.setdefault(line["case"], [])
         else:
             kernels.append(line)
-    return found
+    return cases
 
 
-def test_the_plain_kernels_run_on_the_matrix_units() -> None:
+def test_causal_kernels_use_matrix_units_without_spills_in_loops() -> None:
     (kernels,) = _compile(90, "causal").values()
-    assert [kernel["kernel"] for kernel in kernels] == ["forward", "pull_queries", "pull_keys"]
+    assert [kernel["kernel"] for kernel in kernels] == ["fwd_kernel", "bwd_dq_kernel", "bwd_dkv_kernel"]
     for kernel in kernels:
-        # Few bytes that are spilled once, before the loops or after them, cost nothing.
+        # A few bytes spilled once, before or after the loops, cost nothing.
         assert kernel["products"] >= 16 and not kernel["spills in loops"] and kernel["spilled"] <= 16, kernel
 
 
-def test_additive_scores_take_no_tanh_each() -> None:
-    """A thread of the forward kernel has 32 numbers of a tile: the powers are those of the weights and of the long way, twice,
-    and not one more for each of the 64 columns.
+def test_additive_scores_use_few_exponentials() -> None:
+    """Each thread of the forward kernel has 32 elements of a tile. The kernel contains exponentials for the weights and for
+    tanh itself, each in the loops over full and partial tiles, but none for each of the 64 columns.
     """
     forward, *_ = _compile(90, "additive, causal")["additive, causal"]
     assert forward["powers"] < 6 * 32 and not forward["spilled"], forward
@@ -44,9 +44,9 @@ def test_additive_scores_take_no_tanh_each() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 89, 90, 100, 120])
-def test_all_kernels_compile(architecture: int) -> None:
-    found = _compile(architecture)
-    assert list(found) == list(compile_triton.CASES)
-    assert all(found.values())
+def test_all_kernels_compile_within_shared_memory(architecture: int) -> None:
+    cases = _compile(architecture)
+    assert list(cases) == list(compile_triton.CASES)
+    assert all(cases.values())
     limit = {80: 163, 90: 227, 100: 227}.get(architecture, 99) << 10
-    assert [(name, x) for name, kernels in found.items() for x in kernels if x["shared"] > limit] == []
+    assert [(name, x) for name, kernels in cases.items() for x in kernels if x["shared"] > limit] == []

@@ -1,113 +1,116 @@
-"""The Triton kernels, by the interpreter on the CPU: every word that they serve against the oracle, as for every kernel."""
+"""The Triton kernels in the interpreter on the CPU: every supported component against the float64 oracle."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from support.cases import CASES, PLAIN
-from support.compare import ask, judge, judge_output, truth
-from support.problems import Problem, decided, make, problems
+from support.cases import BASE, CASES
+from support.compare import compare, compare_output, compute_reference, run_backend
+from support.problems import Problem, fixed_choices, make_problem, problems
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import regard
 from regard import Summary, mask, normalizer, position, score
 from regard.backends import choose
 from regard.backends.registry import BACKENDS
-from regard.backends.triton import backend as serve
-from regard.backends.triton import launch, tuning
-from regard.backends.triton import mask as gpu_mask
-from regard.backends.triton.bias_grad import unfold
-from regard.components.tile import Grid, Sizes
+from regard.backends.triton import backend, launch, tuning
+from regard.backends.triton import mask as triton_mask
+from regard.backends.triton.bias_grad import sum_by_distance
+from regard.components.tile import Grid, Sizes, Tile
+from regard.plan.arguments import resolve_alignment
 
-# What is empty has no logarithm, which the interpreter minds and a GPU does not.
+# The interpreter warns about log2(0), the row sum of an empty row.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
-# The interpreter needs milliseconds for a tile: there are two of queries and two of keys, and of additive scores, which take
-# the longest, fewer numbers.
-_FEW: dict[str, Any] = {"L": 41, "S": 75}
-_FEWER: dict[str, Any] = {"L": 13, "S": 37, "B": 1}
+# The interpreter takes milliseconds per tile. There are two tiles of queries and two of keys; additive scores, the slowest, have
+# smaller tensors.
+_SIZES: dict[str, Any] = {"L": 41, "S": 75}
+_ADDITIVE_SIZES: dict[str, Any] = {"L": 13, "S": 37, "B": 1}
 
 
-def _why_not(problem: Problem) -> str | None:
+def _refusal(problem: Problem) -> str | None:
     leaves = {name: x.detach() for name, x in problem.tensors.items()}
-    return regard.explain(**problem.ask(leaves)).reasons["triton"]
+    return regard.explain(**problem.arguments(leaves)).reasons["triton"]
 
 
-def _served() -> list[Any]:
-    """Each case with the summary it names, or with all, and without any: then the kernels take the gradients themselves. One of
-    each kind is run by `make test`, the others by `make test-all`.
+def _supported_cases() -> list[Any]:
+    """Each case with its summary, or all summaries, and without any: only then do the kernels compute the gradients.
+
+    `make test` runs one case of each kind, `make test-all` all of them.
     """
     cases, kinds = [], set()
     for name, choices in CASES.items():
-        few = _FEWER if choices.get("score") == "additive" else _FEW
+        case_sizes = _ADDITIVE_SIZES if choices.get("score") == "additive" else _SIZES
         kind = (
             name.split(":")[0],
-            *(choices.get(word) for word in ("mask a", "score", "bias", "normalizer", "summary")),
+            *(choices.get(component) for component in ("mask a", "score", "bias", "normalizer", "summary")),
         )
         for summary in dict.fromkeys((None, choices.get("summary", "all"))):
-            case = {**PLAIN, **few, **choices, "summary": summary}
-            if _why_not(make(decided(case))) is None:
-                quick = kind not in kinds
+            case = {**BASE, **case_sizes, **choices, "summary": summary}
+            if _refusal(make_problem(fixed_choices(case))) is None:
+                is_quick = kind not in kinds
                 kinds.add(kind)
-                cases.append(pytest.param(case, id=f"{name}, {summary}", marks=() if quick else pytest.mark.slow))
+                cases.append(pytest.param(case, id=f"{name}, {summary}", marks=() if is_quick else pytest.mark.slow))
     return cases
 
 
-_SERVED = _served()
+_SUPPORTED = _supported_cases()
 
 
-def test_most_is_served() -> None:
-    assert len(_SERVED) > 150
+def test_supported_cases_number() -> None:
+    assert len(_SUPPORTED) > 150
 
 
-@pytest.mark.parametrize("case", _SERVED)
-def test_word(case: dict[str, Any]) -> None:
-    problem = make(decided(case))
-    judge(problem, "triton", truth(problem))
+@pytest.mark.parametrize("case", _SUPPORTED)
+def test_component(case: dict[str, Any]) -> None:
+    problem = make_problem(fixed_choices(case))
+    compare(problem, "triton", compute_reference(problem))
 
 
-# What the kernels leave to others, by a part of the reason.
-_LEFT = {
+# Problems that the backend refuses, by a part of the reason.
+_REFUSED = {
     "float64": {"dtype": torch.float64},
-    "neither": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
+    "dot-product and additive scores only": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
     "Sparsemax": {"normalizer": "sparsemax"},
     "masks in Python": {"mask": "a", "mask a": "where"},
-    "64 largest": {"summary": "top", "top": 90},
-    "300": {"D": 300},
+    "up to 64 largest": {"summary": "top", "top": 90},
+    "width is 300": {"D": 300},
 }
 
 
-@pytest.mark.parametrize("reason", _LEFT)
-def test_what_is_left_to_others(reason: str) -> None:
-    problem = make(decided({**PLAIN, "summary": None, **_LEFT[reason]}))
-    found = _why_not(problem)
-    assert found is not None and reason in found, found
-    with pytest.raises(ValueError, match="kernel is 'gpu', which cannot serve this problem"):
-        regard.attention(**problem.ask(problem.tensors), backend="triton")
+@pytest.mark.parametrize("reason", _REFUSED)
+def test_refuse_unsupported_problems(reason: str) -> None:
+    problem = make_problem(fixed_choices({**BASE, "summary": None, **_REFUSED[reason]}))
+    refusal = _refusal(problem)
+    assert refusal is not None and reason in refusal, refusal
+    with pytest.raises(ValueError, match="backend is 'triton', which cannot serve this problem"):
+        regard.attention(**problem.arguments(problem.tensors), backend="triton")
 
 
-@pytest.mark.parametrize(("size", "reason"), [((1, 65_536, 1), "65,535 heads"), ((8, 4096, 65_536), "31 bits")])
-def test_what_is_too_much_is_left_to_others(size: tuple[int, int, int], reason: str) -> None:
+@pytest.mark.parametrize(("size", "reason"), [((1, 65_536, 1), "up to 65,535"), ((8, 4096, 65_536), "31 bits")])
+def test_refuse_large_problems(size: tuple[int, int, int], reason: str) -> None:
     q = torch.zeros(1).expand(*size, 1)
     assert reason in str(regard.explain(q, q[:, :, :1], q[:, :, :1]).reasons["triton"])
 
 
 @pytest.mark.parametrize("row", [128, 256, 512, 1024])
 @pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
-def test_tiles_fit_the_shared_memory(row: int, shared: int) -> None:
-    for shape in (tuning._FEW[256], tuning._DEFAULT[64], tuning.Shape(128, 128, 8, 3)):
-        found = tuning.fitting(shape, row, shared)
-        assert tuning._taken(found, row) <= shared or found.keys == tuning._FEWEST
-        assert found.queries == shape.queries and (found == shape or tuning._taken(shape, row) > shared)
+def test_launch_config_fits_shared_memory(row: int, shared: int) -> None:
+    for config in (tuning._FEW[256], tuning._DEFAULT[64], tuning.LaunchConfig(128, 128, 8, 3)):
+        fitted = tuning.fit_shared_memory(config, row, shared)
+        assert tuning._shared_memory(fitted, row) <= shared or fitted.keys == tuning._MIN_KEYS
+        assert fitted.queries == config.queries
+        assert fitted == config or tuning._shared_memory(config, row) > shared
 
 
-def test_nobody_is_interpreted_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreter_is_not_chosen_automatically(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 2, 5, 8)
     with regard.record_backends() as ran:
         regard.attention(q, q, q, mask=mask.dense(torch.ones(5, 5, dtype=torch.bool)), softcap=3.0)
@@ -118,44 +121,44 @@ def test_nobody_is_interpreted_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "served", "flags"),
+    ("arguments", "expected", "has_flags"),
     [
         ({}, "sdpa", False), ({"mask": mask.causal()}, "sdpa", True), ({"softcap": 3.0}, "triton", False),
         ({"mask": mask.causal() & mask.window(3, 0)}, "triton", False), ({"backend": "tiled"}, "tiled", False),
         ({"mask": mask.causal(), "backend": "reference"}, "reference", True),
     ],
 )  # fmt: skip
-def test_who_serves_tensors_of_a_gpu(
-    words: dict[str, Any], served: str, flags: bool, monkeypatch: pytest.MonkeyPatch
+def test_backend_chosen_for_cuda_tensors(
+    arguments: dict[str, Any], expected: str, has_flags: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the kernels of the GPU keep NaN from leaking by themselves; the others are told where it is."""
-    monkeypatch.setattr(serve, "_unfit", lambda device: None)
+    """Only the Triton kernels mask NaN themselves; the other backends get flags of nonfinite values."""
+    monkeypatch.setattr(backend, "_unsupported_gpu", lambda device: None)
     monkeypatch.setattr(
         choose,
         "flag_nonfinite",
         lambda plan, tensors: (replace(plan, nonfinite_q=True) if plan.mask is not None else plan, tensors),
     )
-    asked: list[tuple[str, bool]] = []
+    calls: list[tuple[str, bool]] = []
 
     def forward(name: str, plan: Any, tensors: Any, is_last: bool = False) -> Any:
-        asked.append((name, plan.nonfinite_q is not None))
+        calls.append((name, plan.nonfinite_q is not None))
         return (tensors[0],) * (1 + BACKENDS[name].saved)
 
-    for name, backend in BACKENDS.items():
-        monkeypatch.setattr(backend, "forward", partial(forward, name))
+    for name, module in BACKENDS.items():
+        monkeypatch.setattr(module, "forward", partial(forward, name))
     with FakeTensorMode():
         q = torch.empty(1, 2, 5, 8, device="cuda")
-        assert regard.attention(q, q, q, **words).device.type == "cuda"
-    assert asked == [(served, flags)]
+        assert regard.attention(q, q, q, **arguments).device.type == "cuda"
+    assert calls == [(expected, has_flags)]
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+def test_refusal_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     q = torch.randn(1, 2, 5, 8)
     assert "pip install 'regard[gpu]'" in str(regard.explain(q, q, q).reasons["triton"])
 
 
-_NATIVE = {
+_SUPPORTED_CHOICES = {
     "score": ("scaled_dot", "dot", "cosine", "bilinear", "gaussian", "distance", "additive"),
     "normalizer": ("softmax", "softmax", "sigmoid"),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
@@ -168,28 +171,28 @@ _NATIVE = {
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-def _judge_if_served(problem: Problem) -> None:
-    if _why_not(problem) is None:
-        judge(problem, "triton", truth(problem))
+def _compare_if_supported(problem: Problem) -> None:
+    if _refusal(problem) is None:
+        compare(problem, "triton", compute_reference(problem))
 
 
 @settings(max_examples=12, derandomize=True, **_COMMON)  # type: ignore[arg-type]
-@given(problems(among=_NATIVE))
-def test_random(problem: Problem) -> None:
-    _judge_if_served(problem)
+@given(problems(among=_SUPPORTED_CHOICES))
+def test_random_problems(problem: Problem) -> None:
+    _compare_if_supported(problem)
 
 
 @pytest.mark.slow
 @settings(max_examples=1000, derandomize=True, **_COMMON)  # type: ignore[arg-type]
-@given(problems(among=_NATIVE))
-def test_many_random(problem: Problem) -> None:
-    _judge_if_served(problem)
+@given(problems(among=_SUPPORTED_CHOICES))
+def test_many_random_problems(problem: Problem) -> None:
+    _compare_if_supported(problem)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Few queries: heads share a tile, and the keys are split.
+# Few queries: heads share a tile, and the keys are split among programs.
 
-_WORDS: dict[str, dict[str, Any]] = {
+_FEW_QUERIES_CHOICES: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"mask": "a & b", "mask a": "lengths", "mask b": "causal", "align": "end"},
     "sink": {"with a sink": True},
@@ -199,104 +202,109 @@ _WORDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("words", _WORDS.values(), ids=_WORDS)
+@pytest.mark.parametrize("choices", _FEW_QUERIES_CHOICES.values(), ids=_FEW_QUERIES_CHOICES)
 @pytest.mark.parametrize(("heads", "L"), [((2, 4), 1), ((4, 1), 3)])
-def test_few_queries(heads: tuple[int, int], L: int, words: dict[str, Any]) -> None:
-    problem = make(decided({**PLAIN, "L": L, "S": 263, "heads": heads, "summary": None, **words}))
-    judge(problem, "triton", truth(problem))
+def test_few_queries(heads: tuple[int, int], L: int, choices: dict[str, Any]) -> None:
+    problem = make_problem(fixed_choices({**BASE, "L": L, "S": 263, "heads": heads, "summary": None, **choices}))
+    compare(problem, "triton", compute_reference(problem))
 
 
-@pytest.mark.parametrize("words", ["plain", "causal", "sink", "lse"])
+@pytest.mark.parametrize("name", ["plain", "causal", "sink", "lse"])
 @pytest.mark.parametrize("L", [1, 3])
-def test_keys_are_split(words: str, L: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no backward pass follows."""
-    parts: list[int] = []
-    split = launch._parts
-    monkeypatch.setattr(launch, "_parts", lambda call: parts.append(split(call)) or parts[-1])
-    problem = make(decided({**PLAIN, "L": L, "S": 263, "B": 1, "heads": (2, 2), "summary": None, **_WORDS[words]}))
-    told = truth(problem)
-    with torch.no_grad():
-        found = ask(problem, "triton", problem.tensors)
-    assert parts[0] > 1
-    for name, x in found.items():
-        judge_output(problem, name, x, told, "triton")
-
-
-def _assert_as_good(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
-    """As near to the exact result as the plain one in float32 is, but for a few roundings, and finite in the same places."""
-    there = exact.isfinite()
-    assert torch.equal(got.isfinite(), there)
-    error, allowed = (
-        float((x.double() - exact).detach()[there].abs().amax()) if there.any() else 0.0 for x in (got, plain)
+def test_forward_splits_keys(name: str, L: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys are split where no backward pass follows."""
+    splits: list[int] = []
+    num_splits = launch._num_splits
+    monkeypatch.setattr(launch, "_num_splits", lambda call: splits.append(num_splits(call)) or splits[-1])
+    problem = make_problem(
+        fixed_choices(
+            {**BASE, "L": L, "S": 263, "B": 1, "heads": (2, 2), "summary": None, **_FEW_QUERIES_CHOICES[name]}
+        )
     )
-    size = float(exact.detach()[there].abs().amax()) if there.any() else 0.0
-    assert error <= 3 * allowed + 8 * torch.finfo(torch.float32).eps * size
+    reference = compute_reference(problem)
+    with torch.no_grad():
+        results = run_backend(problem, "triton", problem.tensors)
+    assert splits[0] > 1
+    for output, x in results.items():
+        compare_output(problem, output, x, reference, "triton")
 
 
-@pytest.mark.parametrize("word", [normalizer.Softmax(), normalizer.Sigmoid()], ids=["softmax", "sigmoid"])
+def _assert_accurate(result: torch.Tensor, baseline: torch.Tensor, exact: torch.Tensor) -> None:
+    """Assert that the error is at most 3 times that of the float32 baseline plus 8 eps, and that the same elements are finite."""
+    is_finite = exact.isfinite()
+    assert torch.equal(result.isfinite(), is_finite)
+    error, baseline_error = (
+        float((x.double() - exact).detach()[is_finite].abs().amax()) if is_finite.any() else 0.0
+        for x in (result, baseline)
+    )
+    size = float(exact.detach()[is_finite].abs().amax()) if is_finite.any() else 0.0
+    assert error <= 3 * baseline_error + 8 * torch.finfo(torch.float32).eps * size
+
+
+@pytest.mark.parametrize("weigh", [normalizer.Softmax(), normalizer.Sigmoid()], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize(("key", "softcap"), [(7, None), (133, 2.0)])
 @pytest.mark.parametrize(
-    ("where", "wild"), [("q", torch.nan), ("k", torch.inf), ("k", -torch.inf), ("v", torch.inf), (None, 0.0)]
+    ("where", "nonfinite"), [("q", torch.nan), ("k", torch.inf), ("k", -torch.inf), ("v", torch.inf), (None, 0.0)]
 )
-def test_what_is_wild_is_as_arithmetic_makes_it(
-    where: str | None, wild: float, key: int, softcap: float | None, word: normalizer.Normalizer
+def test_nonfinite_values_do_not_leak_through_mask(
+    where: str | None, nonfinite: float, key: int, softcap: float | None, weigh: normalizer.Normalizer
 ) -> None:
-    """In tiles where all may attend, and where only some may: the same as if what is masked out were not there."""
+    """In full and in partial tiles, results are the same as without the masked keys."""
     generator = torch.Generator().manual_seed(0)
     sizes = {"q": (2, 2, 37, 8), "k": (2, 1, 135, 8), "v": (2, 1, 135, 8)}
     tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
     if where is not None:
-        tensors[where][0, 0, min(key, tensors[where].shape[2] - 1), 3] = wild
-    tensors["k"][1, 0, 100, 0], tensors["v"][1, 0, 71, 2] = torch.nan, -torch.inf  # beyond the length: it may not leak
-    words: dict[str, Any] = {"normalizer": word, "softcap": softcap, "summary": Summary(lse=True)}
+        tensors[where][0, 0, min(key, tensors[where].shape[2] - 1), 3] = nonfinite
+    tensors["k"][1, 0, 100, 0], tensors["v"][1, 0, 71, 2] = torch.nan, -torch.inf  # beyond the length
+    arguments: dict[str, Any] = {"normalizer": weigh, "softcap": softcap, "summary": Summary(lse=True)}
     leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    out, seen = regard.attention(**leaves, **words, mask=mask.lengths([135, 70]), backend="triton")
-    got = [[out[b], seen.lse[b]] for b in range(2)]
-    got[1] += [x[1] for x in torch.autograd.grad(out[1].square().sum(), list(leaves.values()))]
+    out, summary = regard.attention(**leaves, **arguments, mask=mask.lengths([135, 70]), backend="triton")
+    results = [[out[b], summary.lse[b]] for b in range(2)]
+    results[1] += [x[1] for x in torch.autograd.grad(out[1].square().sum(), list(leaves.values()))]
     for b, length in enumerate((135, 70)):
-        answers = []
+        expected = []
         for dtype in (torch.float32, torch.float64):
-            some = {name: x[b : b + 1, :, :length].to(dtype).requires_grad_() for name, x in tensors.items()}
-            out, seen = regard.attention(**some, **words, backend="reference")
-            answers.append([out[0], seen.lse[0]])
+            unmasked = {name: x[b : b + 1, :, :length].to(dtype).requires_grad_() for name, x in tensors.items()}
+            out, summary = regard.attention(**unmasked, **arguments, backend="reference")
+            expected.append([out[0], summary.lse[0]])
             if b == 1:
-                answers[-1] += [x[0] for x in torch.autograd.grad(out.square().sum(), list(some.values()))]
-        for x, plain, exact in zip(got[b], *answers, strict=True):
-            assert bool((x[:, exact.shape[1] :] == 0).all()), "what is beyond the length has a gradient"
-            _assert_as_good(x[:, : exact.shape[1]], plain, exact)
+                expected[-1] += [x[0] for x in torch.autograd.grad(out.square().sum(), list(unmasked.values()))]
+        for x, baseline, exact in zip(results[b], *expected, strict=True):
+            assert bool((x[:, exact.shape[1] :] == 0).all()), "keys beyond the length have a gradient"
+            _assert_accurate(x[:, : exact.shape[1]], baseline, exact)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Additive scores: the fast form, that with a bound, and tanh itself, forward and backward.
+# Additive scores: the fast formula, the bounded one, and tanh itself, forward and backward.
 
 
-@pytest.mark.parametrize("reach", [1.0, 9.0, 60.0], ids=["fast", "bounded", "tanh"])
+@pytest.mark.parametrize("limit", [1.0, 9.0, 60.0], ids=["fast", "bounded", "tanh"])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_additive(per_head: bool, reach: float) -> None:
+def test_additive_score(per_head: bool, limit: float) -> None:
     generator = torch.Generator().manual_seed(1)
 
     def tensors() -> list[torch.Tensor]:
-        q, k = (torch.randn(1, h, n, 13, generator=generator) * reach / 3 for h, n in ((4, 37), (2, 70)))
+        q, k = (torch.randn(1, h, n, 13, generator=generator) * limit / 3 for h, n in ((4, 37), (2, 70)))
         w = torch.randn(*((4,) if per_head else ()), 13, generator=generator)
-        return [x.clamp(-reach, reach) for x in (q, k)] + [torch.randn(1, 2, 70, 5, generator=generator), w]
+        return [x.clamp(-limit, limit) for x in (q, k)] + [torch.randn(1, 2, 70, 5, generator=generator), w]
 
-    given = tensors()
+    inputs = tensors()
     cotangent = torch.randn(1, 4, 37, 5, generator=generator)
-    answers = {}
-    for name, kernel, dtype in (
+    results = {}
+    for name, backend_name, dtype in (
         ("exact", "reference", torch.float64),
-        ("plain", "reference", None),
+        ("baseline", "reference", None),
         ("triton", "triton", None),
     ):
-        q, k, v, w = (x.to(dtype or x.dtype).requires_grad_() for x in given)
-        out = regard.attention(q, k, v, score=score.Additive(w), mask=mask.causal("end"), backend=kernel)
-        answers[name] = [out, *torch.autograd.grad(out, (q, k, v, w), cotangent.to(out.dtype))]
-    for exact, plain, got in zip(*answers.values(), strict=True):
-        _assert_as_good(got, plain, exact)
+        q, k, v, w = (x.to(dtype or x.dtype).requires_grad_() for x in inputs)
+        out = regard.attention(q, k, v, score=score.Additive(w), mask=mask.causal("end"), backend=backend_name)
+        results[name] = [out, *torch.autograd.grad(out, (q, k, v, w), cotangent.to(out.dtype))]
+    for exact, baseline, result in zip(*results.values(), strict=True):
+        _assert_accurate(result, baseline, exact)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Masks as parts and lists.
+# Encoded masks and lists of tiles.
 
 _IDS = torch.arange(67) // 23
 _MASKS = {
@@ -305,45 +313,51 @@ _MASKS = {
     "lengths": mask.lengths(torch.tensor([40, 0])),
     "documents": mask.documents(_IDS) & mask.causal(),
     "either": mask.causal() & mask.lengths(torch.tensor([50, 9])) | mask.prefix(3),
-    "denied": ~(mask.causal() & ~mask.documents(_IDS)) | mask.dense(torch.eye(67, dtype=torch.bool)),
+    "negated": ~(mask.causal() & ~mask.documents(_IDS)) | mask.dense(torch.eye(67, dtype=torch.bool)),
     "blocks": mask.blocks(torch.eye(3, dtype=torch.bool)[None, None], size=(23, 23)),
     "all": ~(mask.causal() & ~mask.causal()),
     "nothing": mask.causal() & ~mask.causal(),
 }
 
 
+def _aligned(name: str, size: Sizes) -> mask.Mask:
+    aligned, _ = resolve_alignment(_MASKS[name], None, size)
+    assert aligned is not None
+    return aligned
+
+
 @pytest.mark.parametrize("name", _MASKS)
-def test_the_terms_of_a_mask_say_what_it_says(name: str) -> None:
+def test_normal_form_equals_mask(name: str) -> None:
     size = Sizes(2, 1, 1, 67, 67)
-    tile = regard.components.tile.Tile((0, 2), (0, 1), (0, 67), (0, 67), size, torch.device("cpu"))
-    own = regard.plan.problem.align(_MASKS[name], None, size)[0]
-    some = torch.zeros(2, 1, 67, 67, dtype=torch.bool)
-    for term in gpu_mask.terms(own):
-        every = torch.ones_like(some)
-        for literal, denied in term:
-            every &= literal.allowed(tile) ^ denied
-        some |= every
-    assert torch.equal(some, own.allowed(tile).expand_as(some))
-    parts = serve._parts(own)
-    assert parts is not None and parts[0] >= sum(len(term) for term in gpu_mask.terms(own))
+    tile = Tile((0, 2), (0, 1), (0, 67), (0, 67), size, torch.device("cpu"))
+    aligned = _aligned(name, size)
+    any_term = torch.zeros(2, 1, 67, 67, dtype=torch.bool)
+    terms = triton_mask.to_normal_form(aligned)
+    for term in terms:
+        all_literals = torch.ones_like(any_term)
+        for literal, is_negated in term:
+            all_literals &= literal.allowed(tile) ^ is_negated
+        any_term |= all_literals
+    assert torch.equal(any_term, aligned.allowed(tile).expand_as(any_term))
+    counts = backend._count_literals(aligned)
+    assert counts is not None and counts[0] >= sum(len(term) for term in terms)
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", _MASKS)
-def test_every_tile_that_holds_something_is_listed(name: str, turned: bool) -> None:
+def test_list_tiles_contains_all_nonempty_tiles(name: str, transposed: bool) -> None:
     size, (rows, columns) = Sizes(2, 1, 1, 67, 67), (32, 16)
-    own = regard.plan.problem.align(_MASKS[name], None, size)[0]
-    tile = regard.components.tile.Tile((0, 2), (0, 1), (0, 67), (0, 67), size, torch.device("cpu"))
-    allowed = own.allowed(tile).expand(2, 1, 67, 67)[:, 0]
-    order, counts = gpu_mask._lists(own, size, rows, columns, torch.device("cpu"), turned)
+    aligned = _aligned(name, size)
+    tile = Tile((0, 2), (0, 1), (0, 67), (0, 67), size, torch.device("cpu"))
+    allowed = aligned.allowed(tile).expand(2, 1, 67, 67)[:, 0]
+    order, counts = triton_mask._make_lists(aligned, size, rows, columns, torch.device("cpu"), transposed)
     grid = Grid.of(size, rows, columns, torch.device("cpu"))
-    lines, places = (3, 5)[:: -1 if turned else 1]
-    assert order.shape[1:] == (lines, places) and len(grid.first_query) == 3
-    for b, line in itertools.product(range(2), range(lines)):
-        full, partial = counts[b % len(counts), line].tolist()
-        listed = order[b % len(order), line].tolist()
-        for n, place in enumerate(listed):
-            r, c = (place, line) if turned else (line, place)
+    num_lists, length = (3, 5)[:: -1 if transposed else 1]
+    assert order.shape[1:] == (num_lists, length) and len(grid.first_query) == 3
+    for b, index in itertools.product(range(2), range(num_lists)):
+        full, partial = counts[b % len(counts), index].tolist()
+        for n, other in enumerate(order[b % len(order), index].tolist()):
+            r, c = (other, index) if transposed else (index, other)
             part = allowed[b, r * rows : (r + 1) * rows, c * columns : (c + 1) * columns]
             if n < full:
                 assert part.shape == (rows, columns) and bool(part.all())
@@ -351,14 +365,39 @@ def test_every_tile_that_holds_something_is_listed(name: str, turned: bool) -> N
                 assert not bool(part.any())
 
 
-def test_sums_of_diagonals_become_sums_of_distances() -> None:
+def test_cached_lists_are_reused_on_the_same_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list is filled asynchronously: another stream might read it too early."""
+    size, device = Sizes(1, 1, 1, 67, 67), torch.device("cpu")
+
+    def list_tiles(stream: int | None) -> Any:
+        monkeypatch.setattr(triton_mask, "_current_stream", lambda device: stream)
+        return triton_mask.list_tiles(_aligned("causal", size), (), size, 32, 16, device, False)
+
+    regard.clear_caches()
+    lists = list_tiles(1)
+    assert list_tiles(1) is lists
+    assert list_tiles(2) is not lists
+    assert all(torch.equal(x, y) for x, y in zip(list_tiles(2), lists, strict=True))
+    assert list_tiles(1) is lists
+    regard.clear_caches()
+    assert list_tiles(1) is not lists
+
+
+def test_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = {torch.device("cuda", 0): 17, torch.device("cuda", 1): 23}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=streams[device]))
+    assert {device: triton_mask._current_stream(device) for device in streams} == streams
+    assert triton_mask._current_stream(torch.device("cpu")) is None
+
+
+def test_sum_by_distance_adds_diagonals() -> None:
     T, R, C, L, S = 4, 3, 2, 11, 7
     full = torch.zeros(R * T, C * T)
     full[:L, :S] = torch.randn(L, S)
     diagonals = torch.zeros(1, R + C - 1, T, T)
     for r, c in itertools.product(range(R), range(C)):
         diagonals[0, r - c + C - 1] += full[r * T : (r + 1) * T, c * T : (c + 1) * T]
-    table = unfold(diagonals, S)
+    table = sum_by_distance(diagonals, S)
     for distance in range(L + S - 1):
         torch.testing.assert_close(table[0, distance], full[:L, :S].diagonal(S - 1 - distance).sum())
 
@@ -367,17 +406,17 @@ def test_sums_of_diagonals_become_sums_of_distances() -> None:
 # The rest of the contract.
 
 
-def test_the_same_bits_every_time() -> None:
+def test_results_are_deterministic() -> None:
     q, k = (torch.randn(1, 4, 37, 16, requires_grad=True), torch.randn(1, 2, 40, 16, requires_grad=True))
     table = torch.randn(8, 4, requires_grad=True)
-    answers = []
+    results = []
     for _ in range(2):
         out = regard.attention(q, k, k, bias=position.T5(table, align="end"), dropout=0.2, seed=5, backend="triton")
-        answers.append([out, *torch.autograd.grad(out.square().sum(), (q, k, table))])
-    assert all(torch.equal(x, y) for x, y in zip(*answers, strict=True))
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, table))])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_a_compiled_graph_holds_it() -> None:
+def test_torch_compile() -> None:
     q = torch.randn(1, 2, 40, 16, requires_grad=True)
 
     def run(q: torch.Tensor) -> torch.Tensor:
@@ -390,13 +429,12 @@ def test_a_compiled_graph_holds_it() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
-def test_distances_are_gathered_along_diagonals_of_squares(
-    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert tuning._INTERPRETED.queries != tuning._INTERPRETED.keys, "so that no axis is mistaken for another"
+def test_bias_grad_tiles_are_square(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only square tiles hold the same distances along a diagonal."""
+    assert tuning._INTERPRETED.queries != tuning._INTERPRETED.keys, "tests must notice exchanged queries and keys"
     monkeypatch.setattr(tuning, "is_interpreted", lambda: False)
     for architecture in ((8, 0), (8, 9), (9, 0), (10, 0)):
         monkeypatch.setattr(tuning, "_architecture", lambda device, found=architecture: found)
-        for kernel in ("gather", "additive gather"):
-            shape = tuning.shape(kernel, dtype, width, torch.device("cuda"))
-            assert shape.queries == shape.keys
+        for kernel in ("bias_grad", "additive bias_grad"):
+            config = tuning.launch_config(kernel, dtype, width, torch.device("cuda"))
+            assert config.queries == config.keys

@@ -1,4 +1,4 @@
-"""What all layers of `regard.nn.vision` keep: shapes, types, layouts, gradients, and what they tell of wrong arguments."""
+"""Common properties of all layers of `regard.nn.vision`: shapes, dtypes, layouts, gradients, error messages."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ EVERY = pytest.mark.parametrize("name", LAYERS)
 
 @EVERY
 @pytest.mark.parametrize("size", [(H, W), (1, 1), (2, 9), (4, 4)])
-def test_any_size_gives_its_shape_and_a_batch_row_is_its_own(name: str, size: tuple[int, int]) -> None:
+def test_output_shape_and_independence_of_batch_rows(name: str, size: tuple[int, int]) -> None:
     if name == "learned" and size != (H, W):
         size = (H - 2, W + 4)
     layer, x = shaken(LAYERS[name]()).eval(), randn(B, C, *size)
@@ -67,7 +67,7 @@ def test_any_size_gives_its_shape_and_a_batch_row_is_its_own(name: str, size: tu
 
 
 @EVERY
-def test_a_batch_of_nothing_gives_nothing_and_gradients_of_zero(name: str) -> None:
+def test_empty_batch_has_zero_gradients(name: str) -> None:
     layer, x = LAYERS[name](), torch.randn(0, C, H, W, requires_grad=True)
     out = layer(x)
     assert out.shape == layer(torch.randn(2, C, H, W))[:0].shape
@@ -79,7 +79,7 @@ def test_a_batch_of_nothing_gives_nothing_and_gradients_of_zero(name: str) -> No
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_whatever_the_layout_and_the_type(name: str, dtype: torch.dtype) -> None:
+def test_memory_formats_and_dtypes(name: str, dtype: torch.dtype) -> None:
     layer, x = shaken(LAYERS[name]()).eval().to(dtype), torch.randn(B, C, H, W).to(dtype)
     expected = layer(x)
     assert expected.dtype == dtype
@@ -94,12 +94,12 @@ def test_whatever_the_layout_and_the_type(name: str, dtype: torch.dtype) -> None
 
 
 def off(out: torch.Tensor, layer: nn.Module, x: torch.Tensor) -> float:
-    """How far off an output is from that of the same numbers in float64."""
+    """Return the error of an output relative to float64."""
     return (out.double() - copy.deepcopy(layer).double()(x.double())).abs().max().item()
 
 
 @EVERY
-def test_weights_are_saved_and_loaded(name: str) -> None:
+def test_state_dict_round_trip(name: str) -> None:
     layer, other, x = shaken(LAYERS[name]()).eval(), LAYERS[name]().double().eval(), randn(B, C, H, W)
     assert not torch.equal(other(x), layer(x))
     other.load_state_dict(layer.state_dict())
@@ -108,15 +108,15 @@ def test_weights_are_saved_and_loaded(name: str) -> None:
 
 
 @EVERY
-def test_a_summary_changes_no_bit_of_the_output(name: str) -> None:
+def test_summary_does_not_change_output(name: str) -> None:
     layer, x = shaken(LAYERS[name]()).float().eval(), torch.randn(B, C, H, W)
-    out, seen = layer(x, summary=True if name in GATED else Summary(entropy=True, top=3, received=True))
+    out, statistics = layer(x, summary=True if name in GATED else Summary(entropy=True, top=3, received=True))
     assert torch.equal(out, layer(x))
-    assert all(part.shape[0] == B for part in seen if isinstance(part, torch.Tensor))
+    assert all(part.shape[0] == B for part in statistics if isinstance(part, torch.Tensor))
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name not in (*GATED, "pooling", "learned query")])
-def test_what_is_added_to_the_map_is_0_at_first_and_learns(name: str) -> None:
+def test_residual_layers_start_as_identity_and_learn(name: str) -> None:
     layer, x = LAYERS[name](), torch.randn(B, C, H, W)
     assert torch.equal(layer(x), x)
     optimiser = torch.optim.SGD(layer.parameters(), 0.1)
@@ -126,7 +126,7 @@ def test_what_is_added_to_the_map_is_0_at_first_and_learns(name: str) -> None:
 
 
 @EVERY
-def test_all_parameters_learn_and_gradients_are_right(name: str) -> None:
+def test_all_parameters_have_correct_gradients(name: str) -> None:
     layer, x = shaken(LAYERS[name]()), randn(2, C, 3, 4)
     layer(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
@@ -135,14 +135,14 @@ def test_all_parameters_learn_and_gradients_are_right(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cbam", "gaussian", "patches", "rotary", "shifted", "pooling"])
-def test_it_compiles_whole(name: str) -> None:
+def test_vision_layers_compile_without_graph_breaks(name: str) -> None:
     layer, x = shaken(LAYERS[name]()).float().eval(), torch.randn(B, C, H, W)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert (compiled(x) - layer(x)).abs().max() <= 1e-5 * layer(x).abs().max()
 
 
 @EVERY
-def test_under_autocast_it_is_as_good_as_in_its_type(name: str) -> None:
+def test_autocast_error_is_within_that_of_dtype(name: str) -> None:
     layer, x = shaken(LAYERS[name]()).float().eval(), torch.randn(B, C, H, W)
     with torch.autocast("cpu", torch.bfloat16):
         got = layer(x)
@@ -150,7 +150,7 @@ def test_under_autocast_it_is_as_good_as_in_its_type(name: str) -> None:
     assert off(got, layer, x) <= 2 * off(half, layer, x)
 
 
-def test_they_run_on_the_native_kernels() -> None:
+def test_vision_layers_use_cpu_backend() -> None:
     for name in set(LAYERS) - set(GATED):
         with record_backends() as kernels:
             LAYERS[name]()(torch.randn(B, C, H, W))
@@ -158,46 +158,44 @@ def test_they_run_on_the_native_kernels() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cannot be right.
+# Invalid arguments.
 
 X = torch.zeros(2, C, 3, 3)
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: SqueezeExcitation(0), ValueError, "SqueezeExcitation: channels is 0; expected an int >= 1"),
-    (lambda: SqueezeExcitation(8, 0.5), TypeError, "SqueezeExcitation: reduction is 0.5; expected an int >= 1"),
+    (lambda: SqueezeExcitation(0), ValueError, "SqueezeExcitation: channels is 0; expected an integer >= 1"),
+    (lambda: SqueezeExcitation(8, 0.5), TypeError, "SqueezeExcitation: reduction is 0.5; expected an integer >= 1"),
     (
         lambda: SqueezeExcitation(C)(X, summary=Summary()), TypeError,
-        "SqueezeExcitation: summary is an object of class Summary; expected True or False (gates are no weights of keys, "
-        "which a Summary asks for)",
+        "SqueezeExcitation: summary is an object of class Summary; expected True or False (a Summary is about attention "
+        "weights; this layer has gates)",
     ),
-    (lambda: CBAM(8, kernel_size=4), ValueError, "CBAM: kernel_size is 4; expected an odd int > 0"),
+    (lambda: CBAM(8, kernel_size=4), ValueError, "CBAM: kernel_size is 4; expected an odd integer > 0"),
     (
         lambda: CBAM(4)(X), ValueError,
-        "CBAM: x is a float32 tensor of shape (2, 8, 3, 3); expected floats of shape (B, 4, H, W), neither H nor W being 0",
+        "CBAM: x is a float32 tensor of shape (2, 8, 3, 3); expected a float tensor of shape (B, 4, H, W) with H and W > 0",
     ),
     (
         lambda: NonLocalBlock(C)(X.int()), TypeError,
-        "NonLocalBlock: x is an int32 tensor of shape (2, 8, 3, 3); expected floats of shape (B, 8, H, W), neither H nor W "
-        "being 0",
+        "NonLocalBlock: x is an int32 tensor of shape (2, 8, 3, 3); expected a float tensor of shape (B, 8, H, W) with H and W > 0",
     ),
     (
         lambda: NonLocalBlock(C)(X[..., :0]), ValueError,
-        "NonLocalBlock: x is a float32 tensor of shape (2, 8, 3, 0); expected floats of shape (B, 8, H, W), neither H nor W "
-        "being 0",
+        "NonLocalBlock: x is a float32 tensor of shape (2, 8, 3, 0); expected a float tensor of shape (B, 8, H, W) with H and W > 0",
     ),
-    (lambda: NonLocalBlock(8, 0), ValueError, "NonLocalBlock: width is 0; expected an int >= 1, or None for half of the channels"),
+    (lambda: NonLocalBlock(8, 0), ValueError, "NonLocalBlock: width is 0; expected an integer >= 1, or None for half of the channels"),
     (
         lambda: NonLocalBlock(8, score="dot"), ValueError,
         "NonLocalBlock: score is 'dot'; expected \"embedded_gaussian\" or \"gaussian\"",
     ),
     (lambda: PatchAttention(8, 3), ValueError, "PatchAttention: num_heads is 3; expected a divisor of the width, 8"),
-    (lambda: PatchAttention(8, 2, 0), ValueError, "PatchAttention: patch is 0; expected an int >= 1"),
+    (lambda: PatchAttention(8, 2, 0), ValueError, "PatchAttention: patch is 0; expected an integer >= 1"),
     (
         lambda: PatchAttention(8, 2, position="rotary"), TypeError,
         "PatchAttention: position is 'rotary'; expected a module, or None for Sinusoidal2d()",
     ),
     (
         lambda: PatchAttention(8, 2, position=Rotary2d(8)), ValueError,
-        "PatchAttention: position turns 8 entries of each head; expected no more than 4, the width of a head",
+        "PatchAttention: position rotates 8 elements of each head; expected at most 4, the width of a head",
     ),
     (
         lambda: PatchAttention(8, 2, position=RelativeBias2d(1, 3)), ValueError,
@@ -205,23 +203,23 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (
         lambda: PatchAttention(8, 2, position=RelativeBias2d(2, (4, 2)))(X), ValueError,
-        "RelativeBias2d: the map is 3x3; expected no more than 4x2, the size",
+        "RelativeBias2d: the map is 3x3; expected at most 4x2, the size",
     ),
     (lambda: Sinusoidal2d()(X[:, :6]), ValueError, "Sinusoidal2d: x has 6 channels; expected a multiple of 4"),
     (lambda: Sinusoidal2d(-1.0), ValueError, "Sinusoidal2d: base is -1.0; expected a finite number > 0"),
-    (lambda: Learned2d(8, 2)(X), ValueError, "Learned2d: the map is 3x3; expected no more than 2x2, the size"),
+    (lambda: Learned2d(8, 2)(X), ValueError, "Learned2d: the map is 3x3; expected at most 2x2, the size"),
     (lambda: Rotary2d(6), ValueError, "Rotary2d: width is 6; expected a multiple of 4, > 0"),
     (lambda: WindowAttention2d(8, 0), ValueError, "WindowAttention2d: num_heads is 0; expected a divisor of the width, 8"),
     (
         lambda: WindowAttention2d(8, 2, (3, 0)), ValueError,
-        "WindowAttention2d: window is (3, 0); expected an int >= 1, or a pair (rows, columns)",
+        "WindowAttention2d: window is (3, 0); expected an integer >= 1, or a pair (rows, columns)",
     ),
     (
         lambda: WindowAttention2d(8, 2, 3, "1"), TypeError,
-        "WindowAttention2d: shift is '1'; expected an int >= 0, or a pair (rows, columns)",
+        "WindowAttention2d: shift is '1'; expected an integer >= 0, or a pair (rows, columns)",
     ),
     (lambda: WindowAttention2d(8, 2, 3, 3), ValueError, "WindowAttention2d: shift is 3; expected less than the window, 3"),
-    (lambda: AttentionPool2d(8, 2, 0), ValueError, "AttentionPool2d: out is 0; expected an int >= 1, or None for the channels"),
+    (lambda: AttentionPool2d(8, 2, 0), ValueError, "AttentionPool2d: out is 0; expected an integer >= 1, or None for the channels"),
     (
         lambda: AttentionPool2d(8, 2, position=Sinusoidal2d), TypeError,
         "AttentionPool2d: position is the class Sinusoidal2d; expected a module that adds positions to a map, or None for "
@@ -236,6 +234,6 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("call", "kind", "message"), WRONG, ids=[message[:50] for *_, message in WRONG])
-def test_what_cannot_be_right_is_told(call: Callable[[], Any], kind: type[Exception], message: str) -> None:
+def test_invalid_arguments_raise(call: Callable[[], Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         call()

@@ -1,4 +1,4 @@
-"""The layers of `regard.nn.vision` against their papers, written out in plain torch, in float64."""
+"""The layers of `regard.nn.vision` against the formulas of their papers in float64."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def seed() -> None:
 # Gates.
 
 
-def test_squeeze_excitation_is_the_formula_of_the_paper() -> None:
+def test_squeeze_excitation_matches_formula() -> None:
     layer, x = shaken(SqueezeExcitation(C, 3)), randn(B, C, H, W)
     w1, b1, w2, b2 = layer.parameters()
     assert w1.shape == (2, C)
     z = torch.stack([x[:, c].sum((1, 2)) / (H * W) for c in range(C)], 1)
     s = 1 / (1 + torch.exp(-(torch.clamp(z @ w1.T + b1, min=0) @ w2.T + b2)))
-    out, seen = layer(x, summary=True)
-    close(seen.channels, s)
-    assert seen.places is None
+    out, statistics = layer(x, summary=True)
+    close(statistics.channels, s)
+    assert statistics.places is None
     same(out, torch.einsum("bchw,bc->bchw", x, s), x, *layer.parameters())
 
 
-def test_cbam_is_the_formula_of_the_paper() -> None:
+def test_cbam_matches_formula() -> None:
     layer, x = shaken(CBAM(C, 2, 3)), randn(B, C, H, W)
     w1, b1, w2, b2, filters, offset = layer.parameters()
 
@@ -63,14 +63,14 @@ def test_cbam_is_the_formula_of_the_paper() -> None:
             for c in range(3):
                 scores = scores + filters[0, i, r, c] * two[:, i, r : r + H, c : c + W]
     places = 1 / (1 + torch.exp(-scores))
-    out, seen = layer(x, summary=True)
-    close(seen.channels, channels)
-    close(seen.places, places)
+    out, statistics = layer(x, summary=True)
+    close(statistics.channels, channels)
+    close(statistics.places, places)
     same(out, refined * places[:, None], x, *layer.parameters())
 
 
 @pytest.mark.parametrize("make", [SqueezeExcitation, CBAM])
-def test_the_hidden_layer_of_a_gate_has_a_channel_at_least(make: type[nn.Module]) -> None:
+def test_gate_hidden_layer_has_at_least_one_channel(make: type[nn.Module]) -> None:
     assert next(make(C, 16).parameters()).shape == (1, C)
 
 
@@ -81,7 +81,7 @@ def test_the_hidden_layer_of_a_gate_has_a_channel_at_least(make: type[nn.Module]
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("kind", ["embedded_gaussian", "gaussian"])
 @pytest.mark.parametrize("pool", [False, True])
-def test_non_local_is_the_formula_of_the_paper(kind: Any, pool: bool, norm: bool) -> None:
+def test_non_local_block_matches_formula(kind: Any, pool: bool, norm: bool) -> None:
     layer, x = shaken(NonLocalBlock(C, 3, kind, pool, norm)), randn(B, C, H, W)
     if norm:
         layer.norm.running_mean.normal_()
@@ -102,8 +102,8 @@ def test_non_local_is_the_formula_of_the_paper(kind: Any, pool: bool, norm: bool
     if norm:
         unit = (y - layer.norm.running_mean) / (layer.norm.running_var + layer.norm.eps).sqrt()
         y = unit * layer.norm.weight + layer.norm.bias
-    out, seen = layer(x, summary=Summary(full=True))
-    close(seen.full, weights[:, None])
+    out, statistics = layer(x, summary=Summary(full=True))
+    close(statistics.full, weights[:, None])
     same(out, x + image(y, H, W), x, *layer.parameters())
 
 
@@ -121,7 +121,7 @@ POSITIONS: dict[str, Callable[[int], nn.Module]] = {
 
 @pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("kind", POSITIONS)
-def test_patches_are_the_formula_of_the_paper(kind: str, patch: int) -> None:
+def test_patch_attention_matches_formula(kind: str, patch: int) -> None:
     width, heads = 12, 2
     position = POSITIONS[kind](patch)
     layer, x = shaken(PatchAttention(C, heads, patch, width=width, position=position)), randn(B, C, H, W)
@@ -153,7 +153,7 @@ def test_patches_are_the_formula_of_the_paper(kind: str, patch: int) -> None:
 
 
 def turned(x: Tensor, row: int, column: int) -> Tensor:
-    """The first four entries of x (B, 6): the first two by the row, the next two by the column; of one speed, 1."""
+    """Rotate the first four elements of x (B, 6): two by the row, two by the column, with frequency 1."""
     angle = torch.tensor([float(row), float(column)], dtype=x.dtype)
     cos, sin = angle.cos(), angle.sin()
     a, b, c, d = x[:, 0], x[:, 1], x[:, 2], x[:, 3]
@@ -162,7 +162,7 @@ def turned(x: Tensor, row: int, column: int) -> Tensor:
 
 
 def apart(bias: RelativeBias2d, query: tuple[int, int], key: tuple[int, int]) -> Tensor:
-    """The numbers of the heads for a pair of places."""
+    """Return the bias of each head for a pair of positions."""
     height, width = bias.size
     down, right = query[0] - key[0], query[1] - key[1]
     return bias.table[(down + height - 1) * (2 * width - 1) + right + width - 1]
@@ -173,8 +173,8 @@ def apart(bias: RelativeBias2d, query: tuple[int, int], key: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("out", [None, 11])
-def test_pooling_is_that_of_clip(out: int | None) -> None:
-    """By torch's own multi-head attention, as CLIP has it: one table of positions, the first of which is the mean's."""
+def test_attention_pool_matches_clip(out: int | None) -> None:
+    """Against torch's multi-head attention, as in CLIP: one table of positions, whose first row is for the mean."""
     heads = 2
     layer = shaken(AttentionPool2d(C, heads, out, position=Learned2d(C, (H, W))))
     x = randn(B, C, H, W)
@@ -187,12 +187,12 @@ def test_pooling_is_that_of_clip(out: int | None) -> None:
         layer.out.weight, layer.out.bias, use_separate_proj_weight=True, average_attn_weights=False,
         q_proj_weight=layer.q.weight, k_proj_weight=layer.k.weight, v_proj_weight=layer.v.weight,
     )  # fmt: skip
-    got, seen = layer(x, summary=Summary(full=True))
-    close(seen.full, weights)
+    got, statistics = layer(x, summary=Summary(full=True))
+    close(statistics.full, weights)
     same(got, expected[0], x, *layer.parameters())
 
 
-def test_pooling_by_a_learned_query_is_its_formula() -> None:
+def test_attention_pool_with_learned_query_matches_formula() -> None:
     layer = shaken(AttentionPool2d(C, 4, 3, mean=False, position=nn.Identity()))
     x = randn(B, C, H, W)
     places = tokens(x)

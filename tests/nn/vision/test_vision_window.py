@@ -1,4 +1,4 @@
-"""Attention within windows, against loops over the places of a window, and against the Swin of Hugging Face."""
+"""`WindowAttention2d` against loops over positions, and against the Swin of Hugging Face."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def seed() -> None:
 
 
 def groups(length: int, window: int, shift: int) -> list[int]:
-    """The window that each row (or column) of a map is in: the first one ends after `shift` rows."""
+    """Return the window index of each row (or column) of a map. The first window ends after `shift` rows."""
     if length <= window:
         return [0] * length
     return [(i - shift) // window for i in range(length)]
 
 
 def by_loops(layer: WindowAttention2d, x: Tensor, heads: int) -> Tensor:
-    """x + W-MSA(LayerNorm(x)), place by place: no padding, no rolling, no mask; only who shares a window with whom."""
+    """x + W-MSA(LayerNorm(x)), position by position, without padding, rolling and masks."""
     maps, table = layer.attention, layer.bias.table
     (h, w), (down, right) = layer.window, layer.shift
     rows, columns = groups(x.shape[2], h, down), groups(x.shape[3], w, right)
@@ -68,13 +68,13 @@ def by_loops(layer: WindowAttention2d, x: Tensor, heads: int) -> Tensor:
         ((1, 5), 2, 1),
     ],
 )
-def test_windows_are_the_formula_of_the_paper(size: Sequence[int], window: Any, shift: Any) -> None:
+def test_window_attention_matches_formula(size: Sequence[int], window: Any, shift: Any) -> None:
     layer, x = shaken(WindowAttention2d(C, 2, window, shift)), randn(2, C, *size)
     same(layer(x), by_loops(layer, x, 2), x, *layer.parameters())
 
 
 def swin(heads: int, window: int, shift: int, side: int) -> SwinLayer:
-    """The layer of Hugging Face without what stands after its attention."""
+    """Return the Hugging Face layer without its feed-forward part."""
     config = SwinConfig(window_size=window, embed_dim=C, hidden_dropout_prob=0.0, attn_implementation="eager")
     layer = SwinLayer(config, C, (side, side), heads, shift_size=shift)
     for parameter in layer.parameters():
@@ -86,7 +86,7 @@ def swin(heads: int, window: int, shift: int, side: int) -> SwinLayer:
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_windows_are_those_of_swin(heads: int, shift: int) -> None:
+def test_window_attention_matches_hugging_face_swin(heads: int, shift: int) -> None:
     window, side = 3, 9
     theirs, ours = swin(heads, window, shift, side), WindowAttention2d(C, heads, window, shift).double()
     a = theirs.attention
@@ -100,31 +100,31 @@ def test_windows_are_those_of_swin(heads: int, shift: int) -> None:
             getattr(ours.attention.qkv, name).copy_(torch.cat(parts))
     x = randn(B, C, side, side)
     expected, weights = theirs(tokens(x), (side, side))
-    got, seen = ours(x, summary=Summary(full=True))
-    # They compute the softmax in float32, whatever is given, and mask by -100, which leaves e^-100 of a weight.
+    got, statistics = ours(x, summary=Summary(full=True))
+    # Hugging Face computes the softmax in float32 for all dtypes, and masks by adding -100.
     limit = 16 * torch.finfo(torch.float32).eps
     assert (tokens(got) - expected).abs().max() <= limit * expected.abs().max()
-    assert (seen.full.flatten(0, 1) - weights).abs().max() <= limit
-    pull = torch.randn_like(expected)
-    mine = torch.autograd.grad((tokens(got) * pull).sum(), [x, ours.bias.table])
-    right = torch.autograd.grad((expected * pull).sum(), [x, a.relative_position_bias.relative_position_bias_table])
+    assert (statistics.full.flatten(0, 1) - weights).abs().max() <= limit
+    dout = torch.randn_like(expected)
+    mine = torch.autograd.grad((tokens(got) * dout).sum(), [x, ours.bias.table])
+    right = torch.autograd.grad((expected * dout).sum(), [x, a.relative_position_bias.relative_position_bias_table])
     for one, other in zip(mine, right, strict=True):
         assert (one - other).abs().max() <= limit * other.abs().max()
 
 
-def test_what_was_seen_is_per_window_and_nothing_looks_out_of_its_own() -> None:
+def test_summary_is_per_window() -> None:
     layer = WindowAttention2d(C, 2, 3, 1).double()
-    _, seen = layer(randn(B, C, H, W), summary=Summary(full=True))
-    assert seen.full.shape == (B, 6, 2, 9, 9)
-    # The last window holds row 4, one to fill up with, and row 0, which was rolled; of columns, two to fill up with and 0.
+    _, statistics = layer(randn(B, C, H, W), summary=Summary(full=True))
+    assert statistics.full.shape == (B, 6, 2, 9, 9)
+    # The last window holds row 4, a padded row, and row 0, which was rolled; two padded columns, and column 0.
     rows, columns = (4, None, 0), (None, None, 0)
     there = [None if r is None or c is None else (r, c) for r in rows for c in columns]
     for i, query in enumerate(there):
         for j, key in enumerate(there):
-            assert bool(seen.full[:, -1, :, i, j].any()) == (query == key)
+            assert bool(statistics.full[:, -1, :, i, j].any()) == (query == key)
 
 
-def test_a_place_changes_those_of_its_window_alone() -> None:
+def test_positions_affect_own_window_only() -> None:
     layer, x = shaken(WindowAttention2d(C, 2, (3, 4), (1, 2))), randn(1, C, H, W)
     rows, columns = groups(H, 3, 1), groups(W, 4, 2)
     for r in range(H):
@@ -136,20 +136,20 @@ def test_a_place_changes_those_of_its_window_alone() -> None:
             assert torch.equal(moved, torch.tensor(expected))
 
 
-def test_scores_and_normalizers_are_taken_and_their_parameters_learn() -> None:
+def test_score_and_normalizer_parameters_learn() -> None:
     temperature = nn.Parameter(torch.rand(2, dtype=torch.float64) + 0.1)
     layer = WindowAttention2d(C, 2, 3, score=score.Cosine(temperature), normalizer=normalizer.Sparsemax()).double()
     assert any(parameter is temperature for parameter in layer.parameters())
     x = randn(B, C, 3, 3)
-    out, seen = layer(x, summary=Summary(full=True))
+    out, statistics = layer(x, summary=Summary(full=True))
     q, k, v = layer.attention.qkv(layer.attention.norm(tokens(x))).view(B, 9, 3, 2, C // 2).permute(2, 0, 3, 1, 4)
     unit_q, unit_k = (y / y.norm(dim=-1, keepdim=True) for y in (q, k))
     scores = unit_q @ unit_k.mT / temperature[:, None, None] + layer.bias(3, 3)
-    # Sparsemax by its definition: the threshold that the k largest scores share.
+    # Sparsemax by definition: the threshold from the k largest scores.
     z = scores.sort(-1, descending=True).values
     total, rank = z.cumsum(-1) - 1, torch.arange(1, 10)
     support = (z * rank > total).sum(-1, keepdim=True)
     weights = (scores - total.gather(-1, support - 1) / support).clamp(min=0)
-    close(seen.full[:, 0], weights)
+    close(statistics.full[:, 0], weights)
     y = (weights @ v).transpose(1, 2).flatten(2) @ layer.attention.out.weight.T + layer.attention.out.bias
     same(out, x + y.mT.reshape(x.shape), x, *layer.parameters())

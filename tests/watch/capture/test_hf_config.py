@@ -1,10 +1,10 @@
-"""What a watch changes about the process, it changes back: for several models and threads at once."""
+"""Process-wide settings are restored after a watch, with several models and threads at once."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,24 +14,23 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import regard
-from regard.watch.capture.hf_config import readable
-from regard.watch.capture.patch import Counted
+from regard.watch.capture.hf_config import observable
 
 
-def test_a_hidden_kernel_gives_way_and_comes_back() -> None:
+def test_opaque_implementation_is_replaced_and_restored() -> None:
     model, inputs = bert("sdpa")
-    model.config._attn_implementation = "kernel_that_nobody_can_see_into"
-    with torch.no_grad(), regard.watch(model.eval()) as seen:
+    model.config._attn_implementation = "opaque_kernel"
+    with torch.no_grad(), regard.watch(model.eval()) as recording:
         assert model.config._attn_implementation == "sdpa"
-        with readable(model):
+        with observable(model):
             pass
-        assert model.config._attn_implementation == "sdpa", "somebody still needs it"
+        assert model.config._attn_implementation == "sdpa", "the outer block still needs it"
         model(**inputs)
-    assert model.config._attn_implementation == "kernel_that_nobody_can_see_into"
-    assert len(seen) == 2
+    assert model.config._attn_implementation == "opaque_kernel"
+    assert len(recording) == 2
 
 
-def test_what_can_be_seen_stays_as_it_is() -> None:
+def test_observable_implementation_is_kept() -> None:
     for name in ("eager", "sdpa", "flex_attention"):
         model, _ = bert("sdpa")
         model.config._attn_implementation = name
@@ -39,58 +38,38 @@ def test_what_can_be_seen_stays_as_it_is() -> None:
             assert model.config._attn_implementation == name
 
 
-def test_weights_asked_of_an_eager_model_are_still_given() -> None:
+def test_eager_model_returns_attentions() -> None:
     model, inputs = bert("eager")
-    with torch.no_grad(), regard.watch(model.eval(), top=17) as seen:
+    with torch.no_grad(), regard.watch(model.eval(), top=17) as recording:
         out = model(**inputs, output_attentions=True)
-    assert len(out.attentions) == len(seen) == 2
-    assert torch.equal(out.attentions[0].amax(-1), seen[0].max)
+    assert len(out.attentions) == len(recording) == 2
+    assert torch.equal(out.attentions[0].amax(-1), recording[0].max)
 
 
 class Warns(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        warnings.warn("the model's own", stacklevel=1)
+        warnings.warn("from the model", stacklevel=1)
         return F.scaled_dot_product_attention(x, x, x)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_compiled_modules_warn_of_all_but_the_hooks_of_a_watch(whole: bool) -> None:
-    """Whether the compiled module is watched, or what was compiled; and Python still knows what it has warned of."""
+@pytest.mark.parametrize("watch_compiled", [False, True])
+def test_compiled_module_hides_only_the_hooks_warning(watch_compiled: bool) -> None:
+    """Either the compiled module or the original one is watched. Warnings shown once are not shown again."""
     model, x = Warns(), torch.randn(2, 5, 8)
     compiled = torch.compile(model, backend="eager")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         before = list(warnings.filters)
         for _ in range(2):
-            with torch.no_grad(), regard.watch(compiled if whole else model) as seen:
+            with torch.no_grad(), regard.watch(compiled if watch_compiled else model) as recording:
                 compiled(x)
-            assert len(seen) == 1
-        assert [str(warning.message) for warning in told] == ["the model's own"]
+            assert len(recording) == 1
+        assert [str(warning.message) for warning in caught] == ["from the model"]
         assert list(warnings.filters) == before
         handle = register_module_forward_hook(lambda *_: None)
         compiled(x)
         handle.remove()
-    assert "when there are global hooks" in str(told[-1].message), "a hook of somebody else, after the watch"
-
-
-def test_counted() -> None:
-    made: list[str] = []
-
-    def make() -> ExitStack:
-        made.append("made")
-        stack = ExitStack()
-        stack.callback(made.append, "undone")
-        return stack
-
-    change = Counted(make)
-    with change():
-        with pytest.raises(KeyError), change():
-            raise KeyError
-        assert made == ["made"]
-    assert made == ["made", "undone"]
-    with change():
-        pass
-    assert made == ["made", "undone"] * 2
+    assert "when there are global hooks" in str(caught[-1].message), "hooks of others must still warn after the watch"
 
 
 class Model(nn.Module):
@@ -99,10 +78,10 @@ class Model(nn.Module):
         self.inner = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
         self.config = Config()
 
-    def forward(self, x: Tensor, turn: threading.Barrier) -> Tensor:
-        turn.wait(20)  # all at once, in the middle of their runs
+    def forward(self, x: Tensor, barrier: threading.Barrier) -> Tensor:
+        barrier.wait(20)  # all threads are inside the model at once
         x = self.inner(x)
-        turn.wait(20)
+        barrier.wait(20)
         return F.scaled_dot_product_attention(x, x, x)
 
 
@@ -110,31 +89,31 @@ class Config:
     _attn_implementation = "hidden"
 
 
-def test_threads_that_share_a_config_and_run_at_once() -> None:
-    models, turn, x = [Model().eval() for _ in range(4)], threading.Barrier(4), torch.randn(2, 6, 16)
+def test_threads_sharing_a_config() -> None:
+    models, barrier, x = [Model().eval() for _ in range(4)], threading.Barrier(4), torch.randn(2, 6, 16)
     for model in models[1:]:
         model.config = models[0].config
-    found: dict[int, list[str]] = {}
+    names_by_thread: dict[int, list[str]] = {}
 
-    def work(n: int) -> None:
-        with torch.no_grad(), watched_or_not(models[n], n) as seen:
-            models[n](x, turn)
-        found[n] = [] if seen is None else [record.name for record in seen]
+    def run(n: int) -> None:
+        with torch.no_grad(), watched_or_not(models[n], n) as recording:
+            models[n](x, barrier)
+        names_by_thread[n] = [] if recording is None else [record.name for record in recording]
 
     @contextmanager
     def watched_or_not(model: nn.Module, n: int):  # type: ignore[no-untyped-def]
         if n == 3:
-            yield None  # a thread that watches nothing, among others that do
+            yield None
         else:
-            with regard.watch(model) as seen:
-                yield seen
+            with regard.watch(model) as recording:
+                yield recording
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     names = ["inner.layers.0.self_attn", "inner.layers.1.self_attn", ""]
-    assert found == {0: names, 1: names, 2: names, 3: []}
+    assert names_by_thread == {0: names, 1: names, 2: names, 3: []}
     assert models[0].config._attn_implementation == "hidden"
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
