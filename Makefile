@@ -28,6 +28,7 @@ test-cpus: $(VENV)/dev
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp
 	$(BIN)/mypy
 
 # The docstrings as pages, in build/docs.

@@ -1,7 +1,7 @@
-"""Builds the native CPU kernels: csrc/kernels.cpp once per instruction set, and the binding to torch, into one library.
+"""Build the native CPU kernels: csrc/kernels.cpp once per instruction set, and the binding to torch, as one library.
 
-Everything else about the package stands in pyproject.toml. Where there is no compiler, the package is installed without
-the library, and a text in its place says why; `regard doctor` shows it.
+All other metadata is in pyproject.toml. Without a compiler, the package is installed without the library; the file
+_native.txt in its place says why, and `regard doctor` shows it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path("csrc")
-# Optimised; rounding as written, but for products that go into sums; nothing is visible but what registers the operators.
+# Optimized, without -ffast-math; hidden visibility, since the library only registers operators.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
-# What REGARD_SANITIZE asks for, for tests; what is found ends the process. Lines of the source are told.
+# Flags per value of REGARD_SANITIZE, for tests: a fault ends the process and is reported with its source line.
 SANITIZERS = {
     "": [],
     "address": ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
@@ -25,15 +25,15 @@ SANITIZERS = {
 }
 SANITIZE = os.environ.get("REGARD_SANITIZE", "")
 if SANITIZE not in SANITIZERS:
-    raise SystemExit(f"REGARD_SANITIZE is {SANITIZE!r}, and not one of {', '.join(filter(None, SANITIZERS))}")
+    raise SystemExit(f"REGARD_SANITIZE must be one of {', '.join(filter(None, SANITIZERS))}, got {SANITIZE!r}")
 if SANITIZE:
     FLAGS += [*SANITIZERS[SANITIZE], "-O1", "-g1", "-fno-omit-frame-pointer", "-DREGARD_SANITIZED"]
-# No set's code may be shared with another's, so the kernels use nothing that a compiler makes on its own.
+# Code of different sets must not be merged by the linker, so the kernels use no exceptions, RTTI or standard library.
 KERNEL_FLAGS = [
     *FLAGS, "-fno-exceptions", "-fno-rtti", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized",
 ]  # fmt: skip
-# The instruction sets, the one that every machine of the kind has first.
+# The flags of each instruction set; the baseline is supported by every machine of the architecture.
 SETS: dict[str, list[str]] = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -44,13 +44,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 class Build(build_ext):
-    """Compiles each set with flags of its own."""
+    """Compile the kernels once per instruction set and link everything into one library."""
 
     def build_extension(self, ext: Extension) -> None:
         if SANITIZE and self.inplace:
-            raise SystemExit(
-                "a library with sanitizers would take the place of the one that is used: name a --build-lib"
-            )
+            raise SystemExit("a sanitized library would replace the installed one: pass --build-lib")
         library = Path(self.get_ext_fullpath(ext.name))
         note = library.parent / "_native.txt"
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +60,7 @@ class Build(build_ext):
             if SANITIZE:
                 raise
             note.write_text(f"{type(error).__name__}: {error}\n")
-            print(f"regard is installed without its native kernels: {error}")
+            print(f"regard is installed without native kernels: {error}")
 
     def _build(self, library: Path) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -82,7 +80,7 @@ class Build(build_ext):
         )
 
     def _set(self, name: str) -> str | None:
-        """The kernels of a set; None where the compiler does not know it."""
+        """Compile the kernels of a set; return None if the compiler does not support it."""
         try:
             return self._compile("kernels.cpp", name, [*KERNEL_FLAGS, f"-DREGARD_SET={name}", *SETS[name]])
         except Exception as error:

@@ -1,4 +1,4 @@
-"""The pictures of `docs/layers.md`, from what the layers themselves compute. `python docs/draw_layers.py` rewrites them."""
+"""Draw the pictures of `docs/layers.md` from outputs of the layers. `python docs/draw_layers.py` rewrites them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from regard import nn as layers
 from regard.nn import recurrent, vision
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One style for all.
+# Style of all pictures.
 
 LIGHT, BLUE, ORANGE, INK, GREY = "#eff6ff", "#1d4ed8", "#ea580c", "#334155", "#cbd5e1"
 WEIGHTS = LinearSegmentedColormap.from_list("weights", [LIGHT, "#93c5fd", BLUE])
@@ -38,7 +38,7 @@ STYLE = {
 
 
 def grid(rows: int, columns: int, height: float, **words: Any) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as a page, and its axes row by row."""
+    """Return a figure of page width, and its axes in row-major order."""
     figure = Figure(figsize=(7.0, height), layout="compressed")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     axes = figure.subplots(rows, columns, squeeze=False, **words)
@@ -46,7 +46,7 @@ def grid(rows: int, columns: int, height: float, **words: Any) -> tuple[Figure, 
 
 
 def heat(axes: Axes, table: Tensor, title: str = "", most: float | None = None, signed: bool = False) -> None:
-    """A table of numbers as colours. What is 0, as masks make weights, stays white."""
+    """Draw a matrix as colors. Elements that are 0, such as masked weights, stay white."""
     numbers = table.detach().double()
     top = float(numbers.nan_to_num().abs().max()) if most is None else most
     shown = numbers if signed else numbers.masked_fill(numbers == 0, math.nan)
@@ -58,24 +58,24 @@ def heat(axes: Axes, table: Tensor, title: str = "", most: float | None = None, 
 
 
 def named(axes: Axes, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> None:
-    """Words beside the rows, and below the columns, of a table."""
+    """Label the rows and columns of a matrix with words."""
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), columns, rotation=90)
 
 
 def outlined(axes: Axes, row: float, column: float, height: float = 1, width: float = 1, **words: Any) -> None:
-    """A frame around a cell of a table, or around several."""
+    """Draw a frame around one or several cells of a matrix."""
     words = {"edgecolor": ORANGE, "linewidth": 1.3, "zorder": 3, **words}
     axes.add_patch(Rectangle((column - 0.5, row - 0.5), width, height, facecolor="none", clip_on=False, **words))
 
 
 def plain(axes: Axes) -> None:
-    """Axes with a line on the left and below alone."""
+    """Remove the top and right spines."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def picture(axes: Axes, x: Tensor, title: str = "") -> None:
-    """An image (3, H, W)."""
+    """Draw an image (3, H, W)."""
     axes.imshow(x.detach().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_title(title)
     axes.set(xticks=[], yticks=[])
@@ -93,13 +93,13 @@ def set_to(parameter: Tensor | None, value: Tensor | float) -> None:
 
 
 def multihead() -> Figure:
-    """Four masks, and four heads with ALiBi. Maps are such that a word looks for itself."""
+    """Draw four masks, and four heads with ALiBi. The projections make each word attend to equal words."""
     words = ["the", "cat", "saw", "the", "dog", "and", "the", "dog", "saw", "the", "cat"]
     one_hot = nn.functional.one_hot(torch.tensor([sorted(set(words)).index(w) for w in words]), 8).float()
     x = torch.cat([one_hot, torch.zeros(len(words), 56)], 1)[None]
 
-    def weights(allowed: mask.Mask | None, word: position.ALiBi | None = None) -> Tensor:
-        layer = layers.MultiheadAttention(64, 8, batch_first=True, position=word)
+    def weights(allowed: mask.Mask | None, embedding: position.ALiBi | None = None) -> Tensor:
+        layer = layers.MultiheadAttention(64, 8, batch_first=True, position=embedding)
         set_to(layer.in_proj_weight, 0.0)
         set_to(layer.in_proj_weight[:128, :8], 2.0 * torch.eye(8).repeat(16, 1))
         return layer(x, mask=allowed, summary=Summary(full=True))[1].full[0]
@@ -122,7 +122,7 @@ def multihead() -> Figure:
 
 
 def block() -> Figure:
-    """What a block does to a large token, and to the size of tokens in a stack of blocks."""
+    """Draw the effect of a block on a large token, and the size of tokens in a stack of blocks."""
     x = torch.randn(1, 8, 20)
     x[0, 3] *= 4
     figure, axes = grid(1, 4, 2.3, width_ratios=(1, 1, 1, 1.25))
@@ -131,22 +131,22 @@ def block() -> Figure:
     for ax, table, title in zip(axes, (x, *outs), titles, strict=False):
         heat(ax, table[0], title, most=4.0, signed=True)
         ax.set_aspect("auto")
-        ax.set_xlabel("Its 20 numbers")
+        ax.set_xlabel("20 elements")
     axes[0].set_ylabel("8 tokens")
-    for norm, colour in (("post", BLUE), ("pre", ORANGE)):
+    for norm, color in (("post", BLUE), ("pre", ORANGE)):
         y, sizes = torch.randn(1, 64, 64), []
         for _ in range(25):
             sizes.append(float(y.detach().square().mean().sqrt()))
             y = layers.AttentionBlock(64, 4, norm=norm).eval()(y)
-        axes[3].plot(sizes, color=colour)
-        axes[3].annotate(f' "{norm}"', (24, sizes[-1]), color=colour, va="center", annotation_clip=False)
+        axes[3].plot(sizes, color=color)
+        axes[3].annotate(f' "{norm}"', (24, sizes[-1]), color=color, va="center", annotation_clip=False)
     plain(axes[3])
-    axes[3].set(title="Root mean square", xlabel="After so many blocks", xticks=(0, 8, 16, 24), xlim=(0, 31), ylim=0)
+    axes[3].set(title="Root mean square", xlabel="Number of blocks", xticks=(0, 8, 16, 24), xlim=(0, 31), ylim=0)
     return figure
 
 
 def cache() -> Figure:
-    """Places that are taken and held, token by token, after a prompt of five."""
+    """Draw the used and allocated tokens of a cache, token by token, after a prompt of five."""
     layer, kept = layers.MultiheadAttention(32, 4, batch_first=True), layers.KeyValueCache()
     taken, held = [], []
     with torch.no_grad():
@@ -163,12 +163,14 @@ def cache() -> Figure:
     ax.annotate("taken", (52, 22), color=BLUE)
     plain(ax)
     ticks = (10, 20, 40, 60, 80)
-    ax.set(xlabel="Tokens so far", ylabel="Places", xlim=(6, 65), ylim=(0, 90), xticks=(6, *ticks[:-1]), yticks=ticks)
+    ax.set(
+        xlabel="Tokens", ylabel="Size of the cache", xlim=(6, 65), ylim=(0, 90), xticks=(6, *ticks[:-1]), yticks=ticks
+    )
     return figure
 
 
 def latent() -> Figure:
-    """Numbers in a cache, per token, counted in the caches."""
+    """Draw the number of cached elements per token, counted in the caches."""
     width, heads, x = 1024, 16, torch.randn(1, 1, 1024)
     kinds: dict[str, nn.Module] = {
         "MultiheadAttention": layers.MultiheadAttention(width, heads, batch_first=True),
@@ -187,12 +189,12 @@ def latent() -> Figure:
     ax.bar_label(shown, [f"{count:,}" for count in counts], padding=4)
     ax.invert_yaxis()
     ax.spines[["top", "right", "bottom"]].set_visible(False)
-    ax.set(xticks=[], xlim=(0, 2250), title="Numbers kept per token")
+    ax.set(xticks=[], xlim=(0, 2250), title="Cached elements per token")
     return figure
 
 
 def outputs_of(model: nn.TransformerEncoder, x: Tensor) -> list[Tensor]:
-    """What each layer of a stack gives."""
+    """Return the output of each layer of a stack."""
     found = []
     for layer in model.layers:
         x = layer(x)
@@ -201,7 +203,7 @@ def outputs_of(model: nn.TransformerEncoder, x: Tensor) -> list[Tensor]:
 
 
 def replaced() -> Figure:
-    """How far a stack is from the same in float64, layer by layer, before and after."""
+    """Draw the error of a stack relative to float64, layer by layer, before and after replacement."""
     layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
     x = torch.randn(4, 50, 64)
@@ -217,7 +219,7 @@ def replaced() -> Figure:
         ax.plot(range(1, 13), errors, label=name, **look)
     plain(ax)
     ax.legend(loc="lower right")
-    ax.set(xlabel="After so many layers", ylabel="Distance from float64", xticks=(1, 4, 8, 12), ylim=0)
+    ax.set(xlabel="Number of layers", ylabel="Error relative to float64", xticks=(1, 4, 8, 12), ylim=0)
     return figure
 
 
@@ -226,25 +228,25 @@ def replaced() -> Figure:
 
 
 def additive() -> Figure:
-    """An alignment. Words are one-hot in what they mean, and v tells a match from a mismatch."""
+    """Draw an alignment. Words are one-hot vectors of their meaning, and v gives matches a larger score."""
     source = ["the", "black", "cat", "drinks", "cold", "milk"]
     target = ["le", "chat", "noir", "boit", "du", "lait", "froid"]
     meaning = torch.eye(6)
     queries = torch.cat([meaning[[0, 2, 1, 3]], torch.zeros(1, 6), meaning[[5, 4]]])
     figure, axes = grid(1, 3, 2.7)
-    for ax, word in zip(axes, (normalizer.Softmax(), normalizer.Entmax(1.5), normalizer.Sparsemax()), strict=True):
-        layer = layers.AdditiveAttention(6, 6, 6, bias=False, normalizer=word)
+    for ax, component in zip(axes, (normalizer.Softmax(), normalizer.Entmax(1.5), normalizer.Sparsemax()), strict=True):
+        layer = layers.AdditiveAttention(6, 6, 6, bias=False, normalizer=component)
         set_to(layer.query_map.weight, 2.0 * torch.eye(6))
         set_to(layer.key_map.weight, 2.0 * torch.eye(6))
         set_to(layer.v, -2.0)
-        _, seen = layer(queries[None], meaning[None], summary=Summary(full=True))
-        heat(ax, seen.full[0], type(word).__name__, most=1.0)
+        _, statistics = layer(queries[None], meaning[None], summary=Summary(full=True))
+        heat(ax, statistics.full[0], type(component).__name__, most=1.0)
         named(ax, target if ax is axes[0] else (), source)
     return figure
 
 
 def luong() -> Figure:
-    """The weights of global and of local attention, which are the outputs where the values are an identity matrix. Keys
+    """Draw the weights of global and of local attention, which are the outputs for values that are an identity matrix. Keys
     are random; a query is the key that it should find, and, in its first number, how far the decoder is.
     """
     S = 32
@@ -264,20 +266,20 @@ def luong() -> Figure:
         middle = {None: None, "monotonic": torch.arange(S), "predictive": p}[local]
         if middle is not None:
             ax.plot(middle.tolist(), range(S), color=ORANGE, linewidth=1)
-        ax.set_xlabel("Place in the source")
+        ax.set_xlabel("Source position")
     axes[0].set_ylabel("Step of the decoder")
     return figure
 
 
 def influence(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """How much each output (1, L, .) depends on each input x (1, S, .): (L, S), the largest of a row being 1."""
+    """Return the gradient norms (L, S) of outputs (1, L, .) by inputs x (1, S, .), relative to the maximum of each row."""
     slopes: Tensor = torch.autograd.functional.jacobian(f, x)  # (1, L, ., 1, S, .)
     sizes = slopes[0, :, :, 0].square().sum((1, 3)).sqrt()
     return sizes / sizes.amax(-1, keepdim=True).clamp(min=1e-30)
 
 
 def influences() -> Figure:
-    """What knows of what: the memory of an encoder, and the weights of a decoder, of the inputs."""
+    """Draw how the memory of an encoder and the weights of a decoder depend on the inputs."""
     x, memory = torch.randn(1, 9, 2), 2 * torch.randn(1, 6, 2)
     figure, axes = grid(1, 4, 2.25)
     for ax, both in zip(axes, (False, True), strict=False):
@@ -293,11 +295,11 @@ def influences() -> Figure:
 
 
 def coverage() -> Figure:
-    """The weights without and with coverage. Keys differ in how much they call for attention."""
+    """Draw the weights without and with coverage. Keys have different scores."""
     words = ["Germany", "beat", "Argentina", "in", "the", "final"]
     memory = torch.tensor([1.25, 0.75, 1.0, 0.25, 0.0, 0.5])[None, :, None]
     figure, axes = grid(1, 3, 2.5)
-    losses, told = [], []
+    losses, steps = [], []
     for on in (False, True):
         decoder = recurrent.RecurrentDecoder(2, 4, 1, layers.AdditiveAttention(4, 1, 4), coverage=on)
         set_to(decoder.attention.query_map.weight, 0.0)
@@ -307,12 +309,12 @@ def coverage() -> Figure:
         if on:
             set_to(decoder.coverage_map, -0.15)
         weights = decoder(torch.zeros(1, 6, 2), memory, summary=Summary(full=True))[2].full
-        told.append(weights[0])
+        steps.append(weights[0])
         losses.append(float(recurrent.coverage_loss(weights.detach()).sum()))
-    before = told[1].cumsum(0)
+    before = steps[1].cumsum(0)
     for ax, table, title in (
-        (axes[0], told[0], f"Weights, without\nloss {losses[0]:.1f}"),
-        (axes[1], told[1], f"Weights, with coverage\nloss {losses[1]:.1f}"),
+        (axes[0], steps[0], f"Weights, without\nloss {losses[0]:.1f}"),
+        (axes[1], steps[1], f"Weights, with coverage\nloss {losses[1]:.1f}"),
         (axes[2], before, "Coverage: their sum\nafter each step"),
     ):
         heat(ax, table, title, most=1.0)
@@ -332,7 +334,7 @@ VOCABULARY = ["", *GOOD, *BAD, *SUBJECTS[0], *SUBJECTS[1], *FILLER]
 
 
 class Review(nn.Module):
-    """A number per query of a pooling, from words: its vector, times a learned one."""
+    """Classifier with one logit per query of a pooling layer: the product of its vector and a learned vector."""
 
     def __init__(self, pool: nn.Module, queries: int) -> None:
         super().__init__()
@@ -346,13 +348,13 @@ class Review(nn.Module):
 
 
 def numbers(sentences: Sequence[str]) -> Tensor:
-    """The words of sentences as numbers, filled up with 0."""
+    """Return the word indices of sentences, padded with 0."""
     rows = [torch.tensor([VOCABULARY.index(word) for word in sentence.split()]) for sentence in sentences]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def trained(pool: nn.Module, queries: int) -> Review:
-    """Trained on 256 made-up reviews to tell whether they are good, and, with two queries, whether of films."""
+    """Train on 256 synthetic reviews to predict whether they are positive, and, with two queries, about a film."""
     sentences, truth = [], torch.randint(2, (256, 2))
     for good, film in truth.tolist():
         count = int(torch.randint(4, 9, ()))
@@ -371,11 +373,11 @@ def trained(pool: nn.Module, queries: int) -> Review:
 
 
 def attention_pooling() -> Figure:
-    """What two queries learned to look at."""
+    """Draw the learned weights of two queries."""
     sentence = ["it", "was", "again", "a", "superb", "soup", "and", "the", "wine", "was", "very", "lovely"]
-    seen = trained(layers.AttentionPooling(16, queries=2), 2)(numbers([" ".join(sentence)]), Summary(full=True))
+    statistics = trained(layers.AttentionPooling(16, queries=2), 2)(numbers([" ".join(sentence)]), Summary(full=True))
     figure, (ax,) = grid(1, 1, 1.35)
-    heat(ax, seen.full[0, 0])
+    heat(ax, statistics.full[0, 0])
     ax.set_aspect("auto")
     named(ax, ["Query 1: is it good?", "Query 2: of what?"])
     ax.set_xticks(range(len(sentence)), sentence)
@@ -383,11 +385,11 @@ def attention_pooling() -> Figure:
 
 
 def additive_pooling() -> Figure:
-    """Weights of the words of two reviews, one shorter, and those of a plain mean."""
+    """Draw the weights of the words of two reviews, one of them padded, and those of a mean."""
     sentences = ["the film was very dull but again the actor was lovely", "a moving plot and it was superb"]
-    seen = trained(layers.AdditivePooling(16, 8), 1)(numbers(sentences), Summary(full=True))
+    statistics = trained(layers.AdditivePooling(16, 8), 1)(numbers(sentences), Summary(full=True))
     figure, axes = grid(2, 1, 2.4)
-    for ax, sentence, weights in zip(axes, sentences, seen.full[:, 0, 0], strict=True):
+    for ax, sentence, weights in zip(axes, sentences, statistics.full[:, 0, 0], strict=True):
         words = sentence.split()
         ax.bar(range(len(weights)), weights.tolist(), 0.6, color=BLUE)
         ax.plot((-0.5, len(words) - 0.5), (1 / len(words),) * 2, color=ORANGE, linewidth=1)
@@ -395,15 +397,15 @@ def additive_pooling() -> Figure:
         ax.set_xticks(range(len(weights)), words + padding)
         plain(ax)
         ax.set(yticks=[], xlim=(-0.6, len(weights) - 0.4), ylim=(0, 1.0))
-        for place, weight in enumerate(weights.tolist()):
+        for index, weight in enumerate(weights.tolist()):
             if weight > 0.01:
-                ax.annotate(f"{weight:.2f}", (place, weight + 0.02), ha="center", fontsize=7)
+                ax.annotate(f"{weight:.2f}", (index, weight + 0.02), ha="center", fontsize=7)
     axes[0].annotate("a plain mean", (-0.5, 0.17), color=ORANGE, fontsize=7.5)
     return figure
 
 
 def kernel() -> Figure:
-    """Regression of a noisy curve, at several widths."""
+    """Draw the regression of a noisy curve with several widths."""
     x = torch.rand(60, 1).sort(0).values * 10
     y = torch.sin(x) + x / 4 + 0.3 * torch.randn(60, 1)
     points = torch.linspace(0, 10, 300)[:, None]
@@ -431,27 +433,27 @@ RED, GREEN, SKY = (0.86, 0.15, 0.15), (0.09, 0.64, 0.29), (0.15, 0.39, 0.92)
 
 
 def shapes() -> Tensor:
-    """An image (1, 3, 24, 24) of two red shapes, a green and a blue one, on grey."""
+    """Return an image (1, 3, 24, 24) of two red shapes, a green and a blue one, on gray."""
     column = torch.arange(24) + 0.5
     row = column[:, None]
     x = torch.full((3, 24, 24), 0.85)
-    for colour, inside in (
+    for color, inside in (
         (RED, (row - 7).square() + (column - 7).square() < 18),
         (SKY, (row > 3) & (row < 10) & (column > 14) & (column < 21)),
         (GREEN, (row > 14) & (row < 21) & ((column - 7).abs() < (row - 13) / 2)),
         (RED, (row > 15) & (row < 20) & (column > 13) & (column < 21)),
     ):
-        x[:, inside] = torch.tensor(colour)[:, None]
+        x[:, inside] = torch.tensor(color)[:, None]
     return x[None]
 
 
-def colours(x: Tensor) -> Tensor:
-    """Maps (B, 3, H, W) of how red, green and blue an image is, 0 for grey."""
+def color_channels(x: Tensor) -> Tensor:
+    """Return maps (B, 3, H, W) of the red, green and blue in an image, 0 for gray."""
     return x - x.mean(1, keepdim=True)
 
 
 def set_to_excess(mlp: nn.Sequential, gain: float, start: float) -> None:
-    """Set the layers of a gate by hand: it opens with how far a channel is above the mean of all, from `start` on."""
+    """Set the layers of a gate by hand: it grows with the excess of a channel over the mean of all, from `start` on."""
     first, _, last = mlp
     set_to(first.weight, torch.eye(3) - 1 / 3)
     set_to(last.weight, gain * torch.eye(3))
@@ -460,7 +462,7 @@ def set_to_excess(mlp: nn.Sequential, gain: float, start: float) -> None:
 
 
 def bars(ax: Axes, three: Tensor, title: str) -> None:
-    """A number for each of red, green and blue."""
+    """Draw one bar for each of red, green and blue."""
     shown = ax.bar(("red", "green", "blue"), three.tolist(), 0.6, color=(RED, GREEN, SKY))
     ax.bar_label(shown, [f"{number:.2f}" for number in three.tolist()], fontsize=7)
     ax.set(yticks=[], ylim=(0, 1.15), title=title)
@@ -469,7 +471,7 @@ def bars(ax: Axes, three: Tensor, title: str) -> None:
 
 
 def squeeze() -> Figure:
-    """Gates of channels, for a reddish image and a bluish one."""
+    """Draw channel gates of a reddish and a bluish image."""
     layer = vision.SqueezeExcitation(3, 1)
     set_to_excess(layer.excite, 25.0, 0.0)
     figure, axes = grid(2, 4, 3.6)
@@ -485,7 +487,7 @@ def squeeze() -> Figure:
 
 
 def cbam() -> Figure:
-    """Gates of channels, then of places."""
+    """Draw channel gates and spatial gates."""
     x = shapes()
     layer = vision.CBAM(3, 1)
     set_to_excess(layer.mlp, 25.0, 0.4)
@@ -497,31 +499,33 @@ def cbam() -> Figure:
     figure, axes = grid(1, 4, 1.9)
     picture(axes[0], x[0], "Map (3 channels)")
     bars(axes[1], gates.channels[0], "Gates of channels")
-    heat(axes[2], gates.places[0], "Gates of places", most=1.0)
+    heat(axes[2], gates.places[0], "Spatial gates", most=1.0)
     picture(axes[3], out[0], "Map times gates")
     return figure
 
 
 def non_local() -> Figure:
-    """The weights of three places, over all places."""
+    """Draw the weights of three positions over all positions."""
     x = shapes()
     layer = vision.NonLocalBlock(3, 3)
     for conv in (layer.theta, layer.phi):
         set_to(conv.weight, 4.0 * torch.eye(3)[..., None, None])
         set_to(conv.bias, 0.0)
-    chosen = {"a red place": (7, 7), "a green place": (18, 7), "a grey place": (12, 12)}
-    _, seen = layer(colours(x), summary=Summary(rows=[row * 24 + column for row, column in chosen.values()]))
+    chosen = {"a red position": (7, 7), "a green position": (18, 7), "a gray position": (12, 12)}
+    _, statistics = layer(
+        color_channels(x), summary=Summary(rows=[row * 24 + column for row, column in chosen.values()])
+    )
     figure, axes = grid(1, 4, 1.9)
     picture(axes[0], x[0], "Map")
-    for ax, weights, (name, place) in zip(axes[1:], seen.rows[0, 0], chosen.items(), strict=True):
-        heat(ax, weights.view(24, 24), f"Weights of {name}", most=float(seen.rows.detach().max()))
-        outlined(ax, *place)
-        outlined(axes[0], *place, edgecolor="black")
+    for ax, weights, (name, cell) in zip(axes[1:], statistics.rows[0, 0], chosen.items(), strict=True):
+        heat(ax, weights.view(24, 24), f"Weights of {name}", most=float(statistics.rows.detach().max()))
+        outlined(ax, *cell)
+        outlined(axes[0], *cell, edgecolor="black")
     return figure
 
 
 def set_to_likeness(attention: nn.Module, gain: float) -> None:
-    """Set the maps by hand: a token looks for those that are like it."""
+    """Set the projections by hand: a token attends to similar tokens."""
     width = attention.qkv.in_features
     set_to(attention.qkv.weight, 0.0)
     set_to(attention.qkv.weight[: 2 * width], gain * torch.eye(width).repeat(2, 1))
@@ -529,7 +533,7 @@ def set_to_likeness(attention: nn.Module, gain: float) -> None:
 
 
 def near(size: int, width: float) -> vision.RelativeBias2d:
-    """Positions of one head, set by hand: weights become a Gaussian of this width."""
+    """Return a bias of one head, set by hand, that makes the weights a Gaussian of this width."""
     bias = vision.RelativeBias2d(1, size)
     away = torch.arange(1 - size, size).float().square()
     set_to(bias.table, (-(away[:, None] + away) / (2 * width**2)).view(-1, 1))
@@ -537,68 +541,68 @@ def near(size: int, width: float) -> vision.RelativeBias2d:
 
 
 def patches() -> Figure:
-    """The weights of a patch: by content, and by content and place."""
+    """Draw the weights of a patch by content, and by content and position."""
     x = shapes()
     figure, axes = grid(1, 4, 1.9)
     picture(axes[0], x[0], "Map, in patches of 3 x 3")
     for edge in range(3, 24, 3):
         axes[0].axhline(edge - 0.5, color="white", linewidth=0.6)
         axes[0].axvline(edge - 0.5, color="white", linewidth=0.6)
-    for ax, word, title in zip(
+    for ax, embedding, title in zip(
         axes[1:],
         (nn.Identity(), near(8, 2.0), vision.Rotary2d(24)),
         ("nn.Identity()", "RelativeBias2d", "Rotary2d"),
         strict=True,
     ):
-        layer = vision.PatchAttention(3, 1, patch=3, width=27, position=word)
+        layer = vision.PatchAttention(3, 1, patch=3, width=27, position=embedding)
         set_to_likeness(layer.attention, 0.75)
-        _, seen = layer(colours(x), summary=Summary(rows=5 * 8 + 5))
-        heat(ax, seen.rows[0, 0, 0].view(8, 8), title)
+        _, statistics = layer(color_channels(x), summary=Summary(rows=5 * 8 + 5))
+        heat(ax, statistics.rows[0, 0, 0].view(8, 8), title)
         outlined(ax, 5, 5)
     outlined(axes[0], 15, 15, 3, 3, edgecolor="black")
     return figure
 
 
 def positions() -> Figure:
-    """The weights of a place of a map without any content: what is left is where it is."""
+    """Draw the weights of a position of a map without content, which depend on positions only."""
     side, width = 13, 32
     kinds = {
         "Sinusoidal2d": (vision.Sinusoidal2d(), 0.0),
-        "Learned2d, not trained": (vision.Learned2d(width, side), 0.0),
+        "Learned2d, untrained": (vision.Learned2d(width, side), 0.0),
         "Rotary2d": (vision.Rotary2d(width), 1.0),
         "RelativeBias2d": (near(side, 2.0), 0.0),
     }
     figure, axes = grid(1, 4, 1.9)
-    for ax, (name, (word, constant)) in zip(axes, kinds.items(), strict=True):
-        layer = vision.PatchAttention(width, 1, position=word)
+    for ax, (name, (embedding, constant)) in zip(axes, kinds.items(), strict=True):
+        layer = vision.PatchAttention(width, 1, position=embedding)
         set_to_likeness(layer.attention, 0.9)
         set_to(layer.attention.qkv.bias, constant)
-        _, seen = layer(torch.zeros(1, width, side, side), summary=Summary(rows=4 * side + 5))
-        heat(ax, seen.rows[0, 0, 0].view(side, side), name)
+        _, statistics = layer(torch.zeros(1, width, side, side), summary=Summary(rows=4 * side + 5))
+        heat(ax, statistics.rows[0, 0, 0].view(side, side), name)
         outlined(ax, 4, 5)
     return figure
 
 
 def windows() -> Figure:
-    """Who attends to whom: how many places each of a map attends to, and the borders that nobody looks across."""
+    """Return the number of positions that each position attends to, and the borders that no position attends across."""
     figure, axes = grid(1, 3, 2.6, width_ratios=(12, 12, 10))
     for ax, shift, (H, W) in zip(axes, (0, 2, 2), ((12, 12), (12, 12), (12, 10)), strict=True):
         layer = vision.WindowAttention2d(4, 1, window=4, shift=shift)
         set_to(layer.attention.out.weight, torch.eye(4))
         slopes = torch.autograd.functional.jacobian(lambda x, f=layer: f(x).sum(1), torch.randn(1, 4, H, W))
-        looks = slopes[0, :, :, 0].abs().sum(2) > 1e-12  # (H, W, H, W): does this place attend to that one?
-        heat(ax, looks.sum((2, 3)).double(), f"shift={shift}, map {H} x {W}", most=32.0)
+        attends = slopes[0, :, :, 0].abs().sum(2) > 1e-12  # (H, W, H, W): whether one position attends to another
+        heat(ax, attends.sum((2, 3)).double(), f"shift={shift}, map {H} x {W}", most=32.0)
         x, y = [], []  # one line, with gaps
         for row in range(H):
             for column in range(W):
-                if column + 1 < W and not looks[row, column, row, column + 1]:
+                if column + 1 < W and not attends[row, column, row, column + 1]:
                     x += [column + 0.5, column + 0.5, math.nan]
                     y += [row - 0.5, row + 0.5, math.nan]
-                if row + 1 < H and not looks[row, column, row + 1, column]:
+                if row + 1 < H and not attends[row, column, row + 1, column]:
                     x += [column - 0.5, column + 0.5, math.nan]
                     y += [row + 0.5, row + 0.5, math.nan]
         ax.plot(x, y, color="white", linewidth=2)
-        inside = looks[5, 5].nonzero()
+        inside = attends[5, 5].nonzero()
         (top, left), (bottom, right) = inside.amin(0).tolist(), inside.amax(0).tolist()
         outlined(ax, top, left, bottom - top + 1, right - left + 1)
         ax.plot(5, 5, "o", color=ORANGE, markersize=3)
@@ -606,18 +610,18 @@ def windows() -> Figure:
 
 
 def pool2d() -> Figure:
-    """One query, three heads, each of which looks for a colour."""
+    """Draw one query with three heads, each of which attends to one color."""
     x = shapes()
     layer = vision.AttentionPool2d(3, 3, mean=False, position=nn.Identity())
     set_to(layer.query, 1.0)
     for linear, gain in ((layer.q, 1.0), (layer.k, 9.0)):
         set_to(linear.weight, gain * torch.eye(3))
         set_to(linear.bias, 0.0)
-    _, seen = layer(colours(x), summary=Summary(full=True))
+    _, statistics = layer(color_channels(x), summary=Summary(full=True))
     figure, axes = grid(1, 4, 1.9)
     picture(axes[0], x[0], "Map")
     for head, ax in enumerate(axes[1:]):
-        heat(ax, seen.full[0, head, 0].view(24, 24), f"Weights of head {head + 1}")
+        heat(ax, statistics.full[0, head, 0].view(24, 24), f"Weights of head {head + 1}")
     return figure
 
 
@@ -636,7 +640,7 @@ def draw() -> None:
             torch.manual_seed(0)
             written = StringIO()
             make().savefig(written, format="svg", metadata={"Date": None, "Creator": None})
-            # Without what no reader sees.
+            # Remove invisible elements.
             text = re.sub(r'<!--.*?-->|(?<=<g) id="[^"]*"|(?<=\n) +| +(?=\n)', "", written.getvalue())
             (Path(__file__).parent / "layers" / f"{name}.svg").write_text(re.sub(r"<g/>\n|(?<=\n)\n", "", text))
 

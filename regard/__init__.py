@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from regard.version import __version__
+from regard.version import __version__ as __version__
 
 
 def _is_command_line() -> bool:
@@ -19,41 +19,12 @@ def _is_command_line() -> bool:
     return os.path.basename(program) in ("regard", "regard.exe")
 
 
-# The command line prints its help without torch; its commands import the modules that they need. Lazy attributes (PEP 562)
-# for everyone would not do: `import regard` registers the operators that saved programs call, and the functions `attention`,
-# `merge` and `watch` have the names of submodules.
+# The command line prints its help without torch, and calls `regard.library.load` before it runs a command. Lazy attributes
+# (PEP 562) for everyone would not do: `import regard` registers the operators that saved programs call, and the functions
+# `attention`, `merge` and `watch` have the names of submodules.
 if TYPE_CHECKING or not _is_command_line():
-    from regard import deprecated, nn
-    from regard.attention import attention, explain
-    from regard.backends.choose import record_backends
-    from regard.components import mask, normalizer, position, score, summary
-    from regard.components.summary import AttentionSummary, Summary, Top
-    from regard.merge import merge
-    from regard.plan.cache import clear as clear_caches
-    from regard.watch import watch
+    from regard import library
+    from regard.library import *  # noqa: F403
+    from regard.library import __all__ as __all__
 
-    # The components are public as `regard.mask` and so on, by `import regard.mask` too.
-    for _module in (mask, normalizer, position, score, summary):
-        sys.modules[f"regard.{_module.__name__.rpartition('.')[2]}"] = _module
-
-    deprecated.install()
-    __getattr__ = deprecated.getter("regard")
-
-__all__ = [
-    "AttentionSummary",
-    "Summary",
-    "Top",
-    "__version__",
-    "attention",
-    "clear_caches",
-    "explain",
-    "mask",
-    "merge",
-    "nn",
-    "normalizer",
-    "position",
-    "record_backends",
-    "score",
-    "summary",
-    "watch",
-]
+    library.load()

@@ -19,6 +19,7 @@ NAMES: dict[str, dict[str, str]] = {
     "regard": {"Seen": "AttentionSummary", "chosen": "record_backends"},
     "regard.components.summary": {"Seen": "AttentionSummary"},
     "regard.nn": {"Word": "ComponentModule"},
+    "regard.nn.cell": {"State": "RecurrentState"},
     "regard.watch": {"Compared": "Comparison", "Traced": "Rollout", "Watched": "Recording"},
     "regard.view.data": {"Seen": "PageInput"},
     "regard.apps.look": {"Looked": "LookResult"},

@@ -12,7 +12,20 @@ from test_structure import MODULES
 import regard
 
 # Packages and modules whose examples are held to what they print.
-CHECKED: tuple[str, ...] = ("apps", "attention", "bench", "components", "merge", "plan", "tasks", "view", "watch")
+CHECKED: tuple[str, ...] = (
+    "apps",
+    "attention",
+    "backends.triton",
+    "bench",
+    "components",
+    "merge",
+    "models",
+    "nn",
+    "plan",
+    "tasks",
+    "view",
+    "watch",
+)
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 

@@ -1,6 +1,6 @@
 """The public API is what `public_api.txt` lists: a change to it is a change to that file, and so is seen.
 
-    python tests/test_public_api.py > tests/public_api.txt    # after a change that is meant
+python tests/test_public_api.py > tests/public_api.txt    # after a change that is meant
 """
 
 from __future__ import annotations

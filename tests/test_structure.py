@@ -43,6 +43,7 @@ LAYERS = [
     {"backends.choose"},
     {"attention"},
     {"nn.*", "watch.*", "view.*"},
+    {"library"},
     {"models.*"},
     {"tasks.*"},
     {"apps.*"},

@@ -23,7 +23,6 @@ IDENTIFIERS = {
     "Kept": "Saved",
     "Followed": "SoftmaxTracker",
     "Counted": "RefCountedPatch",
-    "exchanged": "patched",
     "answered_by": "dispatch_to",
     "see_softmax": "on_softmax",
     "is_kept_by_others": "has_saved_tensor_hooks",
@@ -82,7 +81,9 @@ def test_class_names_are_unique() -> None:
 
 def test_names_of_tests_state_behavior() -> None:
     """`test_<unit>_<behavior>`: no names that are riddles."""
-    riddle = re.compile(r"^def (test_(?:\w+_)?(?:what|who|whom|nobody|everybody|it|told|says|said|knows|anew)(?:_\w+)?)\(", re.M)
+    riddle = re.compile(
+        r"^def (test_(?:(?:it|they)_\w+|(?:\w+_)?(?:what|who|whom|nobody|everybody|told|knows|anew)(?:_\w+)?))\(", re.M
+    )
     found = {
         path.relative_to(ROOT).as_posix(): names
         for path in sorted((ROOT / "tests").rglob("test_*.py"))

@@ -74,7 +74,7 @@ class GpuRow:
 
 @dataclass(frozen=True)
 class GpuResult:
-    """The error of a row, and if that is within its budget: times, the value of the metric, and the share of the peak."""
+    """The error of a row and, if that is within its budget, times, the value of the metric and the share of the peak."""
 
     row: GpuRow
     error: Error
@@ -211,7 +211,12 @@ _SUMMARIES = {
 
 
 def rows() -> list[GpuRow]:
-    """Return the rows of the table. Batches have 16,384 tokens of width 2,048."""
+    """Return the rows of the table. Batches have 16,384 tokens of width 2,048.
+
+    >>> from regard.bench.gpu import rows
+    >>> {(row.shape.B * row.shape.L, row.shape.H * row.shape.D) for row in rows() if row.name != "additive"}
+    {(16384, 2048)}
+    """
     bf16, rows = torch.bfloat16, []
     shapes = [Shape(4, 2048 // D, 4096, D) for D in (64, 128)]
     causal = _regard(lambda s, d: {"mask": mask.causal()})

@@ -8,7 +8,7 @@ import torch
 
 from regard.backends.cpu import extension
 
-# The limits, in the order of `Limit` in csrc/problem.h, and their units (1e9 per second).
+# The limits, in the order of `PeakKind` in csrc/problem.h, and their units (1e9 per second).
 LIMITS = {"fp32": "GFLOP/s of multiply-adds", "bf16": "GFLOP/s of VDPBF16PS", "read": "GB/s read of memory"}
 
 # Eight times the last-level cache of the tested machines, so that a loop over the buffer reads memory.

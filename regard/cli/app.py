@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -11,6 +13,7 @@ app = typer.Typer(
     help="Attention you can read: every attention mechanism in one call.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain help, which takes half the time of help formatted by rich
     pretty_exceptions_enable=False,
 )
 console = Console(highlight=False)
@@ -27,6 +30,11 @@ def progress(hidden: bool) -> Progress:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Errors in the arguments are printed in one line, without a traceback."""
     try:
+        given = sys.argv[1:] if arguments is None else arguments
+        if given and "--help" not in given:
+            from regard import library
+
+            library.load()
         app(arguments, prog_name="regard")
     except (ValueError, TypeError, ImportError, OSError) as error:
         line = Text.assemble(("regard: ", "bold red"), str(error))

@@ -34,7 +34,7 @@ def bench(
         Path | None, typer.Option(help="Plot the ratios in this PNG or SVG file.", show_default="no plot")
     ] = None,
 ) -> None:
-    """Compare the speed of regard and other implementations, in one process. Wrong results have no ratio."""
+    """Compare the speed of regard and other implementations. Wrong results have no ratio."""
     if context.invoked_subcommand is None:
         compare(only, quick, as_json, plot)
 

@@ -20,7 +20,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory of the page and the plot.")] = Path("build/demo"),
     quick: Annotated[bool, typer.Option(help="Skip training and the benchmark.")] = False,
 ) -> None:
-    """Show attention step by step, the attention of a pretrained model, a model that is trained, and a benchmark."""
+    """Run a tour of the library. It shows attention step by step, a pretrained model, training, and a benchmark."""
     from regard.apps.demo import SENTENCE, stages
     from regard.apps.look import look
 

@@ -11,7 +11,7 @@ from regard.cli.app import app, console
 
 @app.command()
 def doctor() -> None:
-    """Show the hardware, the optional packages, and which backend serves which problem."""
+    """Show hardware, optional packages, and the backend per problem."""
     import torch
 
     from regard.apps import doctor as diagnosis

@@ -46,7 +46,7 @@ def look(
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Show what a model attends to in a text or a picture, in the terminal and on an HTML page."""
+    """Show what a model attends to in a text or a picture. Prints an overview, and writes an HTML page."""
     from regard.apps.look import look as run
     from regard.apps.look import look_at_record
     from regard.apps.look_at_image import look_at_image

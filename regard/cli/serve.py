@@ -19,7 +19,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 selects any free port.")] = 0,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Show a saved recording of any size in the browser, on this machine only."""
+    """Show a saved recording of any size in the browser. The page is only served to this machine."""
     from regard.apps.look import look_at_record
     from regard.view.data import Data, PageInput
     from regard.view.serve import serving

@@ -58,7 +58,7 @@ def _operand(other: object, sign: str) -> Mask:
 
 
 @dataclass(frozen=True)
-class Pair(Mask):
+class BinaryMask(Mask):
     """Base class of two combined masks."""
 
     left: Mask
@@ -70,7 +70,7 @@ class Pair(Mask):
 
 
 @dataclass(frozen=True)
-class And(Pair):
+class And(BinaryMask):
     """Pairs that both masks allow."""
 
     def allowed(self, tile: Tile) -> Tensor:
@@ -82,7 +82,7 @@ class And(Pair):
 
 
 @dataclass(frozen=True)
-class Or(Pair):
+class Or(BinaryMask):
     """Pairs that at least one mask allows."""
 
     def allowed(self, tile: Tile) -> Tensor:

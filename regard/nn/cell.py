@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard import check
+from regard.deprecated import getter
 from regard.nn.checks import check_batch_indices, check_probability
 
 CellKind = Literal["gru", "lstm"]
@@ -134,3 +135,6 @@ def _lstm_step(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     i, f = torch.sigmoid(i_f).chunk(2, -1)
     cell = torch.addcmul(i * torch.tanh(g), f, cell.to(f.dtype))
     return torch.sigmoid(o) * torch.tanh(cell), cell
+
+
+__getattr__ = getter("regard.nn.cell")

@@ -18,7 +18,7 @@ from torch import Tensor
 from regard.deprecated import getter
 from regard.view import pack
 from regard.view.describe import HABITS, HeadDescription, describe_heads
-from regard.view.record import Record, Rows, Sides, check, label, rows
+from regard.view.record import RecordLike, Rows, Sides, check, label, rows
 from regard.view.token import Reading, read
 
 _MAX_ENTRIES = 4_000_000  # weights per page, about 6 MB; beyond it, rows keep their largest weights only
@@ -35,7 +35,7 @@ class PageInput:
     """
 
     name: str
-    records: Sequence[Record]
+    records: Sequence[RecordLike]
     tokens: Sequence[str]
     key_tokens: Sequence[str] | None = None
 
@@ -173,7 +173,7 @@ class Data:
 
 
 def _layer(
-    record: Record, side: Sides, entries: Rows, descriptions: list[HeadDescription], limit: int
+    record: RecordLike, side: Sides, entries: Rows, descriptions: list[HeadDescription], limit: int
 ) -> dict[str, Any]:
     """Return a layer with the overviews of its heads."""
     cells = _cells(entries, record.queries, record.keys)
@@ -234,7 +234,7 @@ def _max_pool(numbers: Tensor) -> Tensor:
     return numbers.new_zeros(len(numbers), _BINS).scatter_reduce_(1, bins, numbers, "amax")
 
 
-def _distance(record: Record, entries: Rows) -> Tensor | None:
+def _distance(record: RecordLike, entries: Rows) -> Tensor | None:
     """Return the mean distance in tokens between queries and keys, weighted by the listed weights (H,)."""
     if record.kind == "cross":
         return None

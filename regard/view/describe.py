@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.view.record import Record, Rows, Sides
+from regard.view.record import RecordLike, Rows, Sides
 from regard.view.token import Reading, is_punctuation, read
 
 HABITS = {  # pattern: (symbol, name) in the views
@@ -48,7 +48,7 @@ _MIN_ENTROPY = 0.85  # broad: entropy is at least this fraction of the maximum
 
 
 @dataclass(frozen=True)
-class Pair:
+class StrongestPair:
     """A query, a key (positions in their own texts), and the weight between them."""
 
     query: int
@@ -75,7 +75,7 @@ class HeadDescription:
     sentence: str
     entropy: float | None
     max_entropy: float
-    pair: Pair | None
+    pair: StrongestPair | None
 
     @property
     def symbol(self) -> str:
@@ -99,7 +99,7 @@ class _Pattern:
     chance: Tensor  # (L,) the share under uniform attention
 
 
-def describe_heads(record: Record, rows: Rows, sides: Sides) -> list[HeadDescription]:
+def describe_heads(record: RecordLike, rows: Rows, sides: Sides) -> list[HeadDescription]:
     """Return the descriptions of the heads of one record, in order.
 
     >>> from regard import Top
@@ -176,7 +176,7 @@ def _smallest(rows: Rows) -> Tensor:
     return rows.weights.masked_fill(~rows.listed, float("inf")).amin(-1).nan_to_num(posinf=0.0)
 
 
-def _patterns(record: Record, rows: Rows, sides: Sides, keys: Sequence[Reading]) -> list[_Pattern]:
+def _patterns(record: RecordLike, rows: Rows, sides: Sides, keys: Sequence[Reading]) -> list[_Pattern]:
     allowed, at = rows.allowed, rows.keys.clamp(min=0)
     uniform = 1 / _attendable(rows).amax(0).clamp(min=1)
     present = torch.zeros(len(keys), dtype=torch.bool)  # padding is never a target
@@ -281,8 +281,8 @@ def _group_name(rule: _Pattern, rows: Rows, head: int, counts: Tensor, keys: Seq
 
 
 def _strongest(
-    rows: Rows, head: int, record: Record, queries: Sequence[Reading], are_words: Sequence[Tensor]
-) -> Pair | None:
+    rows: Rows, head: int, record: RecordLike, queries: Sequence[Reading], are_words: Sequence[Tensor]
+) -> StrongestPair | None:
     """Return the strongest link of a head: between two different words, unless another one is far stronger.
 
     `are_words` are the masks of the queries (L,) and the keys (S,) that are words.
@@ -300,4 +300,4 @@ def _strongest(
         unmarked = torch.tensor([not r.marker for r in queries])[:, None] & listed
         candidates = weights.masked_fill(~(unmarked if bool((weights * unmarked > 0).any()) else listed), -1.0)
     row, entry = divmod(int(candidates.argmax()), candidates.shape[1])
-    return Pair(row, int(at[row, entry]), float(candidates[row, entry]))
+    return StrongestPair(row, int(at[row, entry]), float(candidates[row, entry]))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from regard.check import error, is_int
 from regard.view.plot import DPI, GAP, KNOWN, MASKED, MAX_CELLS, UNKNOWN, fit_axes, label_ticks, matrix_size, paint
-from regard.view.record import Record, Rows, Sides, check, label, rows
+from regard.view.record import RecordLike, Rows, Sides, check, label, rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ _TILE_CELLS, _TILE_BARS = 40, 32  # cells per side and bars of a head in the gri
 
 
 def heatmap(
-    record: Record, tokens: Sequence[str] | None = None, *, head: int, batch: int = 0,
+    record: RecordLike, tokens: Sequence[str] | None = None, *, head: int, batch: int = 0,
     key_tokens: Sequence[str] | None = None, ax: Axes | None = None,
 ) -> Figure:  # fmt: skip
     """Draw one head as a matrix (L, S): one row per query, one column per key.
@@ -68,7 +68,7 @@ def heatmap(
 
 
 def alignment(
-    record_or_weights: Record | Tensor, tokens: Sequence[str], key_tokens: Sequence[str], *, head: int | None = None,
+    record_or_weights: RecordLike | Tensor, tokens: Sequence[str], key_tokens: Sequence[str], *, head: int | None = None,
     batch: int = 0,
 ) -> Figure:  # fmt: skip
     """Draw an alignment as a matrix (L, S): one row per target token, one column per source token.
@@ -107,7 +107,7 @@ def alignment(
     return _matrix(entries, texts, names, title)
 
 
-def heads(records: Sequence[Record], *, batch: int = 0, show: str = "pattern") -> Figure:
+def heads(records: Sequence[RecordLike], *, batch: int = 0, show: str = "pattern") -> Figure:
     """Draw all heads in a grid: one row per attention call, one column per head.
 
     Args:
@@ -157,7 +157,7 @@ def _check_tokens(**texts: object) -> None:
 
 
 def _sides(
-    name: str, record: Record, batch: object, head: object,
+    name: str, record: RecordLike, batch: object, head: object,
     tokens: Sequence[str] | None = None, key_tokens: Sequence[str] | None = None,
 ) -> Sides:  # fmt: skip
     """Check the arguments and return the sides of a record; without tokens, indices are used instead."""
@@ -256,7 +256,7 @@ def _matrix(
     return fit_axes(ax, inches) if is_new else ax.figure.figure  # the root figure, if the axes are in a subfigure
 
 
-def _mosaic(records: Sequence[Record], batch: int, show: str, count: int, side: float) -> Figure:
+def _mosaic(records: Sequence[RecordLike], batch: int, show: str, count: int, side: float) -> Figure:
     """Draw one tile per head, all in one image: its matrix, or bars of the attention that its keys receive."""
     tiles, exact = [], True
     for record in records:
@@ -289,7 +289,7 @@ def _mosaic(records: Sequence[Record], batch: int, show: str, count: int, side: 
     return _grid(records, values, kinds, cell, title="Attention received", name="share of all", known=", ".join(notes))
 
 
-def _table(records: Sequence[Record], batch: int, show: str, count: int, side: float) -> Figure:
+def _table(records: Sequence[RecordLike], batch: int, show: str, count: int, side: float) -> Figure:
     """Draw one number per head."""
     from matplotlib.colors import Normalize
 
@@ -323,7 +323,7 @@ def _table(records: Sequence[Record], batch: int, show: str, count: int, side: f
     return figure
 
 
-def _grid(records: Sequence[Record], values: Tensor, kinds: Tensor, inches: Sequence[float], **how: Any) -> Figure:
+def _grid(records: Sequence[RecordLike], values: Tensor, kinds: Tensor, inches: Sequence[float], **how: Any) -> Figure:
     """Draw a figure with one row per record and one column per head, of `inches` (height, width) each."""
     count = max(record.heads for record in records)
     size = inches[0] * len(records), inches[1] * count

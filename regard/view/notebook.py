@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from regard.view.page import BUDGET, page
-from regard.view.record import Record
+from regard.view.record import RecordLike
 
 # The frame is sandboxed: page and notebook exchange messages about the selected head, and nothing else.
 _ESM = """
@@ -40,7 +40,7 @@ export default { render };
 
 
 def widget(
-    records: Sequence[Record],
+    records: Sequence[RecordLike],
     tokens: Sequence[str],
     *,
     title: str = "",

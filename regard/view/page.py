@@ -16,13 +16,13 @@ from typing import Any
 
 from regard.view.data import Data, PageInput
 from regard.view.picture import Picture
-from regard.view.record import Record
+from regard.view.record import RecordLike
 
 BUDGET = 20_000_000  # bytes of data, which a browser parses in about a second
 
 
 def page(
-    records: Sequence[Record],
+    records: Sequence[RecordLike],
     tokens: Sequence[str],
     *,
     title: str = "",
@@ -40,7 +40,7 @@ def page(
     heads as fit in `budget` bytes, the most informative ones first (`regard serve` shows all of them).
 
     Args:
-        records: attention calls (see `regard.view.record.Record`), with top weights and keys (B, H, L, k), received
+        records: attention calls (see `regard.view.record.RecordLike`), with top weights and keys (B, H, L, k), received
             (B, H, S) and entropy (B, H, L) in nats.
         tokens: the L tokens of the queries.
         title, subtitle: the headings of the page.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Top(Protocol):
+class TopLike(Protocol):
     """The largest weights of every row, and their keys."""
 
     @property
@@ -23,7 +23,7 @@ class Top(Protocol):
     def keys(self) -> Tensor: ...  # (B,H,L,k) int64, padded with -1
 
 
-class Record(Protocol):
+class RecordLike(Protocol):
     """One attention call of one module, as the views need it."""
 
     @property
@@ -43,7 +43,7 @@ class Record(Protocol):
     @property
     def causal(self) -> bool: ...
     @property
-    def top(self) -> Top: ...
+    def top(self) -> TopLike: ...
     @property
     def received(self) -> Tensor | None: ...  # (B,H,S)
     @property
@@ -66,7 +66,7 @@ class Rows:
     offset: int  # position of the first query in its text
 
 
-def rows(record: Record, batch: int, heads: Sequence[int] | None = None) -> Rows:
+def rows(record: RecordLike, batch: int, heads: Sequence[int] | None = None) -> Rows:
     """Return the rows of one batch entry, of some heads or all. With a cache, the L queries are the last of the S keys.
 
     >>> from regard.watch import watch
@@ -113,7 +113,7 @@ class Sides:
 
 
 def check(
-    records: Sequence[Record], tokens: Sequence[str], key_tokens: Sequence[str] | None, batch: int
+    records: Sequence[RecordLike], tokens: Sequence[str], key_tokens: Sequence[str] | None, batch: int
 ) -> list[Sides]:
     """Return the sides of every record.
 
@@ -144,7 +144,7 @@ def check(
     return [_sides(record, tokens, key_tokens) for record in records]
 
 
-def _sides(record: Record, tokens: Sequence[str], key_tokens: Sequence[str] | None) -> Sides:
+def _sides(record: RecordLike, tokens: Sequence[str], key_tokens: Sequence[str] | None) -> Sides:
     length, size = record.queries, record.keys
     description = f"record {record.name!r} (layer {record.layer}, {record.kind}, L={length}, S={size})"
     if record.kind == "cross":
@@ -165,7 +165,7 @@ def _sides(record: Record, tokens: Sequence[str], key_tokens: Sequence[str] | No
     raise ValueError(f"{lengths}: expected {size}, the keys of {description}")
 
 
-def label(record: Record, sides: Sides) -> str:
+def label(record: RecordLike, sides: Sides) -> str:
     """Return the name of a record in the views: "layer 3", "encoder layer 3", "cross layer 3", "layer 3, call 1".
 
     >>> from regard.watch import watch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from regard.view.describe import HABITS, HeadDescription, describe_heads
-from regard.view.record import Record, check, label, rows
+from regard.view.record import RecordLike, check, label, rows
 from regard.view.token import Reading, read
 
 if TYPE_CHECKING:
@@ -58,13 +58,13 @@ class _Layer:
 
 
 def terminal(
-    records: Sequence[Record], tokens: Sequence[str], *, batch: int = 0, key_tokens: Sequence[str] | None = None
+    records: Sequence[RecordLike], tokens: Sequence[str], *, batch: int = 0, key_tokens: Sequence[str] | None = None
 ) -> RenderableType:
     """Return a rich renderable that summarizes what every head attends to. It adapts to the width of the console, and to
     consoles without colors or Unicode.
 
     Args:
-        records: attention calls (see `regard.view.record.Record`), with top weights and keys (B, H, L, k), received
+        records: attention calls (see `regard.view.record.RecordLike`), with top weights and keys (B, H, L, k), received
             (B, H, S) and entropy (B, H, L) in nats.
         tokens: the L tokens of the queries.
         batch: the index in B that is shown.

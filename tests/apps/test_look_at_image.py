@@ -68,22 +68,22 @@ def shown(document: str) -> Image.Image:
 
 
 def test_weights_match_eager_attention(vit: str, picture: Path) -> None:
-    looked = look_at_image(picture, vit)
-    assert looked.tokens == ["[CLS]", *NAMES] == looked.recording.tokens
-    assert (looked.text, looked.note) == ("house.png", "")
+    result = look_at_image(picture, vit)
+    assert result.tokens == ["[CLS]", *NAMES] == result.recording.tokens
+    assert (result.text, result.note) == ("house.png", "")
     processor = transformers.ViTImageProcessorPil.from_pretrained(vit)
     eager = transformers.AutoModel.from_pretrained(vit, attn_implementation="eager").eval()
     with torch.no_grad():
         inputs = processor(Image.open(picture), return_tensors="pt")
         reference = eager(**inputs, output_attentions=True).attentions
-    assert len(looked.recording) == len(reference) == 2
-    for record, weights in zip(looked.recording, reference, strict=True):
+    assert len(result.recording) == len(reference) == 2
+    for record, weights in zip(result.recording, reference, strict=True):
         assert (dense_weights(record) - weights).abs().max() <= 32 * EPS
 
 
 def test_page_shows_the_processed_picture(vit: str, picture: Path, opened: Opener) -> None:
-    looked = look_at_image(picture, vit)
-    document = page(looked.recording, looked.tokens, title=looked.model, picture=looked.picture)
+    result = look_at_image(picture, vit)
+    document = page(result.recording, result.tokens, title=result.model, picture=result.picture)
     expected = Image.open(picture).resize((32, 32), Image.Resampling.BILINEAR)
     assert shown(document).tobytes() == expected.tobytes()
     tab = opened(document, at="#0.0")
@@ -108,10 +108,10 @@ FAMILIES = {
 def test_tokens_before_the_patches(family: str, picture: Path, tmp_path: Path) -> None:
     """Each family has its own extra tokens; the processor crops the center of the picture."""
     config, own = FAMILIES[family]
-    looked = look_at_image(picture, saved(tmp_path, config, "BitImageProcessorPil"))
-    assert looked.tokens == [*own, *NAMES]
-    assert {(record.queries, record.keys) for record in looked.recording} == {(len(own) + 16,) * 2}
-    document = page(looked.recording, looked.tokens, picture=looked.picture)
+    result = look_at_image(picture, saved(tmp_path, config, "BitImageProcessorPil"))
+    assert result.tokens == [*own, *NAMES]
+    assert {(record.queries, record.keys) for record in result.recording} == {(len(own) + 16,) * 2}
+    document = page(result.recording, result.tokens, picture=result.picture)
     assert block(document)["picture"]["first"] == len(own)
     middle = Image.open(picture).resize((54, 36), Image.Resampling.BICUBIC).crop((11, 2, 43, 34))
     assert shown(document).tobytes() == middle.tobytes()
@@ -120,10 +120,10 @@ def test_tokens_before_the_patches(family: str, picture: Path, tmp_path: Path) -
 def test_picture_is_cropped_to_whole_patches(picture: Path, tmp_path: Path) -> None:
     """A model that takes any size ignores what is beyond the last whole patch, and so does the page."""
     model = saved(tmp_path, transformers.Dinov2Config(**SMALL, image_size=36, patch_size=12))
-    looked = look_at_image(picture, model, top=3)
-    assert looked.tokens == ["[CLS]", "0,0", "0,1", "1,0", "1,1"]
-    assert looked.recording[0].top.weights.shape[-1] == 3
-    assert shown(page(looked.recording, looked.tokens, picture=looked.picture)).size == (24, 24)
+    result = look_at_image(picture, model, top=3)
+    assert result.tokens == ["[CLS]", "0,0", "0,1", "1,0", "1,1"]
+    assert result.recording[0].top.weights.shape[-1] == 3
+    assert shown(page(result.recording, result.tokens, picture=result.picture)).size == (24, 24)
 
 
 def test_missing_processor_config_uses_defaults_and_says_so(vit: str, picture: Path, tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_missing_processor_config_uses_defaults_and_says_so(vit: str, picture: P
     for file in Path(vit).iterdir():
         if file.name != "preprocessor_config.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    looked, prepared = look_at_image(picture, str(tmp_path)), look_at_image(picture, vit)
-    assert "The model has no preprocessor_config.json: the picture was resized to 32 x 32" in looked.note
-    for a, b in zip(looked.recording, prepared.recording, strict=True):
+    result, prepared = look_at_image(picture, str(tmp_path)), look_at_image(picture, vit)
+    assert "The model has no preprocessor_config.json: the picture was resized to 32 x 32" in result.note
+    for a, b in zip(result.recording, prepared.recording, strict=True):
         assert (dense_weights(a) - dense_weights(b)).abs().max() <= 32 * EPS
 
 
@@ -144,7 +144,7 @@ def run(*arguments: str) -> None:
 
 
 def test_look_command_with_image(vit: str, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, saved_recording = tmp_path / "page.html", tmp_path / "seen.safetensors"
+    out, saved_recording = tmp_path / "page.html", tmp_path / "recording.safetensors"
     run("--image", str(picture), "--model", vit, "--out", str(out), "--save", str(saved_recording))
     output = capsys.readouterr().out
     assert "2 layers × 4 heads over 17 tokens" in output

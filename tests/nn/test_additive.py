@@ -286,7 +286,7 @@ def _f32(*shape: int) -> Tensor:
         (
             {"key": Memory(_f32(B, S, DK), _f32(B, S, E))},
             ValueError,
-            r"the keys of the memory is a float32 tensor of shape \(3, 7, 11\); expected \(B, S, 13\), by `remember` of "
+            r"the keys of the memory is a float32 tensor of shape \(3, 7, 11\); expected \(B, S, 13\), from `remember` of "
             r"this layer",
         ),
     ],

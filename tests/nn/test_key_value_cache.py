@@ -203,8 +203,8 @@ def test_invalid_cache_operations_raise() -> None:
         ValueError, match=r"^KeyValueCache: the cache is fixed; expected a growing one, KeyValueCache\(\)"
     ):
         KeyValueCache(K, V, fixed=True).append(K, V)
-    with pytest.raises(TypeError, match=r"^KeyValueCache: keys is None; expected floats"):
+    with pytest.raises(TypeError, match=r"^KeyValueCache: keys is None; expected a float tensor"):
         KeyValueCache(fixed=True)
     for kind, rows in ((TypeError, [0]), (TypeError, torch.tensor([True])), (ValueError, torch.tensor(0))):
-        with pytest.raises(kind, match=r"^KeyValueCache: rows is .*; expected int64 of shape"):
+        with pytest.raises(kind, match=r"^KeyValueCache: rows is .*; expected an int64 tensor of shape"):
             KeyValueCache(K, V).reorder(rows)

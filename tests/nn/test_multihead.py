@@ -226,7 +226,7 @@ def test_nested_tensors_match_single_sequences() -> None:
     with pytest.raises(ValueError, match=r"^MultiheadAttention: query is nested; expected no key_padding_mask"):
         layer(nested, key_padding_mask=torch.zeros(3, 5, dtype=torch.bool))
     with pytest.raises(
-        ValueError, match=r"^MultiheadAttention: query is nested; expected batch_first, and no other key"
+        ValueError, match=r"^MultiheadAttention: query is nested; expected batch_first=True and self-attention"
     ):
         layer(nested, rows[0])
 

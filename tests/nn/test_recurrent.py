@@ -10,7 +10,7 @@ from support import budget
 from support.formulas import additive, close, lengths_allow, luong_weights, randn, same, shaken, softmax
 from torch import Tensor
 
-from regard import Summary, chosen, mask
+from regard import Summary, mask, record_backends
 from regard.nn.additive import AdditiveAttention
 from regard.nn.cell import RecurrentState
 from regard.nn.luong import LuongAttention
@@ -185,7 +185,7 @@ def test_float32_error_is_within_that_of_loop(order: str, cell: Any) -> None:
     layer, (x, memory, state) = make(order, cell), given(1, cell)
     x, memory, *state = (None if y is None else y.detach().float() for y in (x, memory, state.hidden, state.cell))
     start, parameters = RecurrentState(*state), leaves(layer.float(), RecurrentState(torch.zeros(0)))[1:]
-    with chosen() as ran:
+    with record_backends() as ran:
         out, _ = layer(x, memory, mask.lengths(N), start)
         dout = torch.randn_like(out)
         got = [out, *torch.autograd.grad(out, parameters, dout)]
@@ -237,7 +237,7 @@ def test_memory_is_projected_once() -> None:
 def test_luong_without_input_feeding_runs_in_parallel() -> None:
     layer, (x, memory, state) = make("luong").float(), given()
     x, memory, hidden = (y.float() for y in (x, memory, state.hidden))
-    with chosen() as ran:
+    with record_backends() as ran:
         layer(x, memory, mask.lengths(N), hidden)
     assert len(ran) == 1
 

@@ -1,7 +1,7 @@
 """Compile the Triton kernels without a GPU: `python tests/support/compile_triton.py ARCHITECTURE [NAME ...]`.
 
-ARCHITECTURE is a number such as 90. Triton's compiler and NVIDIA's assembler, which comes with it, need no GPU. Prints one
-line of JSON per kernel:
+ARCHITECTURE is a number such as 90. Triton's compiler and NVIDIA's assembler, which comes with it, need no GPU. Prints
+one line of JSON per kernel:
 
     registers            registers per thread
     spilled              bytes of stack per thread
@@ -72,13 +72,17 @@ def compile_only(kernel: Any, grid: tuple[int, ...], config: tuning.LaunchConfig
     loops, spills = _loops(code)
     usage = dict(part.split(":") for part in usage_text.split() if part.count(":") == 1 and part[0] in "RS")
     ptx = compiled.asm["ptx"]
-    print(
-        json.dumps({
-            "kernel": kernel.__name__, "registers": int(usage["REG"]), "spilled": int(usage["STACK"]),
-            "spills in loops": spills, "loops": loops, "shared": compiled.metadata.shared, "products": ptx.count("wgmma.mma_async.sync") + ptx.count("mma.sync"),
-            "powers": ptx.count("ex2.approx"),
-        }), flush=True,
-    )  # fmt: skip
+    report = {
+        "kernel": kernel.__name__,
+        "registers": int(usage["REG"]),
+        "spilled": int(usage["STACK"]),
+        "spills in loops": spills,
+        "loops": loops,
+        "shared": compiled.metadata.shared,
+        "products": ptx.count("wgmma.mma_async.sync") + ptx.count("mma.sync"),
+        "powers": ptx.count("ex2.approx"),
+    }
+    print(json.dumps(report), flush=True)
 
 
 def _dump(file: str, option: str) -> str:

@@ -84,7 +84,7 @@ def test_port_in_use_raises(port: int) -> None:
 
 
 def test_serve_command_serves_a_saved_recording(tmp_path: Path) -> None:
-    path = tmp_path / "seen.safetensors"
+    path = tmp_path / "recording.safetensors"
     Recording(RECORDS, TOKENS).save(path)
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "regard.cli", "serve", str(path)], stdout=subprocess.PIPE, text=True

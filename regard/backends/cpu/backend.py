@@ -45,22 +45,22 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     if q.device.type != "cpu":
         return f"the tensors are on {q.device.type}"
     if not isinstance(plan.score, Product | Additive):
-        return f"it has no score but the dot product and the additive one, and {type(plan.score).__name__} is neither"
+        return f"it supports dot-product and additive scores, not {type(plan.score).__name__}"
     if not isinstance(plan.normalizer, tuple(NORMALIZERS)):
-        return f"it has none of the normalizers in Python, and {type(plan.normalizer).__name__} is one"
+        return f"it supports built-in normalizers, not {type(plan.normalizer).__name__}"
     if q.dtype not in DTYPES or k.dtype not in DTYPES or v.dtype not in DTYPES:
-        return "it computes in float32, and float64 was given"
+        return "it computes in float32, and the tensors are float64"
     if not (q.numel() and k.numel() and v.numel()):
         return "an axis has size zero"
     if plan.nonfinite_q is not None and not torch.compiler.is_compiling():
         # In a compiled graph the values are unknown: there each call checks them, and `tiled` computes the nonfinite case.
-        return "queries, keys or values hold NaN or inf, under a mask"
+        return "queries, keys or values contain NaN or inf, under a mask"
     if plan.bias is not None and not isinstance(plan.bias, TensorBias | ALiBi | T5):
-        return f"it has no bias but a tensor, ALiBi and T5, and {type(plan.bias).__name__} is none"
+        return f"it supports tensors, ALiBi and T5 as a bias, not {type(plan.bias).__name__}"
     if not can_encode(plan.mask):
-        return "it has no masks in Python"
+        return "it does not support masks in Python"
     if plan.summary.top > _MAX_TOP:
-        return f"it gives no more than the {_MAX_TOP} largest weights"
+        return f"it returns at most the {_MAX_TOP} largest weights"
     return None
 
 
@@ -105,10 +105,9 @@ def backward(
     out, stats, exact = saved
     dout = torch.zeros_like(out) if dout is None else dout
     needed = needed_grads(plan, tuple(needs_grad))
-    grads = extension.ops.backward.default(
-        exact if exact.numel() else out, contiguous_rows(dout), stats, None if dlse is None else dlse.contiguous(), *arguments,
-        needed.bits,
-    )  # fmt: skip
+    dlse = None if dlse is None else dlse.contiguous()
+    out = exact if exact.numel() else out
+    grads = extension.ops.backward.default(out, contiguous_rows(dout), stats, dlse, *arguments, needed.bits)
     results: list[Tensor | None] = [None] * len(tensors)
     results[:3] = [g if is_needed else None for g, is_needed in zip(grads, needs_grad[:3], strict=False)]
     if len(tensors) == 3:

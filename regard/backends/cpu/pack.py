@@ -95,7 +95,8 @@ def pack(plan: Plan, tensors: Sequence[Tensor]) -> tuple[PackedArgs, tuple[Any, 
     args = _packed_args(plan, shapes, allow_bf16_dot)
     q, k, v = tensors[:3]
     return args, (
-        contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), [make(tensors) for make in args.tensors], args.present_mask,
+        contiguous_rows(q), contiguous_rows(k), contiguous_rows(v),
+        [make(tensors) for make in args.tensors], args.present_mask,
         # Subclasses, such as fake tensors, must not be mixed with a cached tensor.
         args.packed if type(q) in (Tensor, torch.nn.Parameter) else torch.tensor(args.integers, device="cpu"),
         int(tensors[plan.seed.index]) if plan.dropout else 0,

@@ -59,9 +59,9 @@ def score_grad_kernel(v, dout, chunk, saved, args):
     g = head // (args.sizes.H // args.sizes.G)
     is_visited = tile_q * args.config.queries < args.sizes.L
     if chunk.tile_kinds is not None:
-        row = b * chunk.batch_stride * tl.cdiv(args.sizes.L, args.config.queries) + tile_q
-        at = row * tl.num_programs(0) + tile_k
-        is_visited = is_visited & (tl.load(chunk.tile_kinds + at, mask=is_visited, other=EMPTY) < EMPTY)
+        tile_row = b * chunk.batch_stride * tl.cdiv(args.sizes.L, args.config.queries) + tile_q
+        kind_at = tile_row * tl.num_programs(0) + tile_k
+        is_visited = is_visited & (tl.load(chunk.tile_kinds + kind_at, mask=is_visited, other=EMPTY) < EMPTY)
     if is_visited:
         query = tile_q * args.config.queries + tl.arange(0, args.config.queries)
         key = tile_k * args.config.keys + tl.arange(0, args.config.keys)
@@ -122,8 +122,8 @@ def additive_grad_kernel(own, other, ds, dx, dweight, chunk, args, is_keys: tl.c
             other=0.0,
         )
         # sum_j ds_j tanh' / 4 and sum_j ds_j tanh / 2
-        sum_tanh_grad = tl.zeros([own_tile_size, args.config.D_padded], tl.float32)
-        sum_tanh = tl.zeros([own_tile_size, args.config.D_padded], tl.float32)
+        grad_sum = tl.zeros([own_tile_size, args.config.D_padded], tl.float32)
+        tanh_sum = tl.zeros([own_tile_size, args.config.D_padded], tl.float32)
         ds_head = (b * args.sizes.H + head).to(tl.int64) * chunk.rows * args.sizes.S
         for n in range(end):
             other_tile = nth_tile(args, start, n)
@@ -157,8 +157,8 @@ def additive_grad_kernel(own, other, ds, dx, dweight, chunk, args, is_keys: tl.c
                         x_j = tl.load(other.x + x_at + args.config.D, mask=mask_j, other=0.0)[None, :]
                         tanh_i, grad_i = tanh(own_x + x_i, args)
                         tanh_j, grad_j = tanh(own_x + x_j, args)
-                        sum_tanh_grad += 0.25 * (ds_i * grad_i + ds_j * grad_j)
-                        sum_tanh += 0.5 * (ds_i * tanh_i + ds_j * tanh_j)
+                        grad_sum += 0.25 * (ds_i * grad_i + ds_j * grad_j)
+                        tanh_sum += 0.5 * (ds_i * tanh_i + ds_j * tanh_j)
                     else:
                         t = 1.0 + own_exp * tl.load(other.exp + x_at, mask=mask_i, other=0.0)[None, :]
                         u = 1.0 + own_exp * tl.load(other.exp + x_at + args.config.D, mask=mask_j, other=0.0)[None, :]
@@ -169,12 +169,12 @@ def additive_grad_kernel(own, other, ds, dx, dweight, chunk, args, is_keys: tl.c
                         else:
                             f_i = 1.0 / t
                             f_j = 1.0 / u
-                        sum_tanh_grad += ds_i * (f_i - f_i * f_i) + ds_j * (f_j - f_j * f_j)
-                        sum_tanh += ds_i * (0.5 - f_i) + ds_j * (0.5 - f_j)
-        total += sum_tanh_grad * (4.0 * weight)[None, :]
+                        grad_sum += ds_i * (f_i - f_i * f_i) + ds_j * (f_j - f_j * f_j)
+                        tanh_sum += ds_i * (0.5 - f_i) + ds_j * (0.5 - f_j)
+        total += grad_sum * (4.0 * weight)[None, :]
         if dweight is not None:
             weight_at = ((b * args.sizes.H + head).to(tl.int64) * own.tiles + tile) * args.config.D + column
-            tl.store(dweight + weight_at, tl.sum(sum_tanh, 0) * 2.0, mask=column < args.config.D)
+            tl.store(dweight + weight_at, tl.sum(tanh_sum, 0) * 2.0, mask=column < args.config.D)
     tl.store(dx + at, tl.load(dx + at, mask=inside, other=0.0) + total, mask=inside)
 
 

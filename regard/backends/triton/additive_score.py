@@ -78,7 +78,13 @@ def prepare(q: Tensor, k: Tensor, weight: Tensor, queries: int, keys: int) -> Ad
 
 
 def max_exponents(x: Tensor, rows: int) -> Tensor:
-    """The largest absolute exponent in each tile of `rows` columns of x; inf where tanh itself is to be computed."""
+    """Return the largest absolute exponent in each tile of `rows` columns of x; inf where tanh itself is computed.
+
+    >>> from regard.backends.triton.additive_score import max_exponents
+    >>> x = torch.tensor([1.0, -2.0, 3.0, 40.0]).expand(8, 4)
+    >>> (max_exponents(x, rows=2) / max_exponents(x, rows=1)[0]).tolist()  # |x| up to 2; beyond 30
+    [2.0, inf]
+    """
     largest = x.abs().amax(-2) * TWO_LOG2E
     largest = torch.where(largest <= _MAX_EXPONENT, largest, torch.inf)  # NaN becomes inf, too
     if x.shape[-2] < _MIN_LENGTH:

@@ -73,7 +73,12 @@ def _unsupported_gpu(device: torch.device) -> str | None:
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
-    """Return why it cannot serve a problem; None if it can."""
+    """Return why it cannot serve a problem; None if it can.
+
+    >>> q = torch.zeros(1, 1, 2, 512)
+    >>> regard.explain(q, q, q).reasons["triton"]
+    'the width is 512; it supports up to 256'
+    """
     q, k, v = tensors[:3]
     if q.device.type != "cuda" and not (q.device.type == "cpu" and is_interpreted()):
         return f"the tensors are on {q.device.type}"

@@ -29,7 +29,7 @@ OVER_DIAGONAL: tl.constexpr = tl.constexpr(3)
 class BiasGrad(NamedTuple):
     """The destination of the sums, and what they are taken over."""
 
-    # Over heads (b, h, L, S), over queries (B, H, S), over keys (B, H, L), over diagonals (H, diagonals, queries, keys).
+    # Over heads (b, h, L, S), queries (B, H, S), keys (B, H, L), or diagonals (H, diagonals, queries, keys).
     pointer: Any
     tile_kinds: Any  # (B|1, R, C), from `classify_tiles`; None without a mask
     batch_stride: Any  # 1 if each batch row has tile kinds of its own, else 0
@@ -120,6 +120,11 @@ def sum_by_distance(diagonals: Tensor, S: int) -> Tensor:
     """Convert sums over diagonals of T x T tiles (H, diagonals, T, T) into sums by distance (H, n).
 
     Element query - key + S - 1 holds the sum of the pairs at that distance.
+
+    >>> from regard.backends.triton.bias_grad import sum_by_distance
+    >>> ones = torch.ones(1, 1, 2, 2)  # one tile of 2 queries and 2 keys
+    >>> sum_by_distance(ones, S=2)[0, :3].tolist()
+    [1.0, 2.0, 1.0]
     """
     H, count, T, _ = diagonals.shape
     # Shift each row one element further to the right than the row above: then each column holds one distance.

@@ -209,12 +209,22 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], config: tuning.LaunchConfi
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """Return a tensor whose last dimension is contiguous."""
+    """Return a tensor whose last dimension is contiguous.
+
+    >>> from regard.backends.triton.call import contiguous_rows
+    >>> contiguous_rows(torch.zeros(1, 2, 3, 4).mT).stride()
+    (24, 12, 3, 1)
+    """
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def padded_width(width: int) -> int:
-    """Return the width of a tile that holds rows of this width: a power of 2 of at least 16, as `tl.dot` requires."""
+    """Return the width of a tile that holds rows of this width: a power of 2 of at least 16, as `tl.dot` requires.
+
+    >>> from regard.backends.triton.call import padded_width
+    >>> [padded_width(width) for width in (8, 16, 65)]
+    [16, 16, 128]
+    """
     return max(_next_power_of_two(width), 16)
 
 

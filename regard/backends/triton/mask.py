@@ -91,7 +91,14 @@ class EncodedMask(NamedTuple):
 
 
 def encode_mask(mask: Mask, size: Sizes) -> EncodedMask:
-    """Encode a mask whose slots are filled. A literal that occurs twice is stored once."""
+    """Encode a mask whose slots are filled. A literal that occurs twice is stored once.
+
+    >>> from regard.backends.triton.mask import encode_mask
+    >>> from regard.components.tile import Sizes
+    >>> encoded = encode_mask(mask.window(4, 0, align="start"), Sizes(B=1, H=1, G=1, L=8, S=8))
+    >>> encoded.terms, encoded.integers  # kind 0, not negated, last of its term; offset, left, right
+    (((0, False, True, 0, 0),), (0, 4, 0))
+    """
     encoded: dict[int, tuple[int, int, int]] = {}
     tensors: list[Tensor] = []
     integers: list[int] = []
@@ -112,7 +119,15 @@ Term = tuple[tuple[Mask, bool], ...]  # a conjunction of masks, each with whethe
 
 
 def to_normal_form(mask: Mask, is_negated: bool = False) -> list[Term]:
-    """Return the terms whose disjunction is the mask, or its negation."""
+    """Return the terms whose disjunction is the mask, or its negation.
+
+    >>> from regard.backends.triton.mask import to_normal_form
+    >>> a, b, c = mask.causal(), mask.window(4, 0), mask.prefix(2)
+    >>> [len(term) for term in to_normal_form(a & (b | c))]  # (a & b) | (a & c)
+    [2, 2]
+    >>> [len(term) for term in to_normal_form(~(a & b & c))]  # ~a | ~b | ~c
+    [1, 1, 1]
+    """
     if isinstance(mask, Not):
         return to_normal_form(mask.inner, not is_negated)
     if not isinstance(mask, And | Or):
@@ -182,6 +197,13 @@ def list_tiles(
     Returns:
         The lists (B|1, R, C), int32, and how many tiles are full and partial (B|1, R, 2), int32. What follows these in
         a list is unspecified.
+
+    >>> from regard.backends.triton.mask import list_tiles
+    >>> from regard.components.tile import Sizes
+    >>> causal, size = mask.causal(align="start"), Sizes(B=1, H=1, G=1, L=32, S=32)
+    >>> order, counts = list_tiles(causal, (), size, queries=16, keys=16, device=torch.device("cpu"), transposed=False)
+    >>> order[0, 1].tolist(), counts[0].tolist()  # the second row of tiles: tile 0 is full, tile 1 is partial
+    ([0, 1], [[0, 1], [1, 1]])
     """
     # Tensors made while a CUDA graph is captured belong to the graph.
     if slots(mask) or is_capturing(device):
@@ -199,7 +221,14 @@ def _current_stream(device: torch.device) -> int | None:
 
 
 def classify_tiles(mask: Mask, size: Sizes, queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return the kind of each tile, int8 (B|1, R, C). A tile that reaches past the end is never FULL."""
+    """Return the kind of each tile, int8 (B|1, R, C). A tile that reaches past the end is never FULL.
+
+    >>> from regard.backends.triton.mask import classify_tiles
+    >>> from regard.components.tile import Sizes
+    >>> size = Sizes(B=1, H=1, G=1, L=32, S=40)
+    >>> classify_tiles(mask.causal(align="start"), size, 16, 16, torch.device("cpu"))[0].tolist()
+    [[1, 2, 2], [0, 1, 2]]
+    """
     grid = Grid.of(size, queries, keys, device)
     some, full = (x.expand(-1, grid.first_query.shape[0], grid.first_key.shape[1]) for x in mask.coverage(grid))
     inside = (grid.first_query + queries <= size.L) & (grid.first_key + keys <= size.S)

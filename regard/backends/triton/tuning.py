@@ -106,7 +106,12 @@ def launch_config(kernel: str, dtype: torch.dtype, width: int, device: torch.dev
 
 
 def fit_shared_memory(config: LaunchConfig, row_bytes: int, limit: int) -> LaunchConfig:
-    """Reduce the stages, and then the keys per tile, until a program fits into `limit` bytes of shared memory."""
+    """Reduce the stages, and then the keys per tile, until a program fits into `limit` bytes of shared memory.
+
+    >>> from regard.backends.triton.tuning import LaunchConfig, fit_shared_memory
+    >>> fit_shared_memory(LaunchConfig(64, 64, warps=4, stages=2), row_bytes=512, limit=99 << 10)
+    LaunchConfig(queries=64, keys=32, warps=4, stages=1)
+    """
     while _shared_memory(config, row_bytes) > limit and (config.stages > 1 or config.keys > _MIN_KEYS):
         fewer = {"stages": config.stages - 1} if config.stages > 1 else {"keys": config.keys // 2}
         config = replace(config, **fewer)

@@ -69,8 +69,8 @@ class AttentionPool2d(nn.Module):
 
     def forward(self, x: Tensor, *, summary: Summary | None = None) -> Tensor | tuple[Tensor, AttentionSummary]:
         """Map x (B, C, H, W) to (B, out). With `summary`, return a pair of it and an `AttentionSummary` of one query,
-        (B, heads, 1). Its keys are the positions in row-major order. With `mean`, the mean is the first key, so position
-        (r, c) is key 1 + r W + c.
+        (B, heads, 1). Its keys are the positions in row-major order. With `mean`, the mean is the first key, so
+        position (r, c) is key 1 + r W + c.
         """
         check_map("AttentionPool2d: x", x, self.channels)
         tokens = to_tokens(self.position(x))

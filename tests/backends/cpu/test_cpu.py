@@ -30,7 +30,7 @@ def test_native_kernels_are_available() -> None:
 # Unsupported problems, by a part of the reason.
 _REFUSED = {
     "float64": {"dtype": torch.float64},
-    "Python": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
+    "FunctionScore": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
     "masks in Python": {"mask": "a", "mask a": "where"},
     "64 largest": {"summary": "top", "top": 90},
     "NaN or inf": {"mask": "a", "mask a": "causal", "nonfinite": "masked", "align": -3},

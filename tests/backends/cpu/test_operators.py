@@ -306,6 +306,6 @@ def test_custom_mask_falls_back_to_another_backend() -> None:
     q = torch.randn(1, 2, 5, 7)
     for of in (Even(), mask.causal() & ~Even()):
         reasons = regard.explain(q, q, q, mask=of).reasons
-        assert reasons["cpu"] == "it has no masks in Python"
+        assert reasons["cpu"] == "it does not support masks in Python"
         out = regard.attention(q, q, q, mask=of)
         torch.testing.assert_close(out, regard.attention(q, q, q, mask=of, backend="reference"))

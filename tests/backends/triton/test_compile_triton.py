@@ -35,8 +35,8 @@ def test_causal_kernels_use_matrix_units_without_spills_in_loops() -> None:
 
 
 def test_additive_scores_use_few_exponentials() -> None:
-    """Each thread of the forward kernel has 32 elements of a tile. The kernel contains exponentials for the weights and for
-    tanh itself, each in the loops over full and partial tiles, but none for each of the 64 columns.
+    """Each thread of the forward kernel has 32 elements of a tile. The kernel contains exponentials for the weights and
+    for tanh itself, each in the loops over full and partial tiles, but none for each of the 64 columns.
     """
     forward, *_ = _compile(90, "additive, causal")["additive, causal"]
     assert forward["powers"] < 6 * 32 and not forward["spilled"], forward
