@@ -160,10 +160,8 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, summary: Summary | None, **argumen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_same_outputs(dtype: torch.dtype) -> None:
-    """Every time, on any number of threads, wherever in a batch, and whatever else is asked for: splits go by the sizes of
-    the problem alone, and are merged in their order.
-    """
+def test_results_are_bitwise_reproducible(dtype: torch.dtype) -> None:
+    """For any number of threads, batch and summary: splits depend on sizes only, and are merged in order."""
     q, k, v = (x.to(dtype) for x in _qkv(5, 1, 9000, (8, 2)))
     arguments: dict[str, Any] = {"mask": mask.prefix(8500), "softcap": 4.0}
     summary = Summary(lse=True, max=True, entropy=True, top=4)
