@@ -10,7 +10,7 @@ from support import budget
 from support.formulas import additive, close, lengths_allow, randn, same, shaken, softmax
 from torch import Tensor, nn
 
-from regard import Summary, chosen, mask, normalizer
+from regard import Summary, mask, normalizer, record_backends
 from regard.components.mask import Mask
 from regard.nn.additive import AdditiveAttention
 from regard.nn.memory import Memory
@@ -74,7 +74,7 @@ def test_float32_error_is_within_that_of_formula(L: int, width: int) -> None:
     query, key, n = torch.randn(B, L, DQ), torch.randn(B, 37, DK), torch.tensor([37, 5, 20])
     allowed = lengths_allow(n, L, 37)
     found = []
-    with chosen() as ran:
+    with record_backends() as ran:
         found.append(layer(query, key, mask=mask.lengths(n)))
     assert set(ran) == {"cpu"}
     found.append(softmax(additive(layer, query, key), allowed) @ key)

@@ -158,7 +158,7 @@ def test_state_dict_round_trip() -> None:
 
 
 @pytest.mark.parametrize(("kind", "given", "message"), [
-    (ValueError, {"mask": torch.full((L, L), -math.inf)}, "mask has elements other than 0 and 1; expected .* of 0 and 1 \(True or 1 = may attend\)"),
+    (ValueError, {"mask": torch.full((L, L), -math.inf)}, r"mask has elements other than 0 and 1; expected .* of 0 and 1 \(True or 1 = may attend\)"),
     (TypeError, {"mask": [[1, 0]]}, r"mask is \[\[1, 0\]\]; expected one of regard.mask, or a tensor of bools"),
     (ValueError, {"mask": torch.ones(1, B, 1, L, L)}, r"mask is a float32 tensor of shape \(1, 3, 1, 5, 5\); expected one of"),
 ])  # fmt: skip

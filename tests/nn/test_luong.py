@@ -9,7 +9,7 @@ import torch
 from support import budget
 from support.formulas import close, luong_weights, randn, same, shaken
 
-from regard import Summary, chosen, mask
+from regard import Summary, mask, record_backends
 from regard.nn.luong import LuongAttention
 
 B, L, S, D, E, REACH = 3, 5, 17, 7, 2, 2
@@ -113,7 +113,7 @@ def test_float32_error_is_within_that_of_equations(score: Any, L: int) -> None:
     layer = make(score, "predictive").float()
     query, key = torch.randn(B, L, D), torch.randn(B, S, layer.key_width)
     leaves = [*layer.parameters()]
-    with chosen() as ran:
+    with record_backends() as ran:
         got = layer(query, key, mask=mask.lengths(N))
         dout = torch.randn_like(got)
         got = [got, *torch.autograd.grad(got, leaves, dout)]

@@ -11,7 +11,7 @@ from support import budget
 from support.formulas import close, lengths_allow, randn, same, shaken, softmax
 from torch import Tensor, nn
 
-from regard import Summary, chosen, mask
+from regard import Summary, mask, record_backends
 from regard.nn.pooling import AdditivePooling, AttentionPooling, KernelPooling
 
 B, S, WIDTH, HIDDEN = 3, 7, 12, 5
@@ -89,7 +89,7 @@ def test_pooling_is_independent_of_batch_padding_and_order(name: str) -> None:
 @EVERY
 def test_float32_error_is_within_that_of_formula(name: str) -> None:
     layer, x = make(name).float(), torch.randn(B, 37, WIDTH)
-    with chosen() as ran:
+    with record_backends() as ran:
         got = layer(x, mask.lengths(N))
         reference, _ = layer(x, mask.lengths(N), summary=Summary(top=2))
     assert ran == ["cpu"] * 2

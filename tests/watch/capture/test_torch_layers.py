@@ -205,18 +205,21 @@ def test_foreign_patch_set_inside_watch_survives(monkeypatch: pytest.MonkeyPatch
 
         return patch
 
+    for owner, attribute in torch_layers.FUNCTIONS.values():
+        monkeypatch.setattr(owner, attribute, getattr(owner, attribute))  # restored at the end of the test
     foreign: dict[str, Any] = {}
-    with regard.watch(layer):
+    with pytest.MonkeyPatch.context() as other_library:
+        with regard.watch(layer):
+            for name, (owner, attribute) in torch_layers.FUNCTIONS.items():
+                foreign[name] = count(name, getattr(owner, attribute))
+                other_library.setattr(owner, attribute, foreign[name])
         for name, (owner, attribute) in torch_layers.FUNCTIONS.items():
-            foreign[name] = count(name, getattr(owner, attribute))
-            monkeypatch.setattr(owner, attribute, foreign[name])
-    for name, (owner, attribute) in torch_layers.FUNCTIONS.items():
-        assert getattr(owner, attribute) is foreign[name]
-    with torch.set_grad_enabled(not fast), regard.watch(layer) as recording:
-        layer(X, X, X)
-    assert calls == (["fast_mha"] if fast else ["mha", "softmax"])
-    assert len(recording) == 1
-    monkeypatch.undo()  # restores the inactive patches of the first watch
+            assert getattr(owner, attribute) is foreign[name]
+        with torch.set_grad_enabled(not fast), regard.watch(layer) as recording:
+            layer(X, X, X)
+        assert calls == (["fast_mha"] if fast else ["mha", "softmax"])
+        assert len(recording) == 1
+    # Now the inactive patches of the first watch are set.
     with torch.set_grad_enabled(not fast), regard.watch(layer) as recording:
         layer(X, X, X)
     assert len(recording) == 1
