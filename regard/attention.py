@@ -190,7 +190,7 @@ def explain(
     >>> q = k = v = torch.zeros(2, 8, 64, 32)
     >>> explanation = regard.explain(q, k, v, softcap=30.0)
     >>> explanation.reasons["tiled"], explanation.reasons["sdpa"]
-    (None, 'it has no softcap')
+    (None, 'it does not support softcap')
     """
     return choose.explanation(make_problem(q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary))
 

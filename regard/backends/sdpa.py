@@ -32,31 +32,29 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     q, k, v = tensors[:3]
     size = sizes(q, k)
     if not isinstance(plan.score, Product):
-        return f"it has no score but the dot product, and {type(plan.score).__name__} is none"
+        return f"it supports dot-product scores only, not {type(plan.score).__name__}"
     if plan.score.key_bias is not None or plan.score.query_bias is not None:
-        return (
-            "the score is a dot product and a bias per query and key, which it has only as a matrix of queries by keys"
-        )
+        return "the score adds a bias per query or key, which it takes as an L x S matrix only"
     if not (isinstance(plan.normalizer, Softmax) and plan.normalizer.sink is None):
-        return "it has no normalizer but softmax without a sink"
+        return "it supports softmax without a sink only"
     if plan.summary.outputs:
-        return f"it gives no summaries ({', '.join(plan.summary.outputs)})"
+        return f"it returns no summaries ({', '.join(plan.summary.outputs)})"
     if plan.softcap is not None:
-        return "it has no softcap"
+        return "it does not support softcap"
     if plan.bias is not None:
-        return "it has a bias only as a matrix of queries by keys"
+        return "it takes a bias as an L x S matrix only"
     if plan.dropout:
-        return "its dropout is not a function of the seed, and materialises the weights on the CPU"
+        return "its dropout does not follow the seed, and materializes the weights on the CPU"
     if not _is_causal(plan) and plan.mask is not None:
-        return "it has masks only as a matrix of queries by keys, but for causal ones"
+        return "it takes masks other than causal ones as L x S matrices only"
     if isinstance(plan.mask, Band) and size.offset(plan.mask.align) != 0:
-        return 'its causal mask has align="start" alone'
+        return 'its causal mask supports align="start" only'
     if q.shape[-1] != v.shape[-1]:
-        return f"it materialises the weights where the widths of q ({q.shape[-1]}) and v ({v.shape[-1]}) differ"
+        return f"it materializes the weights if the widths of q ({q.shape[-1]}) and v ({v.shape[-1]}) differ"
     if not q.numel() or not k.numel():
         return "an axis has size zero"
     if not q.dtype == k.dtype == v.dtype:
-        return "the score was widened to float32"
+        return "the score is computed in float32"
     return None
 
 

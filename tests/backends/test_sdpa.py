@@ -24,7 +24,7 @@ _SERVED: dict[str, Any] = {
 @pytest.mark.parametrize("name", ["scaled_dot", "dot", "bilinear"])
 def test_sdpa_matches_oracle(dtype: torch.dtype, hidden: str | None, name: str) -> None:
     if name == "bilinear" and dtype in (torch.bfloat16, torch.float16):
-        pytest.skip("the score is widened to float32, which this kernel refuses: see below")
+        pytest.skip("the score is computed in float32, which this backend refuses: see below")
     for seed, nonfinite in enumerate((None, "masked", "anywhere")):
         choices = {
             **_SERVED,
@@ -77,8 +77,8 @@ def test_nan_query_gives_nan_row() -> None:
 
 _REFUSED: dict[str, dict[str, Any]] = {
     "score": {"score": score.Cosine()},
-    "query and key": {"score": score.Distance()},
-    "normalizer": {"normalizer": normalizer.Sparsemax()},
+    "query or key": {"score": score.Distance()},
+    "softmax": {"normalizer": normalizer.Sparsemax()},
     "sink": {"normalizer": normalizer.Softmax(0.0)},
     "summaries": {"summary": Summary(lse=True)},
     "softcap": {"softcap": 1.0},
