@@ -1,9 +1,9 @@
-# Two commands do all: `make demo` and `make test`. Each makes a virtual environment of its own first.
+# `make demo` and `make test` create a virtual environment first, and install what they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-# The native kernels are built against the torch that is installed, not one of their own.
+# Without build isolation, the native kernels are built against the installed torch.
 INSTALL := $(PIP) --no-build-isolation
 
 .PHONY: demo test test-all test-cpus check docs bench page clean
@@ -46,7 +46,7 @@ $(MODULES): frontend/package.json frontend/package-lock.json
 	npm ci --prefix frontend --no-audit --no-fund
 	touch $@
 
-# The figures of the README.
+# The first table of docs/benchmarks.md, and its plot.
 bench: $(VENV)/demo
 	$(BIN)/regard bench --plot docs/bench.png
 
@@ -55,7 +55,7 @@ $(VENV)/torch: constraints.txt
 	$(PIP) setuptools torch
 	touch $@
 
-# Compiled anew where the sources changed; `-e` builds them beside the package.
+# Rebuilt when the sources change; `-e` builds the library inside the package folder.
 NATIVE := setup.py $(wildcard csrc/*)
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml $(NATIVE)

@@ -18,7 +18,7 @@ from regard import check
 from regard.backends import autograd, compiled_ops, reference
 from regard.backends.backend import FusedBackend
 from regard.backends.cpu import extension
-from regard.backends.registry import BACKENDS
+from regard.backends.registry import BACKENDS, LAST_RESORT
 from regard.plan.nonfinite import flag_nonfinite
 from regard.plan.problem import Problem
 
@@ -29,8 +29,8 @@ def run(problem: Problem, name: str | None) -> tuple[Tensor, ...]:
     """Run a problem by the backend of this name, or by the first that serves it."""
     forced = name is not None
     name = _choose(problem) if name is None else _force(problem, name)
-    if name == _LAST_RESORT and not forced:
-        reference.warn(str(_refuse(_SERVES_MOST, problem)), *problem.tensors[:2])
+    if name == LAST_RESORT and not forced:
+        reference.warn(str(_refuse(_order(problem)[-1], problem)), *problem.tensors[:2])
     backend, plan = BACKENDS[name], problem.plan
     tensors: Sequence[Tensor] = problem.tensors
     if not torch.compiler.is_compiling():
@@ -54,8 +54,6 @@ def masks_nonfinite(name: str | None, q: Any) -> bool:
     return isinstance(q, Tensor) and q.device.type in _DEVICES_WITHOUT_FLAGS
 
 
-# The backend that serves every problem, and the most general one before it.
-_LAST_RESORT, _SERVES_MOST = "reference", "tiled"
 _DEVICES_WITHOUT_FLAGS = frozenset(
     device for device in ("cpu", "cuda") if any(b.masks_nonfinite and b.is_for(device) for b in BACKENDS.values())
 )
@@ -96,7 +94,7 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 
 
 def _choose(problem: Problem) -> str:
-    return next((name for name in _order(problem) if _refuse(name, problem) is None), _LAST_RESORT)
+    return next((name for name in _order(problem) if _refuse(name, problem) is None), LAST_RESORT)
 
 
 def _refuse(name: str, problem: Problem) -> str | None:

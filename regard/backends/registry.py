@@ -15,3 +15,5 @@ BACKENDS: dict[str, Backend] = {
     "tiled": tiled,
     "reference": reference,
 }
+# The one that serves what no other serves; choosing it warns.
+LAST_RESORT = "reference"

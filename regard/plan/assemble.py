@@ -85,25 +85,18 @@ def make_problem(
     if not is_finite:
         flag_q, flag_k, flag_v = nonfinite.find(*x)
         x, flags = nonfinite.clear(score, x, (flag_q, flag_k, flag_v)), (flag_q, flag_k | flag_v)
-    original, reduced = score, score
+    reduced: Score = score
+    score_tensors: list[Tensor] = []
     if entry is None or not entry.is_unchanged:
         new_q, new_k, reduced = score.reduce(x[0], x[1])
-        x, flags = (
-            (new_q, new_k, _with_heads_of(new_k, x[2])),
-            (*flags[:1], *[_with_heads_of(new_k, y) for y in flags[1:]]),
-        )
+        x = (new_q, new_k, _with_heads_of(new_k, x[2]))
+        flags = (*flags[:1], *[_with_heads_of(new_k, y) for y in flags[1:]])
+        score_tensors = _tensors_of(reduced)
     seeds = [seed] if isinstance(seed, Tensor) and dropout else []
-    tensors = [
-        *x,
-        *([] if entry is not None and entry.is_unchanged else _tensors_of(reduced)),
-        *component_tensors,
-        *seeds,
-        *summary_tensors,
-        *flags,
-    ]
+    tensors = [*x, *score_tensors, *component_tensors, *seeds, *summary_tensors, *flags]
 
     if entry is not None:
-        return Problem(entry.plan, _move_scalars(entry.plan, tensors), lead, entry.score_name)
+        return Problem(entry.plan, _move_scalars(entry.plan, tensors), lead)
     assert normalizer is not None and summary is not None and not isinstance(bias, Tensor)
     plan = Plan(
         reduced,
@@ -117,12 +110,11 @@ def make_problem(
         *(flags or (None, None)),
     )
     plan = split(plan, list(x))
-    name = type(original).__name__
     if key is not None and not flags:
         is_unchanged = all(a is b for a, b in zip(x, (q, k, v), strict=True)) and not slots(plan.score)
-        start, stop = 3 + len(_tensors_of(original)), len(call_tensors) - len(summary_tensors)
-        cache.put(key, cache.Entry(plan, name, is_unchanged, start, stop))
-    return Problem(plan, _move_scalars(plan, tensors), lead, name)
+        start, stop = 3 + len(_tensors_of(score)), len(call_tensors) - len(summary_tensors)
+        cache.put(key, cache.Entry(plan, is_unchanged, start, stop))
+    return Problem(plan, _move_scalars(plan, tensors), lead)
 
 
 def _check_components(

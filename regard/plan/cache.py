@@ -27,7 +27,6 @@ class Entry(NamedTuple):
     """The result of checking a call."""
 
     plan: Plan
-    score_name: str
     is_unchanged: bool  # q, k and v are those of the call, and the score contains no tensor
     start: int  # index of the first tensor of the components after the score, among all tensors of the call
     stop: int  # index of the first tensor of the summary

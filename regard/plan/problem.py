@@ -66,7 +66,6 @@ class Problem(NamedTuple):
     plan: Plan
     tensors: tuple[Tensor, ...]
     lead: Sequence[int]  # the leading dimensions of the user's q, before (L, D)
-    score_name: str  # the class of the score before it was reduced
 
     def restore(self, x: Tensor) -> Tensor:
         """Reshape an output (B, H, ...) to the leading dimensions of the user's q."""
