@@ -55,9 +55,16 @@ Table table(const Tensor& x, const char* name, int64_t B, int64_t H, int64_t L, 
   return {static_cast<const char*>(x.data_ptr()), stride[0], stride[1], stride[2], stride[3], type};
 }
 
-// A node is eight integers: its kind, three parameters, the indices of two child nodes, and the indices of two tensors
-// (-1 for none).
-constexpr size_t kNodeSize = 8;
+// A node is seven integers: its kind, MaskNode::n, and the indices of two tensors (-1 for none).
+constexpr size_t kNodeSize = 7;
+
+struct MaskKind {
+  int64_t parts;
+  MaskTensors tensors;
+};
+#define REGARD_KIND(name, parts, tensors) {parts, MaskTensors::tensors},
+constexpr MaskKind kMaskKinds[] = {REGARD_MASKS(REGARD_KIND)};
+#undef REGARD_KIND
 
 std::vector<MaskNode> mask_nodes(const std::vector<int64_t>& values, const std::vector<Tensor>& tensors,
                                  const Problem& p) {
@@ -68,41 +75,47 @@ std::vector<MaskNode> mask_nodes(const std::vector<int64_t>& values, const std::
                     "a mask node refers to a missing tensor");
     return tensors[index];
   };
-  const auto integers = [&](const Tensor& x, int64_t length) {
+  const auto integers = [&](const Tensor& x, int64_t length, const int64_t*& data, int64_t& batch) {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 2 && (x.size(0) == 1 || x.size(0) == p.B) &&
                         x.size(1) == length && (length <= 1 || x.stride(1) == 1),
                     "a mask tensor must be int64 of shape (B, ", length, ")");
-    return static_cast<const int64_t*>(x.data_ptr());
+    data = static_cast<const int64_t*>(x.data_ptr());
+    batch = x.size(0) == 1 ? 0 : x.stride(0);
   };
-  const auto batch = [](const Tensor& x) { return x.size(0) == 1 ? int64_t{0} : x.stride(0); };
+  const auto flags = [&](const Tensor& x, int64_t R, int64_t C) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Bool, "a mask table must be bool");
+    return table(x, "a mask table", p.B, p.H, R, C, Type::Float);
+  };
   for (size_t at = 0; at < values.size(); at += kNodeSize) {
-    const int64_t* n = values.data() + at;
+    const int64_t* given = values.data() + at;
+    STD_TORCH_CHECK(given[0] >= 0 && given[0] < MaskNode::kCount, "a mask node has an unknown kind");
     MaskNode node;
-    STD_TORCH_CHECK(n[0] >= MaskNode::Band && n[0] <= MaskNode::Not, "a mask node has an unknown kind");
-    node.kind = static_cast<MaskNode::Kind>(n[0]);
-    node.offset = n[1], node.behind = n[2], node.ahead = n[3], node.left = n[4], node.right = n[5];
-    const int64_t index = static_cast<int64_t>(nodes.size());
-    const bool inner = node.kind == MaskNode::And || node.kind == MaskNode::Or || node.kind == MaskNode::Not;
-    STD_TORCH_CHECK(!inner || (node.left >= 0 && node.left < index && node.right >= 0 && node.right < index),
-                    "a mask node refers to nodes that do not precede it");
-    if (node.kind == MaskNode::Before || node.kind == MaskNode::Documents) {
-      const Tensor& keys = tensor(n[7]);
-      node.keys = integers(keys, node.kind == MaskNode::Before ? 1 : p.S);
-      node.key_batch = batch(keys);
-    }
-    if (node.kind == MaskNode::Documents) {
-      const Tensor& queries = tensor(n[6]);
-      node.queries = integers(queries, p.L);
-      node.query_batch = batch(queries);
-    }
-    if (node.kind == MaskNode::Blocks || node.kind == MaskNode::Dense) {
-      const Tensor& x = tensor(n[6]);
-      const bool blocks = node.kind == MaskNode::Blocks;
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Bool, "a mask table must be bool");
-      STD_TORCH_CHECK(!blocks || (node.behind > 0 && node.ahead > 0), "mask blocks must not be empty");
-      const int64_t R = blocks ? (p.L + node.behind - 1) / node.behind : p.L,
-                    C = blocks ? (p.S + node.ahead - 1) / node.ahead : p.S;
-      node.table = table(x, "a mask table", p.B, p.H, R, C, Type::Float);
+    node.kind = static_cast<MaskNode::Kind>(given[0]);
+    std::copy(given + 1, given + 5, node.n);
+    const MaskKind& kind = kMaskKinds[node.kind];
+    for (int64_t i = 0; i < kind.parts; i++)
+      STD_TORCH_CHECK(node.n[i] >= 0 && node.n[i] < static_cast<int64_t>(nodes.size()),
+                      "a mask node refers to nodes that do not precede it");
+    if (node.kind == MaskNode::Band && node.n[1]) node.n[0] += p.S - p.L;
+    switch (kind.tensors) {
+      case MaskTensors::None: break;
+      case MaskTensors::Counts: integers(tensor(given[5]), 1, node.keys, node.key_batch); break;
+      case MaskTensors::Ids:
+        integers(tensor(given[5]), p.L, node.queries, node.query_batch);
+        integers(tensor(given[6]), p.S, node.keys, node.key_batch);
+        break;
+      case MaskTensors::Pairs: node.table = flags(tensor(given[5]), p.L, p.S); break;
+      case MaskTensors::Blocks: {
+        const Tensor& x = tensor(given[5]);
+        const int64_t length[2] = {p.L, p.S};
+        STD_TORCH_CHECK(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0, "a mask table must have four dimensions");
+        for (int i = 0; i < 2; i++) {
+          if (!node.n[i]) node.n[i] = std::max<int64_t>(1, (length[i] + x.size(2 + i) - 1) / x.size(2 + i));
+          STD_TORCH_CHECK(node.n[i] > 0, "mask blocks must not be empty");
+        }
+        node.table = flags(x, (p.L + node.n[0] - 1) / node.n[0], (p.S + node.n[1] - 1) / node.n[1]);
+        break;
+      }
     }
     nodes.push_back(node);
   }
@@ -179,8 +192,8 @@ struct Call {
       p.relative_head = arguments.relative->size(0) == 1 ? 0 : relative_size(p);
     }
     p.sink = floats(arguments.sink, "sink", p.H);
-    STD_TORCH_CHECK(arguments.normalizer >= 0 && arguments.normalizer <= 2,
-                    "normalizer must be 0 (softmax), 1 (sigmoid) or 2 (entmax)");
+    STD_TORCH_CHECK(arguments.normalizer >= 0 && arguments.normalizer < static_cast<int64_t>(Normalizer::kCount),
+                    "the normalizer has an unknown kind");
     p.normalizer = static_cast<Normalizer>(arguments.normalizer);
     STD_TORCH_CHECK(arguments.alpha > 1.0 && arguments.alpha <= 2.0, "alpha must be in (1, 2]");
     p.alpha = arguments.alpha;

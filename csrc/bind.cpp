@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "arguments.h"
@@ -118,19 +119,21 @@ float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 // Returns, in this order:
 // - out (B, H, L, E);
 // - row_max and inverse_sum (2, B, H, L); with a 16-bit dtype, also out as float32 (B, H, L, E); both are empty with
-//   bit 8 of `requested`: no backward pass follows;
-// - lse, max, entropy (B, H, L): bits 1, 2, 4;
-// - with top > 0, the largest weights and their keys (B, H, L, top);
-// - received (B, H, S) and full (B, H, L, S): bits 16, 32;
-// - the weights of the queries `row_indices` (B, H, R, S);
-// - the mass of the groups of `member`, bool (B|1, N, S): (B, H, L, N).
+//   bit 0 of `requested`: no backward pass follows;
+// - the statistics of REGARD_SUMMARIES that the next bits request, in order. They take `top`, the number of largest
+//   weights; `row_indices`, the queries of `rows`, negative ones from the end; and `member`, bool (B|1, N, S), the
+//   groups of `mass`.
 std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Tensor> tensors, int64_t present_mask,
                             Tensor packed, int64_t seed, int64_t top, MaybeTensor member,
                             std::vector<int64_t> row_indices, int64_t requested) {
   const Arguments arguments = unpack(tensors, present_mask, packed, seed);
   const Call call(q, k, v, arguments);
   const Problem& p = call.problem;
-  STD_TORCH_CHECK(top >= 0, "top must not be negative");
+  const auto is_requested = [&](Summary summary) { return (requested >> (1 + static_cast<int>(summary)) & 1) != 0; };
+  STD_TORCH_CHECK(
+      top >= 0 && (top > 0) == is_requested(Summary::top_weights) && (top > 0) == is_requested(Summary::top_keys) &&
+          row_indices.empty() != is_requested(Summary::rows) && member.has_value() == is_requested(Summary::mass),
+      "top, row_indices and member must be given if, and only if, they are requested");
   std::vector<Tensor> results;
   const auto next = [&](std::vector<int64_t> shape, ScalarType type = ScalarType::Float) -> Tensor& {
     results.push_back(empty(q, std::move(shape), type));
@@ -139,7 +142,7 @@ std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Tensor> te
   Outputs o;
   o.out = rows(next({p.B, p.H, p.L, p.E}, v.scalar_type()), "out", p.B, p.H, p.L, p.E);
   const bool is_16_bit = v.scalar_type() != ScalarType::Float;
-  if (requested & 8) {
+  if (requested & 1) {
     next({0});
     if (is_16_bit) next({0});
   } else {
@@ -147,25 +150,12 @@ std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Tensor> te
     o.inverse_sum = o.row_max + p.B * p.H * p.L;
     if (is_16_bit) o.exact = rows(next({p.B, p.H, p.L, p.E}), "out", p.B, p.H, p.L, p.E);
   }
-  const std::vector<int64_t> per_query{p.B, p.H, p.L};
-  if (requested & 1) o.lse = data(next(per_query));
-  if (requested & 2) o.max_weight = data(next(per_query));
-  if (requested & 4) o.entropy = data(next(per_query));
-  if ((o.top = top)) {
-    o.top_weights = data(next({p.B, p.H, p.L, top}));
-    o.top_keys = static_cast<int64_t*>(next({p.B, p.H, p.L, top}, ScalarType::Long).data_ptr());
+  o.top = top;
+  for (int64_t& row : row_indices) {
+    STD_TORCH_CHECK(row >= -p.L && row < p.L, "a row index is out of range");
+    if (row < 0) row += p.L;
   }
-  const auto zeros = [&](std::vector<int64_t> shape) {
-    results.push_back(torch::stable::new_zeros(q, shape, ScalarType::Float));
-    return data(results.back());
-  };
-  if (requested & 16) o.received = zeros({p.B, p.H, p.S});
-  if (requested & 32) o.full = zeros({p.B, p.H, p.L, p.S});
-  if (!row_indices.empty()) {
-    for (int64_t row : row_indices) STD_TORCH_CHECK(row >= 0 && row < p.L, "a row index is out of range");
-    o.row_indices = row_indices.data(), o.row_count = static_cast<int64_t>(row_indices.size());
-    o.rows = zeros({p.B, p.H, o.row_count, p.S});
-  }
+  o.row_indices = row_indices.data(), o.row_count = static_cast<int64_t>(row_indices.size());
   if (member) {
     STD_TORCH_CHECK(member->scalar_type() == ScalarType::Bool && member->dim() == 3 &&
                         (member->size(0) == 1 || member->size(0) == p.B) && member->size(2) == p.S,
@@ -174,8 +164,30 @@ std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Tensor> te
     o.member_batch = member->size(0) == 1 ? 0 : member->stride(0), o.member_group = member->stride(1),
     o.member_key = member->stride(2);
     o.groups = member->size(1);
-    o.mass = zeros({p.B, p.H, p.L, o.groups});
   }
+  const auto size = [&](char axis) {
+    switch (axis) {
+      case 'B': return p.B;
+      case 'H': return p.H;
+      case 'L': return p.L;
+      case 'S': return p.S;
+      case 'K': return o.top;
+      case 'R': return o.row_count;
+      default: return o.groups;
+    }
+  };
+  const auto allocate = [&](Summary summary, auto*& to, const char* axes, bool is_final) {
+    if (!is_requested(summary)) return;
+    using Element = std::remove_reference_t<decltype(*to)>;
+    const ScalarType type = std::is_same_v<Element, float> ? ScalarType::Float : ScalarType::Long;
+    std::vector<int64_t> shape;
+    for (; *axes; axes++) shape.push_back(size(*axes));
+    results.push_back(is_final ? torch::stable::new_zeros(q, shape, type) : empty(q, shape, type));
+    to = static_cast<Element*>(results.back().data_ptr());
+  };
+#define REGARD_ALLOCATE(name, type, axes, is_final) allocate(Summary::name, o.name, axes, is_final);
+  REGARD_SUMMARIES(REGARD_ALLOCATE)
+#undef REGARD_ALLOCATE
   STD_TORCH_CHECK(kernels().forward(p, o, pool()), "out of memory");
   return results;
 }
@@ -326,6 +338,17 @@ std::string instructions() {
   return names;
 }
 
+// The names in a table of problem.h, in the order of their numbers.
+std::string names(std::string table) {
+#define REGARD_NAME(name, ...) #name " "
+  if (table == "masks") return REGARD_MASKS(REGARD_NAME);
+  if (table == "normalizers") return REGARD_NORMALIZERS(REGARD_NAME);
+  if (table == "summaries") return REGARD_SUMMARIES(REGARD_NAME);
+#undef REGARD_NAME
+  STD_TORCH_CHECK(false, "no table is named '", table, "'; expected masks, normalizers or summaries");
+  return "";
+}
+
 // The number of forward passes by decode.h in the set in use; for tests.
 int64_t decode_count() { return __atomic_load_n(kernels().decode_count, __ATOMIC_RELAXED); }
 
@@ -338,6 +361,7 @@ STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("finite(Tensor q, Tensor k, Tensor v) -> bool");
   m.def("peak(Tensor buffer, int kind, int rounds) -> float");
   m.def("instructions() -> str");
+  m.def("names(str table) -> str");
   m.def("use(str name) -> ()");
   m.def("decode_count() -> int");
 }
@@ -352,6 +376,7 @@ STABLE_TORCH_LIBRARY_IMPL(regard_native, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(regard_native, CompositeExplicitAutograd, m) {
   m.impl("instructions", TORCH_BOX(&instructions));
+  m.impl("names", TORCH_BOX(&names));
   m.impl("use", TORCH_BOX(&use));
   m.impl("decode_count", TORCH_BOX(&decode_count));
 }

@@ -347,7 +347,7 @@ class Decode {
                            ? static_cast<float>(-kLn2 * max_weight * (moment + __builtin_log2(max_weight) * total))
                            : 0.0f;
     const float bias = p_.sink && !softmax ? p_.sink[row.h] * kLog2e : 0.0f;
-    if (o_.max_weight) o_.max_weight[at] = softmax ? max_weight : sigmoid(broadcast(best * unit_[0] + bias))[0];
+    if (o_.max) o_.max[at] = softmax ? max_weight : sigmoid(broadcast(best * unit_[0] + bias))[0];
     const auto to_weight = [&](float score) {
       return softmax ? exp2_full_range(broadcast(score - high), unit_)[0] * inverse_sum
                      : sigmoid(broadcast(score * unit_[0] + bias))[0];

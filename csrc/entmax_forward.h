@@ -144,7 +144,7 @@ class EntmaxForward {
     const int64_t row = (q.b * p_.H + q.h) * p_.L + q.first;
     for (int i = 0; i < q.count; i++) {
       if (o_.row_max) o_.row_max[row + i] = tau_[i], o_.inverse_sum[row + i] = correction_[i];
-      if (o_.max_weight) o_.max_weight[row + i] = max_weight[i];
+      if (o_.max) o_.max[row + i] = max_weight[i];
       if (o_.entropy) o_.entropy[row + i] = static_cast<float>(-kLn2 * entmax_.power() * lane(moment_, i));
       if (o_.lse) {
         const float total = lane(total_, i);

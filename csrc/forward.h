@@ -39,7 +39,7 @@ class Forward {
         packed_head_(reinterpret_cast<int32_t*>(scratch.take(packed_heads(p)))),
         sums_(scratch.take(kTile * p.E)),
         unit_(broadcast(scores_.unit())),
-        use_rounded_exp_(scores_.use_bf16_dot() && !(o.lse || o.max_weight || o.entropy || o.top || o.needs_weights())),
+        use_rounded_exp_(scores_.use_bf16_dot() && !(o.lse || o.max || o.entropy || o.top || o.needs_weights())),
         top_(o.top, scratch.take(kTile * o.top), reinterpret_cast<int32_t*>(scratch.take(kTile * o.top))),
         summaries_(p, o, scratch),
         stored_weights_(scratch.take(stored_weights(p, o))),
@@ -254,7 +254,7 @@ class Forward {
       if (o_.lse)
         o_.lse[row + i] = softmax ? log_sum(row_max[i], inverse_sum[i] == 0.0f ? 0.0 : 1.0 / inverse_sum[i])
                                   : log_sum(lane(base_, i), lane(total_, i));
-      if (o_.max_weight) o_.max_weight[row + i] = softmax ? max_weight[i] : max_sigmoid_weight(q, i);
+      if (o_.max) o_.max[row + i] = softmax ? max_weight[i] : max_sigmoid_weight(q, i);
       if (o_.entropy) {
         // -sum p log p, with p = max_weight * 2^x, from the sums of 2^x and of x 2^x.
         const double part = max_weight[i], total = lane(total_, i), moment = lane(moment_, i);

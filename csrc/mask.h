@@ -46,10 +46,10 @@ class Mask {
     const MaskNode& node = nodes_[index];
     switch (node.kind) {
       case MaskNode::Band: {
-        const int64_t nearest = box.i + node.offset - (box.j + box.nj - 1);
-        const int64_t farthest = box.i + box.ni - 1 + node.offset - box.j;
-        return to_coverage(nearest <= node.behind && farthest >= -node.ahead,
-                           farthest <= node.behind && nearest >= -node.ahead);
+        const int64_t offset = node.n[0], behind = node.n[2], ahead = node.n[3];
+        const int64_t nearest = box.i + offset - (box.j + box.nj - 1);
+        const int64_t farthest = box.i + box.ni - 1 + offset - box.j;
+        return to_coverage(nearest <= behind && farthest >= -ahead, farthest <= behind && nearest >= -ahead);
       }
       case MaskNode::Before: {
         const int64_t n = node.keys[box.b * node.key_batch];
@@ -64,8 +64,8 @@ class Mask {
       }
       case MaskNode::Blocks: {
         bool some = false, all = true;
-        for (int64_t r = box.i / node.behind; r <= (box.i + box.ni - 1) / node.behind; r++)
-          for (int64_t c = box.j / node.ahead; c <= (box.j + box.nj - 1) / node.ahead; c++)
+        for (int64_t r = box.i / node.n[0]; r <= (box.i + box.ni - 1) / node.n[0]; r++)
+          for (int64_t c = box.j / node.n[1]; c <= (box.j + box.nj - 1) / node.n[1]; c++)
             (at(node.table, box.b, box.h, r, c) ? some : all) = at(node.table, box.b, box.h, r, c);
         return to_coverage(some, all);
       }
@@ -79,23 +79,24 @@ class Mask {
         return to_coverage(some, all);
       }
       case MaskNode::And: {
-        const Coverage left = coverage(node.left, box);
+        const Coverage left = coverage(node.n[0], box);
         if (left == Coverage::Empty) return left;
-        const Coverage right = coverage(node.right, box);
+        const Coverage right = coverage(node.n[1], box);
         return right == Coverage::Empty || left == Coverage::Full ? right : Coverage::Partial;
       }
       case MaskNode::Or: {
-        const Coverage left = coverage(node.left, box);
+        const Coverage left = coverage(node.n[0], box);
         if (left == Coverage::Full) return left;
-        const Coverage right = coverage(node.right, box);
+        const Coverage right = coverage(node.n[1], box);
         return right == Coverage::Full || left == Coverage::Empty ? right : Coverage::Partial;
       }
       case MaskNode::Not: {
-        const Coverage inner = coverage(node.left, box);
+        const Coverage inner = coverage(node.n[0], box);
         return inner == Coverage::Full    ? Coverage::Empty
                : inner == Coverage::Empty ? Coverage::Full
                                           : Coverage::Partial;
       }
+      case MaskNode::kCount: break;
     }
     return Coverage::Partial;
   }
@@ -106,8 +107,8 @@ class Mask {
       case MaskNode::Band:
         // The query at bit n has position i + offset + n: bits from position j - ahead to j + behind.
         for (int64_t n = 0; n < box.nj; n++) {
-          const int64_t position = box.j + n - box.i - node.offset;
-          bits[n] = bit_range(position - node.ahead, position + node.behind + 1);
+          const int64_t position = box.j + n - box.i - node.n[0];
+          bits[n] = bit_range(position - node.n[3], position + node.n[2] + 1);
         }
         return;
       case MaskNode::Before:
@@ -132,7 +133,7 @@ class Mask {
           bits[n] = 0;
           for (int64_t i = 0; i < box.ni; i++)
             bits[n] |=
-                static_cast<uint64_t>(at(node.table, box.b, box.h, (box.i + i) / node.behind, (box.j + n) / node.ahead))
+                static_cast<uint64_t>(at(node.table, box.b, box.h, (box.i + i) / node.n[0], (box.j + n) / node.n[1]))
                 << i;
         }
         return;
@@ -144,21 +145,22 @@ class Mask {
         return;
       case MaskNode::And:
       case MaskNode::Or: {
-        fill_bits(node.left, box, bits);
+        fill_bits(node.n[0], box, bits);
         // In blocks, so that deeply nested masks need little stack.
         uint64_t other[kTile];
         for (int64_t from = 0; from < box.nj; from += kTile) {
           const int64_t count = min64(kTile, box.nj - from);
-          fill_bits(node.right, {box.b, box.h, box.i, box.ni, box.j + from, count}, other);
+          fill_bits(node.n[1], {box.b, box.h, box.i, box.ni, box.j + from, count}, other);
           for (int64_t n = 0; n < count; n++)
             bits[from + n] = node.kind == MaskNode::And ? bits[from + n] & other[n] : bits[from + n] | other[n];
         }
         return;
       }
       case MaskNode::Not:
-        fill_bits(node.left, box, bits);
+        fill_bits(node.n[0], box, bits);
         for (int64_t n = 0; n < box.nj; n++) bits[n] = ~bits[n];
         return;
+      case MaskNode::kCount: return;
     }
   }
 

@@ -28,23 +28,61 @@ struct Table {
   Type type = Type::Float;
 };
 
+// The tensors of a kind of mask, and what they are in MaskNode.
+enum class MaskTensors {
+  None,
+  Counts,  // keys: the number of visible keys (B|1, 1), int64
+  Ids,     // queries (B|1, L) and keys (B|1, S), int64
+  Pairs,   // table: bool, broadcasts to (B, H, L, S)
+  Blocks,  // table: bool, broadcasts to (B, H, L / n[0], S / n[1]), both rounded up
+};
+
+// The kinds of masks, one per line: its name, how many masks it combines, its tensors. The position in this list is its
+// number; the class in Python has the same name, and reads the list by the operator `names`.
+#define REGARD_MASKS(X) \
+  X(Band, 0, None)      \
+  X(Before, 0, Counts)  \
+  X(Documents, 0, Ids)  \
+  X(Blocks, 0, Blocks)  \
+  X(Dense, 0, Pairs)    \
+  X(And, 2, None)       \
+  X(Or, 2, None)        \
+  X(Not, 1, None)
+
 // A node of a mask: a leaf or a combination of other nodes. Nodes precede the nodes that refer to them; the last one is
 // the mask.
 struct MaskNode {
-  enum Kind : int64_t { Band, Before, Documents, Blocks, Dense, And, Or, Not } kind;
-  // Band: keys from `behind` before the query's position to `ahead` after it; query i has position i + offset. Blocks:
-  // `behind` queries and `ahead` keys per block. And, Or, Not: the indices of the child nodes.
-  int64_t offset = 0, behind = 0, ahead = 0;
-  int64_t left = 0, right = 0;
-  // Before: the number of visible keys (B). Documents: ids of queries (B, L) and keys (B, S), int64. Blocks, Dense:
-  // bool.
+#define REGARD_ENUMERATOR(name, ...) name,
+  enum Kind : int64_t { REGARD_MASKS(REGARD_ENUMERATOR) kCount } kind;
+  // Of a combination, the indices of its nodes; otherwise the integers of the mask. Band: query i has position i +
+  // n[0], plus S - L if n[1]; it may attend to n[2] positions before it and n[3] after it. Blocks: queries and keys per
+  // block; 0 in a call divides L or S evenly.
+  int64_t n[4] = {0, 0, 0, 0};
   const int64_t* queries = nullptr;
   const int64_t* keys = nullptr;
   int64_t query_batch = 0, key_batch = 0;
   Table table;
 };
 
-enum class Normalizer : int64_t { Softmax, Sigmoid, Entmax };
+#define REGARD_NORMALIZERS(X) X(Softmax) X(Sigmoid) X(Entmax)
+enum class Normalizer : int64_t { REGARD_NORMALIZERS(REGARD_ENUMERATOR) kCount };
+
+// The statistics of the weights, one per line: its name, its type, its axes, and whether it needs all final weights of
+// a row or of a key (see weight_summaries.h): these start as zeros. Axes are those above, and K the largest weights, R
+// the requested rows, N the groups of keys.
+#define REGARD_SUMMARIES(X)            \
+  X(lse, float, "BHL", false)          \
+  X(max, float, "BHL", false)          \
+  X(entropy, float, "BHL", false)      \
+  X(top_weights, float, "BHLK", false) \
+  X(top_keys, int64_t, "BHLK", false)  \
+  X(received, float, "BHS", true)      \
+  X(full, float, "BHLS", true)         \
+  X(rows, float, "BHRS", true)         \
+  X(mass, float, "BHLN", true)
+
+enum class Summary : int { REGARD_SUMMARIES(REGARD_ENUMERATOR) };
+#undef REGARD_ENUMERATOR
 
 struct Problem {
   int64_t B, H, G, L, S, D, E;
@@ -84,23 +122,18 @@ struct Outputs {
   float* row_max = nullptr;  // (B, H, L)
   // 1 / sum of e^(score - row_max); 0 for an empty row. Of entmax: the correction of the threshold.
   float* inverse_sum = nullptr;  // (B, H, L)
-  float* lse = nullptr;          // (B, H, L)
-  float* max_weight = nullptr;   // (B, H, L)
-  float* entropy = nullptr;      // (B, H, L)
-  float* top_weights = nullptr;  // (B, H, L, top)
-  int64_t* top_keys = nullptr;
-  int64_t top = 0;
-  // The summaries that need all final weights of a row or of a key. Initially 0.
-  float* received = nullptr;  // (B, H, S)
-  float* full = nullptr;      // (B, H, L, S)
-  float* rows = nullptr;      // (B, H, row_count, S)
-  const int64_t* row_indices = nullptr;
+#define REGARD_POINTER(name, type, ...) type* name = nullptr;
+  REGARD_SUMMARIES(REGARD_POINTER)
+#undef REGARD_POINTER
+  int64_t top = 0;                       // the number of largest weights
+  const int64_t* row_indices = nullptr;  // which queries `rows` holds
   int64_t row_count = 0;
-  float* mass = nullptr;         // (B, H, L, groups)
-  const char* member = nullptr;  // bool (B, groups, S)
+  const char* member = nullptr;  // which keys belong to which group of `mass`: bool (B, groups, S)
   int64_t member_batch = 0, member_group = 0, member_key = 0, groups = 0;
 
-  bool needs_weights() const { return received || full || row_count || groups; }
+#define REGARD_NEEDS_WEIGHTS(name, type, axes, is_final) || (is_final && name)
+  bool needs_weights() const { return false REGARD_SUMMARIES(REGARD_NEEDS_WEIGHTS); }
+#undef REGARD_NEEDS_WEIGHTS
 };
 
 // The inputs and outputs of a backward pass. Null if not requested.

@@ -17,7 +17,7 @@ from regard.components.mask import Mask
 from regard.components.normalizer import Normalizer
 from regard.components.position import Bias
 from regard.components.score import Score
-from regard.components.summary import AttentionSummary, Summary, Top
+from regard.components.summary import AttentionSummary, Summary
 from regard.deprecated import resolve_backend
 from regard.plan.assemble import make_problem
 
@@ -161,12 +161,7 @@ def attention(
     out = problem.restore(outputs[0])
     if not with_summary:
         return out
-    named: dict[str, Any] = {
-        name: problem.restore(x) for name, x in zip(problem.plan.summary.outputs, outputs[1:], strict=True)
-    }
-    if "top_keys" in named:
-        named["top"] = Top(named.pop("top_weights"), named.pop("top_keys"))
-    return out, AttentionSummary(**named)
+    return out, AttentionSummary.of(problem.plan.summary, map(problem.restore, outputs[1:]))
 
 
 def explain(

@@ -7,13 +7,48 @@ cannot do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from regard.components.normalizer import Normalizer
+from regard.components.position import Bias
+from regard.components.predicate import Mask, leaves
+from regard.components.score import Score
+from regard.components.statistic import Statistic
 from regard.components.tile import Sizes
 from regard.plan.problem import Plan
+
+
+class Supported(NamedTuple):
+    """The classes of components that a backend computes itself. A subclass of one of them may compute something else, so it
+    is not included.
+
+    Scores are those of plans, after `Score.reduce`. Masks are those that `&`, `|` and `~` combine.
+    """
+
+    scores: Container[type[Score]]
+    normalizers: Container[type[Normalizer]]
+    masks: Container[type[Mask]]
+    biases: Container[type[Bias]]
+    statistics: Container[type[Statistic]]
+
+    def refuse(self, plan: Plan) -> str | None:
+        """Return which component of a plan is not supported; None if all are."""
+        components: tuple[tuple[str, Sequence[Any], Container[type]], ...] = (
+            ("score", (plan.score,), self.scores),
+            ("normalizer", (plan.normalizer,), self.normalizers),
+            ("bias", () if plan.bias is None else (plan.bias,), self.biases),
+            ("summary", plan.summary.statistics, self.statistics),
+            ("mask", leaves(plan.mask), self.masks),
+        )
+        for kind, parts, classes in components:
+            for part in parts:
+                if type(part) not in classes:
+                    what = part.name if isinstance(part, Statistic) else type(part).__name__
+                    return f"it does not support the {kind} {what}"
+        return None
 
 
 class Backend(Protocol):
@@ -32,6 +67,10 @@ class Backend(Protocol):
         """Whether it masks NaN and inf in q, k and v itself. For the others, problems carry flags: see `plan.nonfinite`."""
 
     @property
+    def supported(self) -> Supported | None:
+        """Which components it computes; None for all of them."""
+
+    @property
     def is_differentiable(self) -> bool:
         """Whether `forward` is made of differentiable operations of PyTorch: then there is no `backward`."""
 
@@ -43,7 +82,7 @@ class Backend(Protocol):
         """Whether it is tried for tensors on such a device, "cpu" or "cuda", without being named."""
 
     def refuse(self, plan: Plan, tensors: Sequence[Tensor]) -> str | None:
-        """Return why it cannot serve a problem, None if it can."""
+        """Return why it cannot serve a problem of supported components, None if it can."""
 
     def forward(self, plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tuple[Tensor, ...]:
         """Return the outputs, in the order of `Plan.outputs`, then the saved tensors.

@@ -99,11 +99,13 @@ def _choose(problem: Problem) -> str:
 
 def _refuse(name: str, problem: Problem) -> str | None:
     """Return why a backend cannot serve a problem, None if it can."""
-    if torch.compiler.is_compiling() and not BACKENDS[name].is_differentiable:
+    backend = BACKENDS[name]
+    if torch.compiler.is_compiling() and not backend.is_differentiable:
         reason = compiled_ops.refuse(problem.plan)
         if reason is not None:
             return reason
-    return BACKENDS[name].refuse(problem.plan, problem.tensors)
+    reason = backend.refuse(problem.plan, problem.tensors)
+    return backend.supported.refuse(problem.plan) if reason is None and backend.supported is not None else reason
 
 
 def _force(problem: Problem, name: str) -> str:

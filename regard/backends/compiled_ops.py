@@ -15,18 +15,17 @@ from torch import Tensor
 from regard.backends.autograd import scatter, to_save
 from regard.backends.backend import FusedBackend
 from regard.backends.registry import BACKENDS
-from regard.backends.tiled.backend import empty_outputs
-from regard.components import component, function, mask, normalizer, position, score, summary
+from regard.components import component, function, mask, normalizer, position, score, statistic, summary
 from regard.components.component import fill
 from regard.components.serialization import Numbers, deserialize, serialize, unserializable
 from regard.components.tensor_ops import widen
 from regard.plan import problem
-from regard.plan.problem import Plan, sizes
+from regard.plan.problem import Plan, empty_outputs, sizes
 
 # The classes that a plan may be made of in a graph: those of the package.
 _CLASSES: dict[str, type[Any]] = {
     name: kind
-    for module in (score, function, normalizer, mask, position, summary, problem, component)
+    for module in (score, function, normalizer, mask, position, statistic, summary, problem, component)
     for name, kind in vars(module).items()
     if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__")
 }
@@ -80,9 +79,9 @@ def _forward(tensors: list[Tensor], backend: str, plan: str, ints: list[int], fl
 def _(tensors: list[Tensor], backend: str, plan: str, ints: list[int], floats: list[float]) -> list[Tensor]:
     parsed = _plan(plan, ints, floats)
     q, k, v = tensors[:3]
-    size, like = sizes(q, k), widen(q)
-    outputs = empty_outputs(fill(parsed, tensors), parsed.outputs, size, like, v, v.dtype)
-    return [*outputs, *_fused(backend).empty_saved(size, like, v)]
+    like = widen(q)
+    outputs = empty_outputs(fill(parsed, tensors), like, k, v)
+    return [*outputs, *_fused(backend).empty_saved(sizes(q, k), like, v)]
 
 
 @torch.library.custom_op("regard::backward", mutates_args=())

@@ -26,6 +26,7 @@ from regard.plan.problem import Plan, sizes
 about = "the equation, materialized: everything, in quadratic memory"
 is_automatic = False
 masks_nonfinite = False
+supported = None
 is_differentiable = True
 saved = 0
 
@@ -97,6 +98,6 @@ def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tup
     names = plan.outputs
     results = aggregate(plan, s, v, tile, [(0, s.shape[-1])], names, empty)
     if size.S == 0:
-        across = ("received", "rows", "full")
+        across = [statistic.name for statistic in plan.summary.statistics if statistic.axes.endswith("S")]
         results = [x[..., :0] if name in across else x for name, x in zip(names, results, strict=True)]
     return results[0].to(tensors[2].dtype), *results[1:]

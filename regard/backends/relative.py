@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from regard.components.component import fill
-from regard.components.position import Bias
+from regard.components.position import Bias, TensorBias
 from regard.components.tile import Sizes, Tile
 from regard.plan.problem import Plan, sizes
+
+
+class TensorOrRelative:
+    """The classes of biases that fused backends support: tensors, and those that depend on the distance only."""
+
+    def __contains__(self, kind: object) -> bool:
+        return kind is TensorBias or (isinstance(kind, type) and issubclass(kind, Bias) and kind.is_relative)
 
 
 def relative_table(bias: Bias, size: Sizes, dtype: torch.dtype, tensors: Sequence[Tensor]) -> Tensor:
@@ -20,7 +27,7 @@ def relative_table(bias: Bias, size: Sizes, dtype: torch.dtype, tensors: Sequenc
     """
     # Query 0 is at the same distance from key -n as query n is from key 0.
     tile = Tile((0, 1), (0, size.H), (0, 1), (1 - size.L, size.S), size, tensors[0].device)
-    table = fill(bias, tensors).bias(tile, dtype)[0, :, 0].flip(-1)
+    table = fill(bias, tensors).bias(tile, dtype)[0, :, 0].expand(size.H, -1).flip(-1)
     return torch.nn.functional.pad(table, (0, 64)).contiguous()
 
 

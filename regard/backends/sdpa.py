@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.backends.backend import Supported
 from regard.components.component import fill
 from regard.components.mask import Band
 from regard.components.normalizer import Softmax
@@ -18,6 +19,7 @@ from regard.plan.problem import Plan, sizes
 about = "torch's fused attention, for plain problems"
 is_automatic = True
 masks_nonfinite = False
+supported = Supported(scores={Product}, normalizers={Softmax}, masks={Band}, biases=(), statistics=())
 is_differentiable = True
 saved = 0
 
@@ -31,14 +33,11 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """Return why it cannot serve a problem without materializing the weights or breaking the contract; None if it can."""
     q, k, v = tensors[:3]
     size = sizes(q, k)
-    if not isinstance(plan.score, Product):
-        return f"it supports dot-product scores only, not {type(plan.score).__name__}"
-    if plan.score.key_bias is not None or plan.score.query_bias is not None:
+    score = plan.score
+    if isinstance(score, Product) and (score.key_bias is not None or score.query_bias is not None):
         return "the score adds a bias per query or key, which it takes as an L x S matrix only"
-    if not (isinstance(plan.normalizer, Softmax) and plan.normalizer.sink is None):
+    if isinstance(plan.normalizer, Softmax) and plan.normalizer.sink is not None:
         return "it supports softmax without a sink only"
-    if plan.summary.outputs:
-        return f"it returns no summaries ({', '.join(plan.summary.outputs)})"
     if plan.softcap is not None:
         return "it does not support softcap"
     if plan.bias is not None:

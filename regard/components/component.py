@@ -55,22 +55,26 @@ def slots(component: Any) -> list[int]:
     return indices
 
 
-def append_key(component: Any, kinds: Collection[type], key: list[Any], tensors: list[Tensor]) -> bool:
+def append_key(component: Any, kinds: Collection[type], key: list[Any], tensors: list[Tensor]) -> bool | None:
     """Append to `key` all fields of a component, or of a tuple of components, except the contents of tensors, and
     append the tensors to `tensors` in the order of `split`. Components with equal keys differ at most in these
     contents.
 
     Returns:
-        False if there is no key: the component contains a function, a tensor subclass or a nested tensor, or its class
-        is not one of `kinds`.
+        Whether a component depends on the lengths of a problem, see `Mask.depends_on_lengths`. None if there is no key:
+        the component contains a function, a tensor subclass or a nested tensor, or its class is not one of `kinds`.
     """
     kind = type(component)
-    if kind is not tuple and kind not in kinds:
-        return False
-    parts = component if kind is tuple else [getattr(component, name) for name in kind.__dataclass_fields__]
-    if kind is tuple and all([type(part) is int for part in parts]):  # noqa: C419, a generator takes longer
-        key.append(parts)  # a single entry for all rows of a summary
-        return True
+    if kind is tuple:
+        if all([type(part) is int for part in component]):  # noqa: C419, a generator takes longer
+            key.append(component)  # a single entry for all rows of a summary
+            return False
+        parts, depends = component, False
+    elif kind in kinds:
+        parts = [getattr(component, name) for name in kind.__dataclass_fields__]
+        depends = component.depends_on_lengths
+    else:
+        return None
     key += (kind, len(parts))
     for part in parts:
         kind = type(part)
@@ -78,12 +82,15 @@ def append_key(component: Any, kinds: Collection[type], key: list[Any], tensors:
             key.append(repr(part))  # distinguishes 1, 1.0 and True, and 0.0 and -0.0, which compare equal
         elif kind is Tensor or kind is Parameter:
             if part.is_nested:
-                return False
+                return None
             key += (part.shape, part.dtype, part.layout, part.device)
             tensors.append(part)
-        elif not append_key(part, kinds, key, tensors):
-            return False
-    return True
+        else:
+            found = append_key(part, kinds, key, tensors)
+            if found is None:
+                return None
+            depends = depends or found
+    return depends
 
 
 # Immutable leaves.

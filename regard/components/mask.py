@@ -219,3 +219,16 @@ def where(predicate: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> Mask:
     if not callable(predicate):
         raise check.error("where: predicate", predicate, "a function (batch, head, query, key) -> bool tensor", False)
     return Where(predicate)
+
+
+# All masks by name. Tests and the documentation iterate over this table.
+_MASKS: dict[str, Callable[..., Mask]] = {
+    "causal": causal,
+    "window": window,
+    "lengths": lengths,
+    "prefix": prefix,
+    "documents": documents,
+    "blocks": blocks,
+    "dense": dense,
+    "where": where,
+}

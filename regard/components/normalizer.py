@@ -21,6 +21,9 @@ from regard.components.tile import Sizes, Tile
 class Normalizer:
     """Base class of normalizers."""
 
+    # Whether `check` depends on the lengths L and S: then plans are cached per length.
+    depends_on_lengths = False
+
     def weights(self, s: Tensor, tile: Tile) -> Tensor:
         """Return the weights of scores (b, h, l, s). Rows are complete: s may leave out masked keys only."""
         raise NotImplementedError

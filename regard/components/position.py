@@ -25,6 +25,12 @@ from regard.components.tile import Align, Sizes, Tile
 class Bias:
     """Base class of biases, which are added to the scores after scale and softcap."""
 
+    # Whether `check` depends on the lengths L and S: then plans are cached per length.
+    depends_on_lengths = False
+    # Whether `bias` depends on `tile.behind(align)` and the head only: the distance between query and key. Then fused
+    # backends take it as a table of distances.
+    is_relative = False
+
     def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
         """Return the bias of a tile in the given dtype; it broadcasts to (b, h, l, s)."""
         raise NotImplementedError
@@ -41,6 +47,8 @@ class Bias:
 @dataclass(frozen=True)
 class TensorBias(Bias):
     """A tensor that broadcasts to (B, H, L, S)."""
+
+    depends_on_lengths = True
 
     tensor: Tensor
 
@@ -73,6 +81,8 @@ class ALiBi(Bias):
             [ 1., -1.],
             [ 1.,  1.]])
     """
+
+    is_relative = True
 
     slopes: Tensor | None = None
     align: Align = None
@@ -133,6 +143,8 @@ class T5(Bias):
             [1., 1., 0., 3.],
             [1., 1., 1., 0.]])
     """
+
+    is_relative = True
 
     table: Tensor
     bidirectional: bool = True

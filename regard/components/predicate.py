@@ -17,11 +17,16 @@ from regard.components.tile import Align, Grid, Sizes, Tile
 # Two bool tensors per tile of a grid, which broadcast to (B, R, C): whether any pair may attend (False only if the tile
 # is empty), and whether all pairs may (True only if it is full).
 Coverage = tuple[Tensor, Tensor]
+# More than any number of positions.
+_UNLIMITED = 1 << 40
 
 
 @dataclass(frozen=True)
 class Mask:
     """Base class of masks, with the operators `&` (and), `|` (or) and `~` (not)."""
+
+    # Whether `check` depends on the lengths L and S: then plans are cached per length.
+    depends_on_lengths = False
 
     def __and__(self, other: Mask) -> Mask:
         return And(self, _operand(other, "&"))
@@ -46,6 +51,11 @@ class Mask:
         """Return which tiles contain any, and which only, pairs that may attend. By default all tiles are partial."""
         unknown = torch.ones(1, grid.first_query.shape[0], grid.first_key.shape[1], dtype=torch.bool)
         return unknown.to(grid.first_query.device), ~unknown.to(grid.first_query.device)
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        """Up to four integers that, with the tensors, determine the mask: what the native kernels read of it."""
+        return ()
 
     def check(self, sizes: Sizes, device: torch.device) -> None:
         """Raise a ValueError or TypeError if the mask does not fit the sizes of the problem."""
@@ -110,6 +120,15 @@ class Not(Mask):
         return ~full, ~some
 
 
+def leaves(mask: Mask | None) -> list[Mask]:
+    """Return the masks that `&`, `|` and `~` combine, in order."""
+    if isinstance(mask, BinaryMask):
+        return leaves(mask.left) + leaves(mask.right)
+    if isinstance(mask, Not):
+        return leaves(mask.inner)
+    return [] if mask is None else [mask]
+
+
 @dataclass(frozen=True)
 class Band(Mask):
     """Keys from `left` positions before to `right` positions after the query; its own position is not counted."""
@@ -117,6 +136,12 @@ class Band(Mask):
     left: int | None
     right: int | None
     align: Align
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        offset = self.align if isinstance(self.align, int) else 0
+        left, right = (_UNLIMITED if n is None else min(n, _UNLIMITED) for n in (self.left, self.right))
+        return offset, int(self.align == "end"), left, right
 
     def allowed(self, tile: Tile) -> Tensor:
         behind = tile.behind(self.align)
@@ -162,6 +187,8 @@ class Before(Mask):
 class Documents(Mask):
     """Pairs of the same document, from document ids of queries (B|1, L) and keys (B|1, S)."""
 
+    depends_on_lengths = True
+
     queries: Tensor
     keys: Tensor
 
@@ -202,9 +229,15 @@ def _in_tiles(x: Tensor, axis: int, width: int) -> Tensor:
 class Blocks(Mask):
     """Which blocks of queries may attend to which blocks of keys: bool (B|1, H|1, L/rows, S/columns)."""
 
+    depends_on_lengths = True
+
     table: Tensor
     rows: int | None
     columns: int | None
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        return self.rows or 0, self.columns or 0
 
     def size(self, sizes: Sizes) -> tuple[int, int]:
         """Return the number of queries and keys per block; by default the dimensions are divided evenly, rounded up."""
@@ -241,6 +274,8 @@ class Blocks(Mask):
 @dataclass(frozen=True)
 class Dense(Mask):
     """A bool tensor that broadcasts to (B, H, L, S)."""
+
+    depends_on_lengths = True
 
     table: Tensor
 

@@ -23,6 +23,9 @@ Number = float | Tensor
 class Score:
     """Base class of scores. Subclasses define `pair`, and `reduce` if there is a cheaper equivalent."""
 
+    # Whether `check` depends on the lengths L and S: then plans are cached per length.
+    depends_on_lengths = False
+
     def pair(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the scores (...) of q (..., D) and k (..., D), which broadcast together."""
         raise NotImplementedError

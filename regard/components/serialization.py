@@ -29,6 +29,8 @@ def unserializable(component: Any, classes: dict[str, type[Any]]) -> str | None:
         parts = [getattr(component, name) for name in kind.__dataclass_fields__]
     elif component is None or isinstance(component, bool | str | int | float | torch.SymInt | torch.SymFloat):
         return None
+    elif not callable(component):
+        return f"the class {kind.__name__}"
     else:
         return f"the Python function {getattr(component, '__name__', kind.__name__)}"
     return next((name for name in [unserializable(part, classes) for part in parts] if name is not None), None)

@@ -6,16 +6,27 @@ length (except on the backend "reference"), and all but `top.keys` are different
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from regard import check
+from regard.components.statistic import (
+    BUILT_IN,
+    Mass,
+    RowWeights,
+    Statistic,
+    TopKeys,
+    TopWeights,
+    Weights,
+)
 from regard.components.tile import Sizes
 from regard.deprecated import getter
+
+__all__ = ["AttentionSummary", "Statistic", "Summary", "Top", "Weights", "groups"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Summary:
             `summary.groups` makes it from group ids.
         rows: return all weights of these queries: an int or ints, negative ones count from the end.
         full: return all weights (B, H, L, S). This materializes them.
+        other: statistics of your own, objects of subclasses of `Statistic`.
 
     >>> q, k, v = torch.zeros(2, 4), torch.zeros(4, 4), torch.zeros(4, 1)
     >>> request = Summary(lse=True, entropy=True, received=True, mass=summary.groups([0, 0, 0, 1]), rows=-1)
@@ -52,14 +64,17 @@ class Summary:
     mass: Tensor | None = None
     rows: int | Sequence[int] = ()
     full: bool = False
+    other: Sequence[Statistic] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.rows, list | range):
             object.__setattr__(self, "rows", tuple(self.rows))
+        if isinstance(self.other, list):
+            object.__setattr__(self, "other", tuple(self.other))
 
     def check(self, sizes: Sizes) -> None:
         """Raise a ValueError or TypeError if a field is invalid or does not fit the problem."""
-        for name in ("lse", "max", "entropy", "received", "full"):
+        for name in [statistic.name for statistic in _FLAGS]:
             if not isinstance(flag := getattr(self, name), bool):
                 raise check.error(f"summary: {name}", flag, "True or False", False)
         check.integer("summary: top", self.top, 0, ", the number of weights of each row")
@@ -76,20 +91,54 @@ class Summary:
         for row in self.row_numbers:
             if not check.is_int(row) or not -sizes.L <= row < sizes.L:
                 raise check.error("summary: rows", row, f"ints from {-sizes.L} to {sizes.L - 1}", check.is_int(row))
+        self._check_other()
+
+    @property
+    def depends_on_lengths(self) -> bool:
+        """Whether `check` depends on the lengths L and S."""
+        return self.mass is not None or self.rows != ()
 
     @property
     def row_numbers(self) -> tuple[int, ...]:
         """The indices of the queries in `rows`."""
         return (self.rows,) if isinstance(self.rows, int) else tuple(self.rows)
 
+    def _check_other(self) -> None:
+        expected = "a tuple of objects of subclasses of summary.Statistic, with different names"
+        if not isinstance(self.other, tuple):
+            raise check.error("summary: other", self.other, expected, False)
+        names = {"out", "dropped", *(statistic.name for statistic in BUILT_IN)}
+        for statistic in self.other:
+            if not isinstance(statistic, Statistic) or type(statistic) is Statistic:
+                raise check.error("summary: other", statistic, expected, False)
+            if not statistic.name or statistic.name in names:
+                raise ValueError(f"summary: other has a statistic named {statistic.name!r}; expected {expected}")
+            names.add(statistic.name)
+            if not statistic.axes.startswith("BH") or len(set(statistic.axes)) != len(statistic.axes):
+                raise ValueError(
+                    f"summary: {statistic.name} has axes {statistic.axes!r}; expected different letters, the first two BH"
+                )
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What is requested, in the order in which backends return it."""
+        found: list[Statistic] = [statistic for statistic in _FLAGS if getattr(self, statistic.name)]
+        if self.top:
+            found += [TopWeights(self.top), TopKeys(self.top)]
+        if self.mass is not None:
+            found.append(Mass(self.mass))
+        if self.row_numbers:
+            found.append(RowWeights(self.row_numbers))
+        return (*found, *self.other)
+
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of the tensors that a backend returns for this summary, in order."""
-        names = [name for name in ("lse", "max", "entropy", "received", "full") if getattr(self, name)]
-        names += ["top_weights", "top_keys"] if self.top else []
-        names += ["mass"] if self.mass is not None else []
-        names += ["rows"] if self.row_numbers else []
-        return tuple(names)
+        return tuple([statistic.name for statistic in self.statistics])
+
+
+# The statistics without parameters: a field of the same name, True or False, requests each of them.
+_FLAGS = [kind() for kind in BUILT_IN if not is_dataclass(kind)]
 
 
 class Top(NamedTuple):
@@ -111,8 +160,8 @@ class AttentionSummary(NamedTuple):
     """Statistics of the attention weights; None for those that were not requested. See `Summary` for their definitions.
 
     `lse`, `max`, `entropy`: (B, H, L). `top`: two tensors (B, H, L, k), see `Top`. `received`: (B, H, S). `mass`:
-    (B, H, L, N). `rows`: (B, H, R, S). `full`: (B, H, L, S). Leading dimensions are those of q. The dtype is float32,
-    or float64 for float64 inputs.
+    (B, H, L, N). `rows`: (B, H, R, S). `full`: (B, H, L, S). `other`: those of `Summary(other=...)` by name. Leading
+    dimensions are those of q. The dtype is float32, or float64 for float64 inputs.
 
     >>> x = torch.randn(2, 3, 5, 4)
     >>> _, stats = regard.attention(x, x, x, summary=Summary(max=True, received=True))
@@ -128,11 +177,23 @@ class AttentionSummary(NamedTuple):
     mass: Tensor | None = None
     rows: Tensor | None = None
     full: Tensor | None = None
+    other: dict[str, Tensor] | None = None
+
+    @classmethod
+    def of(cls, summary: Summary, results: Iterable[Tensor]) -> AttentionSummary:
+        """Return the results of a summary's statistics, given in order, by name."""
+        named: dict[str, Any] = {statistic.name: x for statistic, x in zip(summary.statistics, results, strict=True)}
+        if summary.other:
+            named["other"] = {statistic.name: named.pop(statistic.name) for statistic in summary.other}
+        if summary.top:
+            named["top"] = Top(named.pop(TopWeights.name), named.pop(TopKeys.name))
+        return cls(**named)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> AttentionSummary:
         """Apply a function to each of the tensors."""
         fields = {name: change(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(top=self.top and Top(*map(change, self.top)), **fields)
+        other = self.other and {name: change(x) for name, x in self.other.items()}
+        return self._replace(top=self.top and Top(*map(change, self.top)), other=other, **fields)
 
 
 def groups(numbers: Tensor | Sequence[int], count: int | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,3 +105,9 @@ class Grid:
         k = torch.arange(0, sizes.S, columns, device=device).view(1, -1)
         last_q, last_k = (q + rows - 1).clamp(max=sizes.L - 1), (k + columns - 1).clamp(max=sizes.S - 1)
         return Grid(q, last_q, k, last_k, sizes, rows, columns)
+
+
+def concat_ranges(columns: Sequence[Range], part: Callable[[Range], Tensor]) -> Tensor:
+    """Concatenate what `part` returns for each range of keys, along the last dimension."""
+    parts = [part(keys) for keys in columns]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

@@ -59,7 +59,7 @@ def make_problem(
         ValueError, TypeError: an argument is invalid.
     """
     # The bias comes directly before the summary, so a bias tensor is the last one before `Entry.stop`.
-    key, call_tensors = cache.make_key((q, k, v, softcap, dropout, score, normalizer, mask, bias, summary))
+    key, call_tensors = cache.make_key(q, k, v, (softcap, dropout, score, normalizer, mask, bias, summary), bias)
     entry = cache.get(key)
     if entry is None:
         check_tensors(q, k, v)

@@ -19,6 +19,7 @@ from regard.plan.arguments import CACHEABLE
 from regard.plan.problem import Plan
 
 _MAX_ENTRIES = 1024
+_TENSORS = (Tensor, torch.nn.Parameter)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,14 +37,38 @@ _entries: dict[tuple[Any, ...], Entry] = {}
 _derived: list[Any] = []
 
 
-def make_key(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, list[Tensor]]:
-    """Return the key of a call's arguments and their tensors in order; the key is None if the call cannot be cached."""
-    key: list[Any] = []
+def make_key(
+    q: Tensor, k: Tensor, v: Tensor, components: tuple[Any, ...], bias: Any
+) -> tuple[tuple[Any, ...] | None, list[Tensor]]:
+    """Return the key of a call's arguments and their tensors in order; the key is None if the call cannot be cached.
+
+    The lengths L and S are part of the key only if a component depends on them: each step of decoding with a growing cache
+    has the key of the one before.
+
+    Args:
+        components: all arguments besides q, k and v, in the order in which a plan takes their tensors.
+        bias: the bias among them. A tensor has to broadcast to (B, H, L, S).
+    """
     tensors: list[Tensor] = []
     # While a graph is traced, sizes are symbols or tensors, which are valid for this call only.
-    traced = torch.compiler.is_compiling() or torch._C._is_tracing()
-    readable = not traced and append_key(arguments, CACHEABLE, key, tensors)
-    return tuple(key) if readable else None, tensors
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return None, tensors
+    for x in (q, k, v):
+        if type(x) not in _TENSORS or x.is_nested or x.dim() < 2:
+            return None, tensors
+        tensors.append(x)
+    key: list[Any] = [q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.layout, k.layout, v.layout]
+    depends_on_lengths = append_key(components, CACHEABLE, key, tensors)
+    if depends_on_lengths is None:
+        return None, tensors
+    shapes = q.shape, k.shape, v.shape
+    if depends_on_lengths or isinstance(bias, Tensor):
+        key += shapes
+    else:
+        L, S, T = [shape[-2] for shape in shapes]
+        # Alignment may be left out where L = S.
+        key += (L == S, S == T, *[shape[:-2] for shape in shapes], *[shape[-1] for shape in shapes])
+    return tuple(key), tensors
 
 
 def get(key: tuple[Any, ...] | None) -> Entry | None:

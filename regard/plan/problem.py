@@ -47,9 +47,10 @@ class Plan:
         return ("out", *self.summary.outputs)
 
     def named(self, gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-        """Return the gradients of the outputs by name, without those that are None and that of `top_keys`."""
+        """Return the gradients of the outputs by name, without those that are None and those of integers."""
+        integers = [statistic.name for statistic in self.summary.statistics if statistic.dtype is not None]
         pairs = zip(self.outputs, gradients, strict=True)
-        return {name: g for name, g in pairs if g is not None and name != "top_keys"}
+        return {name: g for name, g in pairs if g is not None and name not in integers}
 
     def __hash__(self) -> int:
         return self._hash
@@ -72,6 +73,19 @@ class Problem(NamedTuple):
         if len(self.lead) == 2:
             return x
         return x.reshape(*self.lead, *x.shape[2:])
+
+
+def empty_outputs(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Return the outputs of a problem in which no query may attend to any key. The plan is filled.
+
+    q (B, H, L, D) is in accumulation precision.
+    """
+    size = sizes(q, k)
+    outputs = [q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=v.dtype)]
+    for statistic in plan.summary.statistics:
+        dtype = q.dtype if statistic.dtype is None else statistic.dtype
+        outputs.append(q.new_full(statistic.shape(size), statistic.empty, dtype=dtype))
+    return outputs
 
 
 def sizes(q: Tensor, k: Tensor) -> Sizes:

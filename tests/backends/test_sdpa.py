@@ -78,9 +78,9 @@ def test_nan_query_gives_nan_row() -> None:
 _REFUSED: dict[str, dict[str, Any]] = {
     "score": {"score": score.Cosine()},
     "query or key": {"score": score.Distance()},
-    "softmax": {"normalizer": normalizer.Sparsemax()},
+    "normalizer": {"normalizer": normalizer.Sparsemax()},
     "sink": {"normalizer": normalizer.Softmax(0.0)},
-    "summaries": {"summary": Summary(lse=True)},
+    "summary lse": {"summary": Summary(lse=True)},
     "softcap": {"softcap": 1.0},
     "bias": {"bias": torch.zeros(67, 67)},
     "dropout": {"dropout": 0.1},

@@ -20,6 +20,7 @@ import regard
 from regard import Summary, mask, normalizer, position, score, summary
 from regard.backends import autograd
 from regard.backends.cpu import pack
+from regard.components.tile import Sizes
 from regard.plan import cache
 
 _B, _H, _L, _S, _D = 2, 4, 5, 7, 8
@@ -152,6 +153,70 @@ def test_cache_size_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         _assert_equal(_results(arguments, _qkv()), _results(arguments, _qkv()))
         assert len(cache._entries) <= 3
     assert pack._packed_args.cache_info().maxsize is not None
+
+
+# Arguments that depend on no length, and those of a call of L queries and S keys that do.
+_FREE: dict[str, dict[str, Any]] = {
+    "defaults": {"dropout": 0.1},
+    "causal": {"mask": mask.causal("end") & ~mask.window(1, 0, "end")},
+    "lengths": {"mask": mask.lengths([3, 2]) | mask.prefix(1)},
+    "alibi": {"bias": position.ALiBi(align="end")},
+    "t5": {"bias": position.T5(_random(8, _H), align=-2)},
+    "summary": {"summary": Summary(lse=True, top=2, received=True)},
+    "sink": {"normalizer": normalizer.Softmax(_random(_H)), "score": score.Cosine(_random(_H).exp())},
+}
+_BOUND: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "tensor": lambda L, S: {"bias": _random(L, S)},
+    "dense": lambda L, S: {"mask": mask.causal("end") & mask.dense(_random(L, S) > 0)},
+    "documents": lambda L, S: {"mask": mask.documents((torch.arange(L) // 2, torch.arange(S) // 2))},
+    "blocks": lambda L, S: {"mask": mask.blocks(_random(1, 2) > 0)},
+    "rows": lambda L, S: {"summary": Summary(rows=-1)},
+    "mass": lambda L, S: {"summary": Summary(mass=summary.groups(list(range(S))))},
+}
+
+
+def _at_length(L: int, S: int, arguments: dict[str, Any]) -> list[Tensor]:
+    x = [_random(_B, heads, n, width) for heads, n, width in ((_H, L, _D), (2, S, _D), (2, S, 3))]
+    return _flat(regard.attention(*x, **arguments, **({"seed": 3} if "dropout" in arguments else {})))
+
+
+@pytest.mark.parametrize("name", [*_FREE, *_BOUND])
+def test_entry_is_shared_between_lengths_where_nothing_depends_on_them(name: str) -> None:
+    """As in decoding with a growing cache. Results equal those of calls that find nothing in the cache."""
+    lengths, found = ((1, 7), (1, 8), (3, 9), (3, 2), (5, 5), (6, 6)), {}
+    for L, S in lengths:
+        arguments = _FREE[name] if name in _FREE else _BOUND[name](L, S)
+        found[L, S] = _at_length(L, S, arguments)
+    # Without an alignment, L = S is another case than L != S.
+    assert len(cache._entries) == (2 if name in _FREE else len(lengths))
+    for L, S in lengths:
+        _clear()
+        arguments = _FREE[name] if name in _FREE else _BOUND[name](L, S)
+        _assert_equal(found[L, S], _at_length(L, S, arguments))
+
+
+def test_checks_read_lengths_only_where_classes_say_so() -> None:
+    """`check` of a class whose plans are cached for all lengths reads neither L nor S."""
+
+    class NoLengths(Sizes):
+        L = property(lambda self: pytest.fail("L is read"))  # type: ignore[assignment]
+        S = property(lambda self: pytest.fail("S is read"))  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            self.__dict__.update(B=_B, H=_H, G=2)
+
+    size, device = NoLengths(), torch.device("cpu")
+    for arguments in _FREE.values():
+        for component in arguments.values():
+            if isinstance(component, mask.Mask):
+                component.check(size, device)
+            elif isinstance(component, position.Bias | normalizer.Normalizer | Summary):
+                component.check(size)
+    for table in (score._SCORES, normalizer._NORMALIZERS, position._BIASES):
+        for kind in table.values():
+            assert not kind.depends_on_lengths
+            example = kind.example(_H, _D) if table is score._SCORES else kind.example(_H)
+            example.check(size, *((_D, _D) if table is score._SCORES else ()))
 
 
 def test_cache_distinguishes_types_of_equal_values() -> None:

@@ -1,7 +1,7 @@
 """Random components, each as an object of the library and as a function of the oracle.
 
 Components come from the tables of the library. A score that the oracle does not implement is computed by its `pair`,
-one query vector and one key vector at a time; a new normalizer or bias has to be added to the oracle.
+one query vector and one key vector at a time; a new mask, normalizer or bias has to be added to the oracle.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from support import oracle
 from torch import Tensor
 
 import regard
+from regard.components.mask import _MASKS
 from regard.components.normalizer import _NORMALIZERS
 from regard.components.position import _BIASES
 from regard.components.score import _SCORES
@@ -261,7 +262,6 @@ def draw_bias(name: str | None, draw: Draw) -> Part:
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks, each with a predicate on index tensors (batch, head, query, key).
 
-_MASKS = ("causal", "window", "lengths", "prefix", "documents", "blocks", "dense", "where")
 # a, b and c are masks; None stands for no mask.
 _JOINS = (None, "a", "a & b", "a | b", "~a", "a & ~b", "(a | b) & c", "~(a & b) | c", "a & b & c")
 
@@ -281,7 +281,7 @@ def draw_mask(draw: Draw) -> tuple[Any, Tensor]:
     tables: dict[str, Any] = {}
     for letter in "abc":
         if letter in join:
-            mask, predicate = _mask(draw.pick(f"mask {letter}", _MASKS), draw)
+            mask, predicate = _mask(draw.pick(f"mask {letter}", tuple(_MASKS)), draw)
             named[letter], tables[letter] = mask, predicate(*index)
     # The same expression, evaluated by the operators of masks and by those of bool tensors.
     return eval(join, named), eval(join, tables).expand(draw.B, draw.H, draw.L, draw.S)
@@ -318,6 +318,7 @@ def _mask(name: str, draw: Draw) -> tuple[Any, Callable[..., Tensor]]:
         table = draw.flags(*shape, chance=draw.pick("density", (0.5, 0.03, 0.97)))
         shorter = table[0, 0] if keep in ("LS", "S", "L") else table
         return mask.dense(shorter), lambda b, h, i, j: table
+    assert name == "where", f"{name} has to be added to the oracle"
     step = draw.integer(5) + 2
     return mask.where(lambda b, h, i, j: (i + j + h + b) % step > 0), lambda b, h, i, j: (b + h + i + j) % step != 0
 

@@ -33,6 +33,19 @@ def why_not(problem: Problem) -> str | None:
     return regard.explain(**problem.arguments(leaves)).reasons["cpu"]
 
 
+# The statistics of each row that need no other argument.
+ROWS = ("lse", "max", "entropy")
+
+
+def requested(
+    *names: str, top: int = 0, member: Tensor | None = None, rows: Sequence[int] = (), is_last: bool = False
+) -> tuple[int, Tensor | None, list[int], int]:
+    """Return the last arguments of the forward operator: those that request statistics."""
+    given = {"top_weights": top, "top_keys": top, "mass": member is not None, "rows": rows}
+    names = (*names, *[name for name, value in given.items() if value])
+    return top, member, list(rows), extension.request(names, is_last)
+
+
 def packed_arguments(
     q: Tensor,
     k: Tensor,

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from regard.backends.backend import Supported
 from regard.backends.cpu import extension
-from regard.backends.cpu.encode_mask import can_encode
-from regard.backends.cpu.pack import DTYPES, IS_LAST, NORMALIZERS, contiguous_rows, needed_grads, pack
-from regard.backends.relative import through_table
+from regard.backends.cpu.encode_mask import MASKS
+from regard.backends.cpu.pack import DTYPES, NORMALIZERS, contiguous_rows, needed_grads, pack
+from regard.backends.relative import TensorOrRelative, through_table
 from regard.backends.tiled import backend as tiled
 from regard.components.normalizer import Softmax
-from regard.components.position import T5, ALiBi, TensorBias
 from regard.components.score import Additive, Product
 from regard.components.tile import Sizes
 from regard.plan.nonfinite import any_flagged
@@ -23,6 +23,13 @@ from regard.plan.problem import Plan, sizes
 about = "native CPU kernels, in linear memory"
 is_automatic = True
 masks_nonfinite = False
+supported = Supported(
+    scores={Product, Additive},
+    normalizers=NORMALIZERS,
+    masks=MASKS,
+    biases=TensorOrRelative(),
+    statistics=set(extension.STATISTICS.values()),
+)
 is_differentiable = False
 # The maximum score and the inverse sum of each row, in one tensor; and the output in float32, empty if it already is.
 saved = 2
@@ -33,6 +40,7 @@ def is_for(device_type: str) -> bool:
     return device_type == "cpu"
 
 
+_IS_LAST = extension.request((), is_last=True)
 # Top-k weights are kept by insertion; for a larger k, sorting is faster.
 _MAX_TOP = 64
 
@@ -44,10 +52,6 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return extension.missing
     if q.device.type != "cpu":
         return f"the tensors are on {q.device.type}"
-    if not isinstance(plan.score, Product | Additive):
-        return f"it supports dot-product and additive scores, not {type(plan.score).__name__}"
-    if not isinstance(plan.normalizer, tuple(NORMALIZERS)):
-        return f"it supports built-in normalizers, not {type(plan.normalizer).__name__}"
     if q.dtype not in DTYPES or k.dtype not in DTYPES or v.dtype not in DTYPES:
         return "it computes in float32, and the tensors are float64"
     if not (q.numel() and k.numel() and v.numel()):
@@ -55,10 +59,6 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     if plan.nonfinite_q is not None and not torch.compiler.is_compiling():
         # In a compiled graph the values are unknown: there each call checks them, and `tiled` computes the nonfinite case.
         return "queries, keys or values contain NaN or inf, under a mask"
-    if plan.bias is not None and not isinstance(plan.bias, TensorBias | ALiBi | T5):
-        return f"it supports tensors, ALiBi and T5 as a bias, not {type(plan.bias).__name__}"
-    if not can_encode(plan.mask):
-        return "it does not support masks in Python"
     if plan.summary.top > _MAX_TOP:
         return f"it returns at most the {_MAX_TOP} largest weights"
     return None
@@ -74,7 +74,7 @@ def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tup
         return *outputs, *empty_saved(sizes(*tensors[:2]), tensors[0].new_empty(0, dtype=torch.float32), tensors[2])
     packed, arguments = pack(plan, tensors)
     member = packed.member and packed.member(tensors)
-    requested = packed.requested + (IS_LAST if is_last else 0)
+    requested = packed.requested + (_IS_LAST if is_last else 0)
     out, stats, *rest = extension.ops.forward.default(*arguments, plan.summary.top, member, packed.rows, requested)
     # Reuse the empty `stats` as the empty `exact`: creating a tensor takes a microsecond.
     exact = rest.pop(0) if out.dtype != torch.float32 else stats if is_last else out.new_empty(0)
@@ -95,13 +95,13 @@ def backward(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the tensors selected by `needs_grad`, from those of the outputs (None = zero)."""
-    packed, arguments = pack(plan, tensors)
-    dout, *others = gradients
-    given = {name: g for name, g in zip(packed.names, others, strict=True) if g is not None and name != "top_keys"}
+    given = plan.named(gradients)
+    dout = given.pop("out", None)
     # Only softmax has an LSE gradient here; `tiled` computes the others.
     dlse = given.pop("lse", None) if isinstance(plan.normalizer, Softmax) else None
     if given or (dout is None and dlse is None) or any_flagged(plan, tensors):
         return tiled.backward(plan, tensors, (), gradients, needs_grad)
+    arguments = pack(plan, tensors)[1]
     out, stats, exact = saved
     dout = torch.zeros_like(out) if dout is None else dout
     needed = needed_grads(plan, tuple(needs_grad))

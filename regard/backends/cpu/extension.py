@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from regard.components.statistic import BUILT_IN, Statistic
 
 _FOLDER = Path(__file__).parents[2]
 
@@ -39,6 +41,11 @@ def instructions() -> list[str]:
     return [] if missing else str(ops.instructions()).split()
 
 
+def names(table: str) -> list[str]:
+    """Return the names of "masks", "normalizers" or "summaries" in csrc/problem.h, in the order of their numbers."""
+    return [] if missing else str(ops.names(table)).split()
+
+
 def are_finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Return True if q, k and v contain neither NaN nor inf; False if they do, or if it cannot be checked cheaply."""
     # Tracers and dispatch modes may record a graph that must also hold for other values.
@@ -55,22 +62,30 @@ def are_finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
 # Fakes of the operators: the shapes and dtypes of their results, for compiled graphs and fake tensors.
 
 
+# The statistics that the forward operator returns, in order.
+STATISTICS: dict[str, type[Statistic]] = {
+    name: kind for name in names("summaries") for kind in BUILT_IN if kind.name == name
+}
+
+
+def request(statistics: Collection[str], is_last: bool) -> int:
+    """Return the bits that request statistics by name, and a forward pass without a backward pass."""
+    return int(is_last) + sum(2 << bit for bit, name in enumerate(STATISTICS) if name in statistics)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> list[Tensor]:
     top, member, row_indices, requested = arguments[-4:]
-    rows, E, S = q.shape[:3], v.shape[-1], k.shape[2]
-    # With bit 8, nothing is saved for a backward pass.
-    saved = ((0,), (0,)) if requested & 8 else ((2, *rows), (*rows, E))
-    results = [q.new_empty((*rows, E), dtype=v.dtype)]
+    rows = q.shape[:3]
+    sizes = {"B": q.shape[0], "H": q.shape[1], "L": q.shape[2], "S": k.shape[2], "K": top, "R": len(row_indices)}
+    sizes["N"] = 0 if member is None else member.shape[1]
+    saved = ((0,), (0,)) if requested & request((), is_last=True) else ((2, *rows), (*rows, v.shape[-1]))
+    results = [q.new_empty((*rows, v.shape[-1]), dtype=v.dtype)]
     results += [q.new_empty(shape, dtype=torch.float32) for shape in saved[: 1 + (v.dtype != torch.float32)]]
-    results += [q.new_empty(rows, dtype=torch.float32) for bit in (1, 2, 4) if requested & bit]
-    if top:
-        results += [q.new_empty((*rows, top), dtype=dtype) for dtype in (torch.float32, torch.int64)]
-    shapes = [shape for bit, shape in ((16, (*rows[:2], S)), (32, (*rows, S))) if requested & bit]
-    if row_indices:
-        shapes.append((*rows[:2], len(row_indices), S))
-    if member is not None:
-        shapes.append((*rows, member.shape[1]))
-    return [*results, *[q.new_empty(shape, dtype=torch.float32) for shape in shapes]]
+    for name, kind in STATISTICS.items():
+        if requested & request((name,), is_last=False):
+            shape = [sizes[axis] for axis in kind.axes]
+            results.append(q.new_empty(shape, dtype=kind.dtype or torch.float32))
+    return results
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

@@ -10,28 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from regard.backends.cpu.encode_mask import Maker, Shapes, encode_mask
+from regard.backends.cpu import extension
+from regard.backends.cpu.encode_mask import Maker, encode_mask
 from regard.backends.relative import relative_table
 from regard.components.component import Slot
 from regard.components.normalizer import Entmax, Normalizer, Sigmoid, Softmax, Sparsemax
-from regard.components.position import TensorBias
+from regard.components.position import Bias, TensorBias
 from regard.components.score import Additive, Product
-from regard.components.tile import Sizes
 from regard.plan import cache
-from regard.plan.problem import Plan
+from regard.plan.problem import Plan, sizes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The summaries in the order in which the forward operator returns them, and the bits that request them. Those with bit 0 are
-# requested by an argument of their own.
-_BITS = {
-    "lse": 1, "max": 2, "entropy": 4, "top_weights": 0, "top_keys": 0, "received": 16, "full": 32, "rows": 0, "mass": 0,
-}  # fmt: skip
-# The bit for a forward pass without a backward pass.
-IS_LAST = 8
 
 
 class PackedArgs(NamedTuple):
-    """The arguments of the operators that depend only on a plan and on shapes."""
+    """The arguments of the operators that depend only on a plan and on the width of q and k."""
 
     # Of weight, key_bias, query_bias, bias, relative and sink those that are present, then those of the mask.
     tensors: list[Maker]
@@ -40,48 +33,47 @@ class PackedArgs(NamedTuple):
     packed: Tensor  # the same as a tensor
     member: Maker | None
     rows: list[int]
-    requested: int  # the bits of the requested summaries
+    requested: int  # the bits of the requested statistics
     names: tuple[str, ...]  # of all outputs but the first
     order: tuple[int, ...]  # the indices of these outputs in the results of the operator
 
 
-# Cached: for short sequences, packing would take longer than the kernel. Plans hold no tensors.
+# Cached: for short sequences, packing would take longer than the kernel. Plans hold no tensors. Of the shapes only the width
+# counts, so that decoding with a growing cache packs once.
 @cache.derived
-def _packed_args(plan: Plan, shapes: Shapes, allow_bf16_dot: bool) -> PackedArgs:
+def _packed_args(plan: Plan, width: int, allow_bf16_dot: bool) -> PackedArgs:
     score, normalizer, bias, summary = plan.score, plan.normalizer, plan.bias, plan.summary
-    (B, H, L, D), (_, G, S, _) = shapes[:2]
-    size = Sizes(B, H, G, L, S)
     weight = key_bias = query_bias = dense_bias = relative = sink = None
     scale = 1.0
     if isinstance(score, Additive):
         weight = _maker(_floats, score.v)
     elif isinstance(score, Product):
         key_bias, query_bias = _maker(_floats, score.key_bias), _maker(_floats, score.query_bias)
-        scale = D**-0.5 if score.scale is None else score.scale
+        scale = width**-0.5 if score.scale is None else score.scale
     if isinstance(bias, TensorBias):
         dense_bias = _maker(_supported_dtype, bias.tensor)
     elif bias is not None:
-        relative = partial(relative_table, bias, size, torch.float32)
+        relative = partial(_relative, bias)
     sink_or_bias = _sink_or_bias(normalizer)
     if sink_or_bias is not None and (isinstance(sink_or_bias, Slot) or sink_or_bias or isinstance(normalizer, Softmax)):
-        sink = partial(_per_head, sink_or_bias, H)
+        sink = partial(_per_head, sink_or_bias)
     optional = (weight, key_bias, query_bias, dense_bias, relative, sink)
     nodes: list[int] = []
     masks: list[Maker] = []
     if plan.mask is not None:
-        encode_mask(plan.mask, size, shapes, nodes, masks)
+        encode_mask(plan.mask, nodes, masks)
     alpha = normalizer.alpha if isinstance(normalizer, Entmax) else 2.0
     floats = struct.pack("4d", scale, plan.softcap or 0.0, alpha, plan.dropout)
-    integers = [_kind(normalizer), int(allow_bf16_dot), *struct.unpack("4q", floats), *nodes]
+    integers = [_KINDS[NORMALIZERS[type(normalizer)]], int(allow_bf16_dot), *struct.unpack("4q", floats), *nodes]
     with torch._C._DisableTorchDispatch():  # a tensor with values, even if the tensors of this call are fake
         packed = torch.tensor(integers, device="cpu")
-    names = plan.outputs[1:]
-    returned = [name for name in _BITS if name in names]
+    names = summary.outputs
+    returned = [name for name in extension.STATISTICS if name in names]
     return PackedArgs(
         [*[make for make in optional if make is not None], *masks],
         sum(1 << i for i, make in enumerate(optional) if make is not None), integers, packed,
-        _maker(_groups, summary.mass), [row % L for row in summary.row_numbers],
-        sum(_BITS[name] for name in returned), names, tuple(returned.index(name) for name in names),
+        _maker(_groups, summary.mass), list(summary.row_numbers),
+        extension.request(names, is_last=False), names, tuple(returned.index(name) for name in names),
     )  # fmt: skip
 
 
@@ -89,11 +81,8 @@ def pack(plan: Plan, tensors: Sequence[Tensor]) -> tuple[PackedArgs, tuple[Any, 
     """Return the packed arguments, and the arguments of the operators from q to seed, in order."""
     # Weights rounded to bfloat16 are precise enough for the gradients of q, k and v, but not for those of parameters.
     allow_bf16_dot = len(tensors) == 3 or not any(x.is_floating_point() for x in tensors[3:])
-    shapes: Shapes = tuple([x.shape for x in tensors])
-    if torch._C._is_tracing():  # by torch.jit: sizes are tensors
-        shapes = tuple(tuple(int(n) for n in shape) for shape in shapes)
-    args = _packed_args(plan, shapes, allow_bf16_dot)
     q, k, v = tensors[:3]
+    args = _packed_args(plan, int(q.shape[-1]), allow_bf16_dot)
     return args, (
         contiguous_rows(q), contiguous_rows(k), contiguous_rows(v),
         [make(tensors) for make in args.tensors], args.present_mask,
@@ -103,12 +92,11 @@ def pack(plan: Plan, tensors: Sequence[Tensor]) -> tuple[PackedArgs, tuple[Any, 
     )  # fmt: skip
 
 
-# The values of `Normalizer` in csrc/problem.h; sparsemax is entmax of order 2.
-NORMALIZERS: dict[type[Normalizer], int] = {Softmax: 0, Sigmoid: 1, Entmax: 2, Sparsemax: 2}
-
-
-def _kind(normalizer: Normalizer) -> int:
-    return next(kind for cls, kind in NORMALIZERS.items() if isinstance(normalizer, cls))
+# The name of each normalizer in csrc/problem.h; sparsemax is entmax of order 2.
+NORMALIZERS: dict[type[Normalizer], str] = {
+    Softmax: "Softmax", Sigmoid: "Sigmoid", Entmax: "Entmax", Sparsemax: "Entmax",
+}  # fmt: skip
+_KINDS = {name: kind for kind, name in enumerate(extension.names("normalizers"))}
 
 
 def _sink_or_bias(normalizer: Normalizer) -> Any:
@@ -140,7 +128,12 @@ def _groups(member: Tensor) -> Tensor:
     return member if member.dim() == 3 else member[None]
 
 
-def _per_head(value: float | Slot, heads: int, tensors: Sequence[Tensor]) -> Tensor:
+def _relative(bias: Bias, tensors: Sequence[Tensor]) -> Tensor:
+    return relative_table(bias, sizes(*tensors[:2]), torch.float32, tensors)
+
+
+def _per_head(value: float | Slot, tensors: Sequence[Tensor]) -> Tensor:
+    heads = tensors[0].shape[1]
     if isinstance(value, Slot):
         return tensors[value.index].detach().float().expand(heads).contiguous()
     return torch.full((heads,), value, dtype=torch.float32)

@@ -16,21 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.equation import aggregate, can_be_empty, concat_ranges, scores
+from regard.backends.equation import aggregate, can_be_empty, scores
 from regard.backends.tiled.row_block import RowBlock, read_gradient, row_blocks, write_output
 from regard.components.component import Slot, fill, slots
 from regard.components.function import FunctionScore
 from regard.components.position import TensorBias
 from regard.components.score import Product
+from regard.components.statistic import Statistic
 from regard.components.tensor_ops import fold_heads, widen
-from regard.components.tile import Range, Sizes
+from regard.components.tile import Range, Sizes, concat_ranges
 from regard.plan.nonfinite import nan_scores, zero_nonfinite
-from regard.plan.problem import Plan, sizes
+from regard.plan.problem import Plan, empty_outputs, sizes
 
 # See `Backend`.
 about = "plain PyTorch, some rows at a time: everything, in linear memory"
 is_automatic = True
 masks_nonfinite = False
+supported = None
 is_differentiable = False
 saved = 0
 
@@ -54,16 +56,17 @@ def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tup
     plan = fill(plan, tensors)
     q, k, v = (widen(x.detach()) for x in tensors[:3])
     size = sizes(q, k)
-    outputs = dict(zip(names, empty_outputs(plan, names, size, q, v, tensors[2].dtype), strict=True))
+    outputs = dict(zip(names, empty_outputs(plan, q, k, tensors[2]), strict=True))
+    statistics = _by_name(plan)
     with torch.no_grad(), _in_full_precision(q):
         for block in row_blocks(plan, size, q.device):
             s = _scores(plan, q, k, block)
-            found = block.contributes_to(names)
+            found = block.contributes_to(plan, names)
             values = aggregate(
                 plan, s, block.all_keys(v), block.tile, block.columns, found, _empty_rows(plan, s, block)
             )
             for name, value in zip(found, values, strict=True):
-                write_output(plan, name, outputs[name], block, value)
+                write_output(statistics.get(name), outputs[name], block, value)
     return tuple(outputs.values())
 
 
@@ -90,11 +93,11 @@ def backward(
     leaves = _leaves(plan, tensors, needs_grad)
     with_leaves = fill(plan, leaves)
     from_weights = [i for i in slots(plan.normalizer) if needs_grad[i]]
-    size = sizes(q, k)
+    size, statistics = sizes(q, k), _by_name(plan)
     with torch.no_grad(), _in_full_precision(q):
         for block in row_blocks(with_leaves, size, q.device):
             s = _scores(with_leaves, q, k, block).detach().requires_grad_()
-            values, found = block.all_keys(v), block.contributes_to(names)
+            values, found = block.all_keys(v), block.contributes_to(plan, names)
             with torch.enable_grad():
                 empty = _empty_rows(with_leaves, s.detach(), block)
                 outputs = aggregate(with_leaves, s, values, block.tile, block.columns, found, empty)
@@ -105,7 +108,7 @@ def backward(
                     totals.add_keys(2, block, some.mT @ fold_heads(output.detach(), values))
                     gradient = (some @ values.mT).view(output.shape)
                 else:
-                    gradient = read_gradient(plan, name, given[name], block).to(output.dtype)
+                    gradient = read_gradient(statistics[name], given[name], block).to(output.dtype)
                 if output.requires_grad:
                     pairs.append((output, gradient))
             if not pairs:
@@ -254,29 +257,8 @@ def _is_added(plan: Plan, slot: int) -> bool:
     return isinstance(plan.bias, TensorBias) and _index(plan.bias.tensor) == slot
 
 
-def empty_outputs(
-    plan: Plan, names: Sequence[str], size: Sizes, q: Tensor, v: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    """Return the outputs of a problem whose every row is empty: the values that no row block writes."""
-    B, H, L, S = size.B, size.H, size.L, size.S
-    summary = plan.summary
-    shapes = {
-        "out": (B, H, L, v.shape[-1]),
-        "received": (B, H, S),
-        "full": (B, H, L, S),
-        "rows": (B, H, len(summary.row_numbers), S),
-        "top_weights": (B, H, L, summary.top),
-        "mass": (B, H, L, 0 if summary.mass is None else summary.mass.shape[-2]),
-    }
-    outputs = []
-    for name in names:
-        if name == "top_keys":
-            outputs.append(q.new_full((B, H, L, summary.top), -1, dtype=torch.int64))
-        elif name == "lse":
-            outputs.append(q.new_full((B, H, L), -math.inf))
-        else:
-            outputs.append(q.new_zeros(shapes.get(name, (B, H, L)), dtype=dtype if name == "out" else q.dtype))
-    return outputs
+def _by_name(plan: Plan) -> dict[str, Statistic]:
+    return {statistic.name: statistic for statistic in plan.summary.statistics}
 
 
 def _scores(plan: Plan, q: Tensor, k: Tensor, block: RowBlock) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.backends.equation import concat_ranges, requested_rows
 from regard.components.normalizer import Softmax
-from regard.components.tile import Grid, Range, Sizes, Tile
+from regard.components.statistic import Statistic
+from regard.components.tile import Grid, Range, Sizes, Tile, concat_ranges
 from regard.plan.problem import Plan
 
 # Elements per row block (4 MiB in float32): larger blocks leave the caches, smaller ones need more calls of PyTorch.
@@ -78,49 +78,54 @@ class RowBlock:
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def contributes_to(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Return the outputs that the block contributes to. Without keys, that is the log-sum-exp of a sink alone."""
-        return tuple([name for name in names if self.columns or name == "lse"])
+    def contributes_to(self, plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the outputs that the block contributes to. Without keys, a sink alone contributes to some."""
+        if self.columns:
+            return tuple(names)
+        return tuple([x.name for x in plan.summary.statistics if x.name in names and x.includes_sink])
 
 
-def write_output(plan: Plan, name: str, output: Tensor, block: RowBlock, value: Tensor) -> None:
-    """Write the results of a block into an output."""
-    b, h, q = (slice(*r) for r in (block.tile.b, block.tile.h, block.tile.q))
-    if name not in ("received", "rows", "full"):
-        output[b, h, q] = value
+def write_output(statistic: Statistic | None, output: Tensor, block: RowBlock, value: Tensor) -> None:
+    """Write the results of a block into an output: a statistic, or the output of attention (None)."""
+    b, h, rows = _index(statistic, block)
+    if statistic is None or "S" not in statistic.axes:
+        output[b, h, rows] = value
         return
     for keys in block.columns:
         part, where = value[..., block.columns_of(keys)], slice(*keys)
-        if name == "received":
+        if rows is None:
             output[b, h, where] += part
-        elif name == "rows":
-            output[b, h, requested_rows(plan, block.tile)[0], where] = part
         else:
-            output[b, h, q, where] = part
+            output[b, h, rows, where] = part
 
 
-def read_gradient(plan: Plan, name: str, gradient: Tensor, block: RowBlock) -> Tensor:
-    """Return the part of an output's gradient that belongs to a block: the inverse of `write_output`."""
-    b, h, q = (slice(*r) for r in (block.tile.b, block.tile.h, block.tile.q))
-    if name not in ("received", "rows", "full"):
-        return gradient[b, h, q]
-    rows: Any = q
-    if name == "rows":
-        rows = requested_rows(plan, block.tile)[0]
-    if name == "received":
+def read_gradient(statistic: Statistic, gradient: Tensor, block: RowBlock) -> Tensor:
+    """Return the part of a statistic's gradient that belongs to a block: the inverse of `write_output`."""
+    b, h, rows = _index(statistic, block)
+    if "S" not in statistic.axes:
+        return gradient[b, h, rows]
+    if rows is None:
         return concat_ranges(block.columns, lambda keys: gradient[b, h, slice(*keys)])
     return concat_ranges(block.columns, lambda keys: gradient[b, h, rows, slice(*keys)])
+
+
+def _index(statistic: Statistic | None, block: RowBlock) -> tuple[slice, slice, Any]:
+    """Return the indices of a block in an output; None for the queries if the output is summed over them."""
+    b, h, q = (slice(*r) for r in (block.tile.b, block.tile.h, block.tile.q))
+    if statistic is None or "L" in statistic.axes:
+        return b, h, q
+    return b, h, statistic.rows_in(block.tile)[0] if "R" in statistic.axes else None
 
 
 def row_blocks(plan: Plan, size: Sizes, device: torch.device) -> Iterator[RowBlock]:
     """Yield the row blocks of a problem. Together they hold every pair that may attend."""
     if not size.B * size.H * size.L:
         return
+    has_sink = isinstance(plan.normalizer, Softmax) and plan.normalizer.sink is not None
+    with_sink = has_sink and any(statistic.includes_sink for statistic in plan.summary.statistics)
     for b, rows, segments in _rows(plan, size, device):
         width = sum(stop - start for start, stop in segments[0])
-        # A row with a sink has a log-sum-exp even where it has no keys.
-        sink = isinstance(plan.normalizer, Softmax) and plan.normalizer.sink is not None and plan.summary.lse
-        if not width and not sink:
+        if not width and not with_sink:
             continue
         for h in _heads(size, (b[1] - b[0]) * (rows[1] - rows[0]) * max(width, 1)):
             tile = Tile(b, h, rows, (0, size.S), size, device)

@@ -12,11 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.backends.backend import Supported
+from regard.backends.relative import TensorOrRelative
 from regard.backends.tiled import backend as tiled
-from regard.components.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
+from regard.components.mask import And, Mask, Not, Or
 from regard.components.normalizer import Sigmoid, Softmax
-from regard.components.position import T5, ALiBi, TensorBias
+from regard.components.position import TensorBias
 from regard.components.score import Additive, Product
+from regard.components.statistic import (
+    Entropy,
+    FullWeights,
+    LargestWeight,
+    LogSumExp,
+    Mass,
+    Received,
+    RowWeights,
+    TopKeys,
+    TopWeights,
+)
 from regard.components.tile import Sizes
 from regard.plan.nonfinite import flag_nonfinite
 from regard.plan.problem import Plan
@@ -25,6 +38,34 @@ from regard.plan.problem import Plan
 about = "Triton kernels for GPUs, in linear memory"
 is_automatic = True
 masks_nonfinite = True
+
+
+class _EncodedMasks:
+    """The masks that `triton.mask` encodes. It is imported once all other components are known to be supported."""
+
+    def __contains__(self, kind: object) -> bool:
+        from regard.backends.triton.mask import ENCODERS
+
+        return kind in ENCODERS
+
+
+supported = Supported(
+    scores={Product, Additive},
+    normalizers={Softmax, Sigmoid},
+    masks=_EncodedMasks(),
+    biases=TensorOrRelative(),
+    statistics={
+        LogSumExp,
+        LargestWeight,
+        Entropy,
+        Received,
+        FullWeights,
+        TopWeights,
+        TopKeys,
+        Mass,
+        RowWeights,
+    },
+)
 is_differentiable = False
 # The row sums, and the output in float32, which is empty if the output is float32 itself.
 saved = 2
@@ -36,7 +77,6 @@ def is_for(device_type: str) -> bool:
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MASKS = (Band, Before, Documents, Blocks, Dense)
 # The largest weights are kept in registers.
 _MAX_TOP = 64
 # CUDA limits grid.y to 65,535.
@@ -84,10 +124,6 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return f"the tensors are on {q.device.type}"
     if reason := missing() or (_unsupported_gpu(q.device) if q.is_cuda else None):
         return reason
-    if not isinstance(plan.score, Product | Additive):
-        return f"it supports dot-product and additive scores only, not {type(plan.score).__name__}"
-    if not isinstance(plan.normalizer, Softmax | Sigmoid):
-        return f"it supports softmax and sigmoid only, not {type(plan.normalizer).__name__}"
     if any(x.dtype not in _DTYPES for x in (q, k, v)):
         return "it computes in float32, and the tensors are float64"
     if not (q.numel() and k.numel() and v.numel()):
@@ -98,36 +134,27 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return "its indices of the queries, or keys, of all heads would exceed 31 bits"
     if max(q.shape[-1], v.shape[-1]) > _MAX_WIDTH:
         return f"the width is {max(q.shape[-1], v.shape[-1])}; it supports up to {_MAX_WIDTH}"
-    if plan.bias is not None and not isinstance(plan.bias, TensorBias | ALiBi | T5):
-        return f"it supports tensor, ALiBi and T5 biases only, not {type(plan.bias).__name__}"
     if isinstance(plan.bias, TensorBias):
         slot: Any = plan.bias.tensor
         shape, stride = tensors[slot.index].shape, tensors[slot.index].stride()
         if sum((n - 1) * step for n, step in zip(shape[2:], stride[2:], strict=True)) >= _MAX_INDEX:
             return "its offsets into the bias of one head would exceed 31 bits"
-    counts = _count_literals(plan.mask)
-    if counts is None:
-        return "it does not support masks in Python"
-    if max(counts) > _MAX_LITERALS:
+    if max(_count_literals(plan.mask)) > _MAX_LITERALS:
         return f"the mask has more than {_MAX_LITERALS} parts when written as (a & b) | (c & d)"
     if plan.summary.top > _MAX_TOP:
         return f"it returns up to {_MAX_TOP} largest weights per row, not {plan.summary.top}"
     return None
 
 
-def _count_literals(mask: Mask | None) -> tuple[int, int] | None:
-    """Bound the number of literals of a mask, and of its negation, in normal form; return None for a mask in Python."""
-    if mask is None or type(mask) in _MASKS:
-        return (0, 0) if mask is None else (1, 1)
+def _count_literals(mask: Mask | None) -> tuple[int, int]:
+    """Bound the number of literals of a mask, and of its negation, in normal form."""
+    if mask is None:
+        return 0, 0
     if isinstance(mask, Not):
-        inner = _count_literals(mask.inner)
-        return inner and inner[::-1]
+        return _count_literals(mask.inner)[::-1]
     if not isinstance(mask, And | Or):
-        return None
-    left, right = _count_literals(mask.left), _count_literals(mask.right)
-    if left is None or right is None:
-        return None
-    (a, b), (negated_a, negated_b) = zip(left, right, strict=True)
+        return 1, 1
+    (a, negated_a), (b, negated_b) = _count_literals(mask.left), _count_literals(mask.right)
     if isinstance(mask, And):
         return 2 * a * b, negated_a + negated_b
     return a + b, 2 * negated_a * negated_b

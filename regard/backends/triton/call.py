@@ -157,7 +157,7 @@ class Call:
             tensor = self.value_of(bias.tensor)
             strides = [stride if n > 1 else 0 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)]
             args = args._replace(bias=BroadcastTensor(tensor, *strides))
-        elif isinstance(bias, ALiBi):
+        elif type(bias) is ALiBi:
             slopes = self.value_of(bias.slopes)
             slopes = _default_slopes(size.H, self.device) if slopes is None else slopes
             args = args._replace(alibi_slopes=_times_log2e(slopes), alibi_offset=size.offset(bias.align))

@@ -106,7 +106,7 @@ def encode_mask(mask: Mask, size: Sizes) -> EncodedMask:
     for term in to_normal_form(mask):
         for index, (literal, is_negated) in enumerate(term):
             if id(literal) not in encoded:
-                kind, own_tensors, own_integers = _ENCODERS[type(literal)](literal, size)
+                kind, own_tensors, own_integers = ENCODERS[type(literal)](literal, size)
                 encoded[id(literal)] = (kind, len(tensors), len(integers))
                 tensors += own_tensors
                 integers += own_integers
@@ -172,10 +172,13 @@ def _encode_dense(mask: Any, size: Sizes) -> _Literal:
     return _encode_table(mask.table, 1, 1, size)
 
 
-_ENCODERS: dict[type[Mask], Callable[[Any, Sizes], _Literal]] = {
-    Band: _encode_band, Before: _encode_before, Documents: _encode_documents, Blocks: _encode_blocks,
+ENCODERS: dict[type[Mask], Callable[[Any, Sizes], _Literal]] = {
+    Band: _encode_band,
+    Before: _encode_before,
+    Documents: _encode_documents,
+    Blocks: _encode_blocks,
     Dense: _encode_dense,
-}  # fmt: skip
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

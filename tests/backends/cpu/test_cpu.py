@@ -31,7 +31,7 @@ def test_native_kernels_are_available() -> None:
 _REFUSED = {
     "float64": {"dtype": torch.float64},
     "FunctionScore": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
-    "masks in Python": {"mask": "a", "mask a": "where"},
+    "the mask Where": {"mask": "a", "mask a": "where"},
     "64 largest": {"summary": "top", "top": 90},
     "NaN or inf": {"mask": "a", "mask a": "causal", "nonfinite": "masked", "align": -3},
 }

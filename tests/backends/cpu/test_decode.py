@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from support.budget import OverBudgetError
 from support.compare import compare_output, compare_top, compute_reference, remeasure_baseline, run_backend
-from support.cpu import COMMON, NATIVE, SETS, why_not
+from support.cpu import COMMON, NATIVE, ROWS, SETS, requested, why_not
 from support.problems import Problem, problems
 from torch import Tensor
 
@@ -193,7 +193,7 @@ def test_nonfinite_masked_keys_do_not_change_results(instructions: str) -> None:
         parameters = problem.tensors[3:]
         before = _decode_count()
         clean, masked = (
-            extension.ops.forward(*pack(problem.plan, (q, *pair, *parameters))[1], 0, None, [], 7 + 8)
+            extension.ops.forward(*pack(problem.plan, (q, *pair, *parameters))[1], *requested(*ROWS, is_last=True))
             for pair in ((k, v), (nonfinite_k, nonfinite_v))
         )
         assert _decode_count() == before + 2

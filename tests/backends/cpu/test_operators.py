@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cpu import packed_arguments
+from support.cpu import ROWS, packed_arguments, requested
 from torch import Tensor
 
 import regard
@@ -44,12 +44,12 @@ _CASES = {
     **{str(dtype): _arguments(dtype) for dtype in _DTYPES},
     "all biases": _arguments(
         key_bias=_random(2, 2, 7), query_bias=_random(2, 4, 5), bias=_random(1, 4, 1, 7), relative=_random(4, 5 + 7 - 1 + 64),
-        sink=_random(4), softcap=2.0, dropout=0.3, seed=7, mask=[0, 2, 3, 1, 0, 0, -1, -1],
+        sink=_random(4), softcap=2.0, dropout=0.3, seed=7, mask=[0, 2, 0, 3, 1, -1, -1],
     ),
     "additive": _arguments(weight=_random(4, 3), scale=1.0, bias=_random(7)[None, None, None]),
     "entmax": _arguments(normalizer=2, alpha=1.5),
     "sigmoid": _arguments(normalizer=1, sink=_random(4)),
-    "dense": _arguments(mask_tensors=[_random(2, 1, 5, 7) > 0], mask=[4, 0, 0, 0, 0, 0, 0, -1]),
+    "dense": _arguments(mask_tensors=[_random(2, 1, 5, 7) > 0], mask=[4, 0, 0, 0, 0, 0, -1]),
     "gaps": _arguments(q=_random(2, 5, 4, 3).transpose(1, 2), v=_random(2, 2, 7, 8)[..., 1:7]),
 }  # fmt: skip
 
@@ -61,20 +61,21 @@ def _check(name: str, *arguments: Any) -> None:
 @pytest.mark.parametrize("name", _CASES)
 def test_forward_passes_opcheck(name: str) -> None:
     arguments = packed_arguments(**_CASES[name])
-    for top, requested in ((0, 0), (3, 7), (0, 2), (3, 15)):
-        _check("forward", *arguments, top, None, [], requested)
+    for some in (requested(), requested(*ROWS, top=3), requested("max"), requested(*ROWS, top=3, is_last=True)):
+        _check("forward", *arguments, *some)
 
 
 @pytest.mark.parametrize("name", _CASES)
 def test_forward_with_weight_summaries_passes_opcheck(name: str) -> None:
     arguments = packed_arguments(**_CASES[name])
-    for member, rows, requested in (
-        (None, [], 16),
-        (_random(1, 3, 7) > 0, [4, 0], 48),
-        (_random(1, 3, 7) > 0, [4, 0], 63),
-        (None, [2], 8),
+    member = _random(1, 3, 7) > 0
+    for some in (
+        requested("received", top=2),
+        requested("received", "full", top=2, member=member, rows=[4, 0]),
+        requested(*ROWS, "received", "full", top=2, member=member, rows=[4, -5], is_last=True),
+        requested(top=2, rows=[2], is_last=True),
     ):
-        _check("forward", *arguments, 2, member, rows, requested)
+        _check("forward", *arguments, *some)
 
 
 def _all_gradients(case: dict[str, Any]) -> int:
@@ -87,10 +88,10 @@ def _all_gradients(case: dict[str, Any]) -> int:
 def test_backward_passes_opcheck(name: str) -> None:
     case = _CASES[name]
     arguments = packed_arguments(**case)
-    out, stats, *exact = extension.ops.forward(*arguments, 0, None, [], 0)
+    out, stats, *exact = extension.ops.forward(*arguments, *requested())
     for dlse in (None,) if case.get("normalizer") else (None, _random(2, 4, 5)):
-        for requested in (7, 2, _all_gradients(case)):
-            _check("backward", (exact or [out])[0], torch.ones_like(out), stats, dlse, *arguments, requested)
+        for gradients in (7, 2, _all_gradients(case)):
+            _check("backward", (exact or [out])[0], torch.ones_like(out), stats, dlse, *arguments, gradients)
 
 
 def _per_head(values: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ _PLANS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], tuple[Any,
     "causal, softcap, sink": (
         {"mask": mask.causal(align="end"), "softcap": 2.0, "normalizer": normalizer.Softmax(sink=0.5)},
         lambda x: packed_arguments(
-            **x, scale=3**-0.5, softcap=2.0, mask=[0, 2, 1 << 40, 0, 0, 0, -1, -1], sink=_per_head(torch.tensor(0.5))
+            **x, scale=3**-0.5, softcap=2.0, mask=[0, 0, 1, 1 << 40, 0, -1, -1], sink=_per_head(torch.tensor(0.5))
         ),
     ),
     "tensor bias, dropout": (
@@ -127,7 +128,7 @@ _PLANS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], tuple[Any,
     "dense": (
         {"mask": mask.dense(_random(5, 7) > 0)},
         lambda x: packed_arguments(
-            **x, scale=3**-0.5, mask_tensors=[(_random(5, 7) > 0)[None, None]], mask=[4, 0, 0, 0, 0, 0, 0, -1]
+            **x, scale=3**-0.5, mask_tensors=[(_random(5, 7) > 0)[None, None]], mask=[4, 0, 0, 0, 0, 0, -1]
         ),
     ),
 }
@@ -155,10 +156,11 @@ def test_pack_equals_arguments_packed_by_hand(name: str) -> None:
             assert torch.equal(got, value)
         else:
             assert got == value
-    for requested in ((0, None, [], 0), (3, None, [], 7), (3, _random(1, 3, 7) > 0, [4, 0], 63)):
-        _assert_equal(extension.ops.forward(*arguments, *requested), extension.ops.forward(*expected, *requested))
+    every = requested(*ROWS, "received", "full", top=3, member=_random(1, 3, 7) > 0, rows=[4, 0])
+    for some in (requested(), requested(*ROWS, top=3), every):
+        _assert_equal(extension.ops.forward(*arguments, *some), extension.ops.forward(*expected, *some))
     assert (packed.requested, packed.names, packed.order) == (0, (), ())
-    out, stats, *_ = extension.ops.forward(*arguments, 0, None, [], 0)
+    out, stats, *_ = extension.ops.forward(*arguments, *requested())
     for gradients in (2, 7):
         before = (out, torch.ones_like(out), stats, None)
         _assert_equal(
@@ -178,33 +180,36 @@ def _assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
         ({"k": torch.zeros(1, 2, 5, 3)}, "k has an unexpected shape"),
         ({"q": torch.zeros(1, 2, 4, 8)[..., ::2]}, "q must be contiguous in its last dimension"),
         ({"q": torch.zeros(1, 2, 4, 4, dtype=torch.float64)}, "dtype"),
-        ({"mask": [0, 0, 0]}, "nodes of 8 integers"),
-        ({"mask": [5, 0, 0, 0, 0, 0, -1, -1]}, "do not precede it"),
-        ({"mask": [1, 0, 0, 0, 0, 0, -1, 0]}, "refers to a missing tensor"),
-        ({"mask": [9, 0, 0, 0, 0, 0, -1, -1]}, "unknown kind"),
+        ({"mask": [0, 0, 0]}, "nodes of 7 integers"),
+        ({"mask": [5, 0, 0, 0, 0, -1, -1]}, "do not precede it"),
+        ({"mask": [7, -1, 0, 0, 0, -1, -1]}, "do not precede it"),
+        ({"mask": [1, 0, 0, 0, 0, 0, -1]}, "refers to a missing tensor"),
+        ({"mask": [8, 0, 0, 0, 0, -1, -1]}, "unknown kind"),
+        ({"mask": [3, 0, -1, 0, 0, 0, -1], "mask_tensors": [torch.ones(1, 1, 2, 2) > 0]}, "must not be empty"),
+        ({"mask": [3, 0, 0, 0, 0, 0, -1], "mask_tensors": [torch.ones(1, 1, 0, 2) > 0]}, "must have four dimensions"),
         ({"relative": torch.zeros(2, 3)}, "relative must be"),
         ({"dropout": 2.0}, r"dropout must be in \[0, 1\]"),
         ({"weight": torch.zeros(3)}, "weight must be"),
         ({"weight": torch.zeros(4), "scale": 0.5}, "scale must be 1"),
-        ({"normalizer": 3}, "normalizer must be"),
+        ({"normalizer": 3}, "normalizer has an unknown kind"),
         ({"normalizer": 2, "alpha": 1.0}, "alpha must be"),
     ],
 )
 def test_operator_rejects_invalid_arguments(change: dict[str, Any], message: str) -> None:
     """Anyone can call an operator: it must not read out of bounds."""
     valid = {"q": torch.zeros(1, 2, 4, 4), "k": torch.zeros(1, 2, 5, 4), "v": torch.zeros(1, 2, 5, 3)}
-    extension.ops.forward(*packed_arguments(**valid), 0, None, [], 0)
+    extension.ops.forward(*packed_arguments(**valid), *requested())
     with pytest.raises(RuntimeError, match=message):
-        extension.ops.forward(*packed_arguments(**{**valid, **change}), 0, None, [], 0)
+        extension.ops.forward(*packed_arguments(**{**valid, **change}), *requested())
 
 
 def test_operator_rejects_malformed_packed_arguments() -> None:
     q, k, v, tensors, present_mask, packed, seed = packed_arguments(**_CASES["all biases"])
     with pytest.raises(RuntimeError, match="fewer tensors than present_mask says"):
-        extension.ops.forward(q, k, v, tensors[:2], present_mask, packed, seed, 0, None, [], 0)
+        extension.ops.forward(q, k, v, tensors[:2], present_mask, packed, seed, *requested())
     for wrong in (packed[:5], packed.double(), torch.stack([packed, packed], 1)[:, 0]):
         with pytest.raises(RuntimeError, match="at least 6 contiguous int64 values"):
-            extension.ops.forward(q, k, v, tensors, present_mask, wrong, seed, 0, None, [], 0)
+            extension.ops.forward(q, k, v, tensors, present_mask, wrong, seed, *requested())
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)
@@ -306,6 +311,6 @@ def test_custom_mask_falls_back_to_another_backend() -> None:
     q = torch.randn(1, 2, 5, 7)
     for of in (Even(), mask.causal() & ~Even()):
         reasons = regard.explain(q, q, q, mask=of).reasons
-        assert reasons["cpu"] == "it does not support masks in Python"
+        assert reasons["cpu"] == "it does not support the mask Even"
         out = regard.attention(q, q, q, mask=of)
         torch.testing.assert_close(out, regard.attention(q, q, q, mask=of, backend="reference"))

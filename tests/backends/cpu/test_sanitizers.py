@@ -58,10 +58,10 @@ _OPERATOR = """
 import ctypes, threading
 import numpy, torch
 from regard.backends.cpu import extension
-from support.cpu import packed_arguments
+from support.cpu import packed_arguments, requested
 
 def forward(q, sink=None):
-    return extension.ops.forward(*packed_arguments(q, q, q, sink=sink, allow_bf16_dot=False), 0, None, [], 0)
+    return extension.ops.forward(*packed_arguments(q, q, q, sink=sink, allow_bf16_dot=False), *requested())
 
 """
 # Errors of the caller that only a sanitized library detects.

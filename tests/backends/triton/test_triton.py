@@ -71,9 +71,9 @@ def test_component(case: dict[str, Any]) -> None:
 # Problems that the backend refuses, by a part of the reason.
 _REFUSED = {
     "float64": {"dtype": torch.float64},
-    "dot-product and additive scores only": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
+    "the score FunctionScore": {"score": "lambda", "L": 5, "S": 7, "heads": (1, 1)},
     "Sparsemax": {"normalizer": "sparsemax"},
-    "masks in Python": {"mask": "a", "mask a": "where"},
+    "the mask Where": {"mask": "a", "mask a": "where"},
     "up to 64 largest": {"summary": "top", "top": 90},
     "width is 300": {"D": 300},
 }
