@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function
 
 from regard.backends import choose
 from regard.backends.choose import Explanation
-from regard.backends.cpu import extension
+from regard.backends.registry import are_finite
 from regard.components.mask import Mask
 from regard.components.normalizer import Normalizer
 from regard.components.position import Bias
@@ -155,7 +155,7 @@ def attention(
     with precision:
         problem = make_problem(
             q, k, v, score, normalizer, mask, bias, softcap, dropout, seed, summary,
-            choose.masks_nonfinite(backend, q), extension.are_finite,
+            choose.masks_nonfinite(backend, q), are_finite,
         )  # fmt: skip
         outputs = choose.run(problem, backend)
     out = problem.restore(outputs[0])

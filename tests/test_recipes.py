@@ -202,6 +202,17 @@ assert regard.__file__.startswith(TREE)
     _run(tree, f"TREE = {str(tree)!r}\n" + script + check)
 
 
+def test_native_edits_apply(tmp_path: Path) -> None:
+    """The slow test below builds and runs what this one only applies."""
+    tree = _copy(tmp_path)
+    for title in _NATIVE:
+        for block in _RECIPES[title]:
+            _edit(block, tree)
+            assert block.path is not None
+            if block.path.endswith(".py"):
+                compile((tree / block.path).read_text(), block.path, "exec")
+
+
 _NATIVE_MASK = """
 import math, torch, regard
 from regard.components.predicate import Dilated

@@ -26,7 +26,16 @@ MODULES = {
 # From the lowest layer to the highest. A module imports from lower layers only, and from none in its own row. A star stands for
 # a package, whose modules may import each other.
 LAYERS = [
-    {"version", "components", "components.component", "components.tile", "components.tensor_ops", "plan", "backends"},
+    {
+        "version",
+        "components",
+        "components.component",
+        "components.tile",
+        "components.tensor_ops",
+        "plan",
+        "backends",
+        "backends.machine",
+    },
     {"check", "deprecated", "components.serialization"},
     {"components.rotary", "components.predicate"},
     {"components.score", "components.normalizer", "components.mask", "components.position"},

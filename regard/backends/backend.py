@@ -81,6 +81,9 @@ class Backend(Protocol):
     def is_for(self, device_type: str) -> bool:
         """Whether it is tried for tensors on such a device, "cpu" or "cuda", without being named."""
 
+    def is_fastest_for(self, q: Tensor) -> bool:
+        """Whether it comes before all others for tensors such as q."""
+
     def refuse(self, plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         """Return why it cannot serve a problem of supported components, None if it can."""
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from regard import check
 from regard.backends import autograd, compiled_ops, reference
 from regard.backends.backend import FusedBackend
-from regard.backends.cpu import extension
-from regard.backends.registry import BACKENDS, LAST_RESORT
+from regard.backends.registry import BACKENDS, LAST_RESORT, PLAIN
 from regard.plan.nonfinite import flag_nonfinite
 from regard.plan.problem import Problem
 
@@ -58,17 +57,11 @@ _DEVICES_WITHOUT_FLAGS = frozenset(
     device for device in ("cpu", "cuda") if any(b.masks_nonfinite and b.is_for(device) for b in BACKENDS.values())
 )
 
-# In half precision, torch's own attention computes on the matrix units (AMX) of the machines that have them: 2 to 4 times
-# as fast as the native kernels, which widen to float32.
-_MATRIX_UNITS = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
 
 def _order(problem: Problem) -> list[str]:
     q = problem.tensors[0]
     names = [name for name, backend in BACKENDS.items() if backend.is_for(q.device.type) and backend.is_automatic]
-    if _MATRIX_UNITS and q.dtype == torch.bfloat16:
-        names.sort(key=lambda name: name != "sdpa")
-    return names
+    return sorted(names, key=lambda name: not BACKENDS[name].is_fastest_for(q))
 
 
 def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -76,20 +69,13 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 
     For a short sequence, assembling a problem takes longer than computing it.
     """
-    if (
-        extension.missing or torch.compiler.is_compiling()
-        or not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu)
-        or (q.dtype != torch.float32 and (_MATRIX_UNITS or not q.is_floating_point()))
-        or autograd.is_differentiated((q, k, v))
-    ):  # fmt: skip
+    if torch.compiler.is_compiling() or autograd.is_differentiated((q, k, v)):
         return None
-    try:
-        out: Tensor | None = extension.ops.plain(q, k, v)
-    except NotImplementedError:  # a sparse tensor, or one on another device: the checks of a call raise
-        return None
+    name, plain = PLAIN
+    out = plain(q, k, v)
     ran = _ran.get()
     if ran is not None and out is not None:
-        ran.append("cpu")
+        ran.append(name)
     return out
 
 

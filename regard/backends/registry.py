@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from regard.backends import reference, sdpa
 from regard.backends.backend import Backend
 from regard.backends.cpu import backend as cpu
@@ -17,3 +21,7 @@ BACKENDS: dict[str, Backend] = {
 }
 # The one that serves what no other serves; choosing it warns.
 LAST_RESORT = "reference"
+# The backend, and its function, that serves calls of q, k and v alone without a plan: it returns None where it does not.
+PLAIN: tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor | None]] = ("cpu", cpu.plain)
+# A function that returns True if q, k and v contain neither NaN nor inf, and False if it cannot tell quickly.
+are_finite = cpu.are_finite

@@ -116,7 +116,7 @@ def test_sdpa_is_chosen_without_native_kernels(monkeypatch: pytest.MonkeyPatch) 
 def test_sdpa_is_preferred_on_amx_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     half = [x.bfloat16() for x in _qkv()]
     for units, kernel in ((True, "sdpa"), (False, "cpu")):
-        monkeypatch.setattr("regard.backends.choose._MATRIX_UNITS", units)
+        monkeypatch.setattr("regard.backends.machine.HAS_MATRIX_UNITS", units)
         with regard.record_backends() as ran:
             regard.attention(*half)
         assert ran == [kernel]

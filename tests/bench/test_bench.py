@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from regard.attention import attention
-from regard.backends.choose import _MATRIX_UNITS as MATRIX_UNITS
 from regard.backends.choose import record_backends
 from regard.backends.cpu import extension
+from regard.backends.machine import HAS_MATRIX_UNITS
 from regard.bench import cpu, table
 from regard.bench import steps as bench_steps
 from regard.bench import watch as bench_watch
@@ -286,7 +286,7 @@ def test_peaks_are_plausible(instructions: str) -> None:
     assert peaks["fp32"].best > 1 and peaks["read"].best > 1
     # VDPBF16PS has twice the peak of float32 multiply-adds on Zen 4, and half of it on Intel CPUs with matrix units, which
     # torch uses there.
-    assert not peaks["bf16"].is_available or peaks["bf16"].best > peaks["fp32"].best / (4 if MATRIX_UNITS else 1)
+    assert not peaks["bf16"].is_available or peaks["bf16"].best > peaks["fp32"].best / (4 if HAS_MATRIX_UNITS else 1)
     with pytest.raises(RuntimeError, match="kind must be"):
         extension.ops.peak(torch.ones(0), 3, 1)
 

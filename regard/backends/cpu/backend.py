@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from regard.backends import machine
 from regard.backends.backend import Supported
 from regard.backends.cpu import extension
 from regard.backends.cpu.encode_mask import MASKS
@@ -38,6 +39,11 @@ saved = 2
 def is_for(device_type: str) -> bool:
     """Return whether the backend runs on a type of device: the CPU."""
     return device_type == "cpu"
+
+
+def is_fastest_for(q: Tensor) -> bool:
+    """The order of the registry holds."""
+    return False
 
 
 _IS_LAST = extension.request((), is_last=True)
@@ -79,6 +85,32 @@ def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tup
     # Reuse the empty `stats` as the empty `exact`: creating a tensor takes a microsecond.
     exact = rest.pop(0) if out.dtype != torch.float32 else stats if is_last else out.new_empty(0)
     return out, *[rest[index] for index in packed.order], stats, exact
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Return the output of a call with q, k and v alone; None where one operator does not serve it."""
+    if (
+        extension.missing or not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu)
+        or (q.dtype != torch.float32 and (machine.HAS_MATRIX_UNITS or not q.is_floating_point()))
+    ):  # fmt: skip
+        return None
+    try:
+        out: Tensor | None = extension.ops.plain(q, k, v)
+    except NotImplementedError:  # a sparse tensor, or one on another device: the checks of a call raise
+        return None
+    return out
+
+
+def are_finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return True if q, k and v contain neither NaN nor inf; False if they do, or if it cannot be checked cheaply."""
+    # Tracers and dispatch modes may record a graph that must also hold for other values.
+    is_traced = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
+    if extension.missing or is_traced or not q.is_cpu:
+        return False
+    try:
+        return bool(extension.ops.finite.default(q, k, v))
+    except RuntimeError:  # values are inaccessible inside torch.func.vmap
+        return False
 
 
 def empty_saved(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:

@@ -46,18 +46,6 @@ def names(table: str) -> list[str]:
     return [] if missing else str(ops.names(table)).split()
 
 
-def are_finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return True if q, k and v contain neither NaN nor inf; False if they do, or if it cannot be checked cheaply."""
-    # Tracers and dispatch modes may record a graph that must also hold for other values.
-    is_traced = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
-    if missing or is_traced or not q.is_cpu:
-        return False
-    try:
-        return bool(ops.finite.default(q, k, v))
-    except RuntimeError:  # values are inaccessible inside torch.func.vmap
-        return False
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Fakes of the operators: the shapes and dtypes of their results, for compiled graphs and fake tensors.
 

@@ -42,6 +42,11 @@ def is_for(device_type: str) -> bool:
     return True
 
 
+def is_fastest_for(q: Tensor) -> bool:
+    """The order of the registry holds."""
+    return False
+
+
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """Return why it cannot serve a problem; it serves everything whose closures autograd shows."""
     if isinstance(plan.score, FunctionScore) and plan.score.captured is None:

@@ -26,6 +26,7 @@ from regard.components.component import Slot, fill
 from regard.components.normalizer import Sigmoid, Softmax
 from regard.components.position import ALiBi, TensorBias, alibi_slopes
 from regard.components.score import Additive, Product
+from regard.plan.cache import derived
 from regard.plan.problem import Plan, sizes
 
 _LOG2E = 1.4426950408889634
@@ -181,7 +182,7 @@ class Call:
         return args
 
 
-@lru_cache(64)
+@derived
 def _default_slopes(heads: int, device: torch.device) -> Tensor:
     """ALiBi's default slopes on the device. Without the cache, each call would wait for their copy from the CPU."""
     return torch.tensor(alibi_slopes(heads), device=device)

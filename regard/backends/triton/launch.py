@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from regard.components.normalizer import Sigmoid, Softmax
 from regard.components.position import TensorBias
 from regard.components.score import Additive, Product
 from regard.merge import merge
+from regard.plan.cache import derived
 from regard.plan.problem import Plan
 
 _MIN_TILES_PER_SPLIT = 2
@@ -135,7 +135,7 @@ def _second_pass(call: Call, row_sums: RowSums) -> dict[str, Tensor]:
     return results
 
 
-@lru_cache(64)
+@derived
 def _as_indices(rows: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
