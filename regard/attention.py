@@ -138,7 +138,7 @@ def attention(
         }  # fmt: skip
         return _as_torch_function(attention, (), q, k, v, **arguments)  # type: ignore[no-any-return]
     precision: AbstractContextManager[Any] = _NO_CONTEXT
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         # Autocast determines the dtype of q, k and v only; sums are accumulated in float32.
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
         precision = torch.autocast(q.device.type, enabled=False)

@@ -6,27 +6,28 @@ Their second derivatives are those of `reference`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from regard.backends import reference
-from regard.backends.backend import FusedBackend
+from regard.backends.backend import Backend, FusedBackend
 from regard.components.component import slots
 from regard.components.function import FunctionScore
 from regard.plan.nonfinite import flag_nonfinite
 from regard.plan.problem import Plan
+from regard.tracing import is_batched, is_transformed
 
 
-def run(backend: FusedBackend, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def run(backend: Backend, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return all outputs of a problem, in the order of `Plan.outputs`, with gradients."""
     outputs: tuple[Tensor, ...]
-    if _is_transformed():
-        outputs = Forward.apply(backend, plan, *tensors)  # type: ignore[no-untyped-call]
+    if is_transformed():
+        outputs = Forward.apply(_as_fused(backend), plan, *tensors)  # type: ignore[no-untyped-call]
     elif _is_recorded(tensors):
-        return Eager.apply(backend, plan, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+        function = Inner if backend.is_differentiable else Eager
+        return function.apply(backend, plan, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     else:
         outputs = backend.forward(plan, tensors, is_last=True)
     return outputs[: len(outputs) - backend.saved]
@@ -34,16 +35,61 @@ def run(backend: FusedBackend, plan: Plan, tensors: Sequence[Tensor]) -> tuple[T
 
 def is_differentiated(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd or a transform of torch.func has to see the call. If not, a short call takes half of the time."""
-    return _is_recorded(tensors) or _is_transformed()
+    return _is_recorded(tensors) or is_transformed()
 
 
 def _is_recorded(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])  # noqa: C419, a generator takes longer
 
 
-def _is_transformed() -> bool:
-    """Whether a transform of torch.func, or forward mode, is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+class _ByAutograd:
+    """A backend of differentiable operations, with a backward pass: autograd differentiates the operations once."""
+
+    saved = 0
+
+    def __init__(self, backend: Backend) -> None:
+        self.masks_nonfinite, self.forward = backend.masks_nonfinite, backend.forward
+
+    def backward(
+        self,
+        plan: Plan,
+        tensors: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        needs_grad: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """See `FusedBackend.backward`."""
+        leaves = _leaves(tensors, needs_grad)
+        with torch.enable_grad():
+            outputs = self.forward(plan, leaves)
+        return _differentiate(outputs, leaves, gradients, needs_grad)
+
+
+def _as_fused(backend: Backend) -> FusedBackend:
+    return cast(FusedBackend, _ByAutograd(backend) if backend.is_differentiable else backend)
+
+
+def _leaves(tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor]:
+    """Return the tensors as leaves of a new graph."""
+    return [x.detach().requires_grad_(needed) for x, needed in zip(tensors, needs_grad, strict=True)]
+
+
+def _differentiate(
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    needs_grad: Sequence[bool],
+    keep: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of leaves. `keep` says whether the graph may be differentiated again."""
+    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
+    if not pairs or not any(needs_grad):
+        return (None,) * len(leaves)
+    found = torch.autograd.grad(
+        [x for x, _ in pairs], [x for x, needed in zip(leaves, needs_grad, strict=True) if needed],
+        [g for _, g in pairs], retain_graph=keep, allow_unused=True,
+    )  # fmt: skip
+    return scatter(found, needs_grad)
 
 
 def to_save(backend: FusedBackend, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -97,10 +143,37 @@ class Eager(torch.autograd.Function):
         return _backward_of(ctx, gradients)
 
 
+class Inner(torch.autograd.Function):
+    """The same for a backend of differentiable operations that can be differentiated once.
+
+    Their graph is built in the forward pass, and kept; second derivatives are those of `reference`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backend: Backend, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.backend, ctx.plan = _as_fused(backend), plan
+        ctx.leaves = _leaves(tensors, ctx.needs_input_grad[2:])
+        with torch.enable_grad():
+            ctx.outputs = backend.forward(plan, ctx.leaves)
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(x.detach() for x in ctx.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in gradients):
+            return _backward_of(ctx, gradients)
+        _ = ctx.saved_tensors  # raises if the graph was freed, or a tensor modified
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        return None, None, *_differentiate(ctx.outputs, ctx.leaves, gradients, ctx.needs_input_grad[2:], keep)
+
+
 def _backward_of(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Return the gradients of all inputs of a forward pass, from those of its outputs."""
+    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients):
+        return _for_each_of_batch(lambda *some: _backward_of(ctx, some), gradients)
     needs_grad, saved = ctx.needs_input_grad[2:], ctx.saved_tensors
-    if not torch.is_grad_enabled() and not _is_transformed():
+    if not torch.is_grad_enabled() and not is_transformed():
         # No second derivative and no vmap of the first: no graph is needed.
         tensors, saved = saved[: len(needs_grad)], saved[len(needs_grad) :]
         return None, None, *ctx.backend.backward(ctx.plan, tensors, saved, gradients, needs_grad)
@@ -131,6 +204,8 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *seconds: Tensor) -> tuple[Tensor | None, ...]:
+        if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in seconds):
+            return _for_each_of_batch(lambda *some: Backward.backward(ctx, *some), seconds)
         first, needed = sum(ctx.given), ctx.needs_input_grad[4:]
         captured = slots(ctx.plan.score.captured) if isinstance(ctx.plan.score, FunctionScore) else []
         own = [first + i for i in captured if ctx.needs_grad[i] or needed[first + i]]
@@ -190,6 +265,37 @@ def _second_of_function(ctx: Any, seconds: Sequence[Tensor], own: Sequence[int])
         [x for x, _ in pairs], [leaves[i] for i in moving], [y for _, y in pairs], retain_graph=True, allow_unused=True
     )
     return dict(zip(moving, found, strict=True))
+
+
+def _for_each_of_batch(
+    function: Callable[..., tuple[Tensor | None, ...]], gradients: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Apply a function to each element of batched gradients: `torch.autograd.grad(is_grads_batched=True)` and vectorized
+    Jacobians pass these, with a hidden axis, to a backward pass.
+    """
+    is_hidden = [g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients]
+    level = _level(next(g for g, hidden in zip(gradients, is_hidden, strict=True) if g is not None and hidden))
+    stacks = [
+        torch._remove_batch_dim(g, level, 1, 0) if hidden else g  # type: ignore[arg-type]
+        for g, hidden in zip(gradients, is_hidden, strict=True)
+    ]
+    count = next(len(g) for g, hidden in zip(stacks, is_hidden, strict=True) if g is not None and hidden)
+    runs = [
+        function(*[g[i] if g is not None and hidden else g for g, hidden in zip(stacks, is_hidden, strict=True)])
+        for i in range(count)
+    ]
+    return tuple(
+        None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+        for parts in zip(*runs, strict=True)
+    )
+
+
+def _level(x: Tensor) -> int:
+    """Return the level of the hidden axis of a batched gradient."""
+    levels = (
+        n for n in range(1, 65) if not torch._C._functorch.is_legacy_batchedtensor(torch._remove_batch_dim(x, n, 1, 0))
+    )
+    return next(levels)
 
 
 def _loop_over_batch(

@@ -75,6 +75,11 @@ class Backend(Protocol):
         """Whether `forward` is made of differentiable operations of PyTorch: then there is no `backward`."""
 
     @property
+    def has_all_derivatives(self) -> bool:
+        """Whether these operations have derivatives of every order and direction. Of other backends, autograd gives first
+        derivatives; the second ones are those of `reference`."""
+
+    @property
     def saved(self) -> int:
         """How many tensors `forward` returns after the outputs, for `backward` to take."""
 

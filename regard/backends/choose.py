@@ -9,17 +9,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard import check
 from regard.backends import autograd, compiled_ops, reference
-from regard.backends.backend import FusedBackend
 from regard.backends.registry import BACKENDS, LAST_RESORT, PLAIN
 from regard.plan.nonfinite import flag_nonfinite
 from regard.plan.problem import Problem
+from regard.tracing import is_forward_mode, is_symbolic, is_tracing
 
 _ran: ContextVar[list[str] | None] = ContextVar("ran", default=None)
 
@@ -32,18 +32,19 @@ def run(problem: Problem, name: str | None) -> tuple[Tensor, ...]:
         reference.warn(str(_refuse(_order(problem)[-1], problem)), *problem.tensors[:2])
     backend, plan = BACKENDS[name], problem.plan
     tensors: Sequence[Tensor] = problem.tensors
-    if not torch.compiler.is_compiling():
+    is_graph = is_symbolic(*tensors[:3])
+    if not is_graph:
         ran = _ran.get()
         if ran is not None:
             ran.append(name)
     if not backend.masks_nonfinite and masks_nonfinite(None, tensors[0]):
         # Flags were left out for the sake of a backend that then refused.
         plan, tensors = flag_nonfinite(plan, tensors)
-    if backend.is_differentiable:
+    if backend.is_differentiable and (backend.has_all_derivatives or is_graph or is_tracing()):
         return backend.forward(plan, tensors)
-    if torch.compiler.is_compiling():
+    if is_graph:
         return compiled_ops.run(name, plan, tensors)
-    return autograd.run(cast(FusedBackend, backend), plan, tensors)
+    return autograd.run(backend, plan, tensors)
 
 
 def masks_nonfinite(name: str | None, q: Any) -> bool:
@@ -69,7 +70,7 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 
     For a short sequence, assembling a problem takes longer than computing it.
     """
-    if torch.compiler.is_compiling() or autograd.is_differentiated((q, k, v)):
+    if not (type(q) is type(k) is type(v) is Tensor) or _is_observed(q, k, v):
         return None
     name, plain = PLAIN
     out = plain(q, k, v)
@@ -79,18 +80,27 @@ def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     return out
 
 
+def _is_observed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a call is recorded or differentiated."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or autograd.is_differentiated((q, k, v))
+
+
 def _choose(problem: Problem) -> str:
     return next((name for name in _order(problem) if _refuse(name, problem) is None), LAST_RESORT)
 
 
 def _refuse(name: str, problem: Problem) -> str | None:
     """Return why a backend cannot serve a problem, None if it can."""
-    backend = BACKENDS[name]
-    if torch.compiler.is_compiling() and not backend.is_differentiable:
+    backend, tensors = BACKENDS[name], problem.tensors
+    reason = None
+    if not backend.has_all_derivatives and is_forward_mode(tensors):
+        reason = f"forward-mode derivatives are taken, which only backend={LAST_RESORT!r} has"
+    elif not backend.is_differentiable and is_tracing():
+        reason = "torch.jit and ONNX record operators of torch only"
+    elif not backend.is_differentiable and is_symbolic(*tensors[:3]):
         reason = compiled_ops.refuse(problem.plan)
-        if reason is not None:
-            return reason
-    reason = backend.refuse(problem.plan, problem.tensors)
+    if reason is None:
+        reason = backend.refuse(problem.plan, tensors)
     return backend.supported.refuse(problem.plan) if reason is None and backend.supported is not None else reason
 
 

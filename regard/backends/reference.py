@@ -28,6 +28,7 @@ is_automatic = False
 masks_nonfinite = False
 supported = None
 is_differentiable = True
+has_all_derivatives = True
 saved = 0
 
 
@@ -73,7 +74,7 @@ def _warn(reason: str, q: Tensor, k: Tensor) -> None:
     if reason in _warned:
         return
     _warned.add(reason)
-    sizes = [n.node.hint if isinstance(n, torch.SymInt) else n for n in (*q.shape[:3], k.shape[2])]
+    sizes = [n.node.hint if isinstance(n, torch.SymInt) else int(n) for n in (*q.shape[:3], k.shape[2])]
     count = math.prod(sizes) * (8 if q.dtype == torch.float64 else 4)
     warnings.warn(
         f"attention: {reason}. The call is computed by backend='reference', whose L x S matrices take {count:,} bytes each "

@@ -23,6 +23,7 @@ is_automatic = True
 masks_nonfinite = False
 supported = Supported(scores={Product}, normalizers={Softmax}, masks={Band}, biases=(), statistics=())
 is_differentiable = True
+has_all_derivatives = False
 saved = 0
 
 
@@ -74,7 +75,7 @@ def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tup
     """Return the output of a problem that it does not refuse."""
     q, k, v = zero_nonfinite(plan, tensors)[:3]
     assert isinstance(plan.score, Product)
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=_is_causal(plan), scale=plan.score.scale, enable_gqa=grouped
     )

@@ -13,6 +13,7 @@ from regard import check
 from regard.components.score import Score
 from regard.components.tensor_ops import for_queries, widen
 from regard.components.tile import Sizes, Tile
+from regard.tracing import is_symbolic, is_tracing
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FunctionScore(Score):
     @staticmethod
     def of(function: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> FunctionScore:
         """Wrap a function. Its captured tensors are found by scoring one pair and traversing the autograd graph."""
-        if torch.compiler.is_compiling() or not q.numel() or not k.numel():
+        if is_symbolic(q, k) or is_tracing() or not q.numel() or not k.numel():
             return FunctionScore(function)
         # A new pair of vectors, so that wrappers and graph of the result come from the function only.
         one_q, one_k = (

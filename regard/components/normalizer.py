@@ -15,6 +15,7 @@ from torch import Tensor
 from regard import check
 from regard.components.tensor_ops import log_sum_exp
 from regard.components.tile import Sizes, Tile
+from regard.tracing import has_values, is_tracing
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ class _Transformed(_Simplex):
 
 
 def _simplex(s: Tensor, alpha: float) -> Tensor:
+    if is_tracing():  # graphs of torch.jit and ONNX hold no Python functions
+        return _softmax(s) if alpha == 1 else _entmax(s, alpha)
     function = _Simplex if torch.compiler.is_compiling() else _Transformed
     p: Tensor = function.apply(s, alpha)  # type: ignore[no-untyped-call]
     return p
@@ -219,8 +222,9 @@ def _entmax(s: Tensor, alpha: float) -> Tensor:
     z = (alpha - 1) * (s - s.amax(-1, keepdim=True))
     power = 1 / (alpha - 1)
     tau = torch.full_like(z[..., :1], -1.0)
-    # Compiled graphs cannot stop early, and get 16 steps. The largest number ever observed is 10.
-    for left in reversed(range(16 if torch.compiler.is_compiling() else 100)):
+    # Where values are unknown, no loop can stop early: it takes 16 steps. The largest number ever observed is 10.
+    can_stop = has_values(z)
+    for left in reversed(range(100 if can_stop else 16)):
         gap = (z - tau).clamp_(min=0)
         p = gap if power == 1 else gap**power
         slope = (gap > 0).to(z.dtype) if power == 1 else gap if power == 2 else gap ** (power - 1)
@@ -228,7 +232,7 @@ def _entmax(s: Tensor, alpha: float) -> Tensor:
         step = (total ** (alpha - 1) - 1) * total ** (2 - alpha) / slope.sum(-1, keepdim=True)
         # The last steps are rounding errors of either sign: stop when no row changes.
         moved = tau + step.clamp(min=0)
-        if not left or not (torch.compiler.is_compiling() or bool((moved > tau).any())):
+        if not left or (can_stop and not bool((moved > tau).any())):
             break
         tau = moved
     # Apply the last step, of either sign, to z - tau instead of tau. The rounding error of tau is common to all

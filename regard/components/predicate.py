@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regard import check
 from regard.components.tile import Align, Grid, Sizes, Tile
+from regard.tracing import has_values
 
 # Two bool tensors per tile of a grid, which broadcast to (B, R, C): whether any pair may attend (False only if the tile
 # is empty), and whether all pairs may (True only if it is full).
@@ -310,7 +311,7 @@ class Where(Mask):
 
     def check(self, sizes: Sizes, device: torch.device) -> None:
         # Call it for one pair, which validates its result.
-        if not torch.compiler.is_compiling() and sizes.B * sizes.H * sizes.L * sizes.S:
+        if has_values() and sizes.B * sizes.H * sizes.L * sizes.S:
             self.allowed(Tile((0, 1), (0, 1), (0, 1), (0, 1), sizes, device))
 
     def allowed(self, tile: Tile) -> Tensor:

@@ -185,13 +185,14 @@ class Rotary(nn.Module):
         with torch.device("cpu"):  # a model created on the meta device needs its speeds too
             speed = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
             self.register_buffer("speed", scaling.apply(speed, base), persistent=False)
+        self._initial = self.speed  # for a module that comes back from the meta device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         """Move the speeds with the module, but keep them in float64 (float32 on MPS, which has no float64).
 
         An angle is a position times a speed: bfloat16 is inexact for positions above 256, float32 above about 100,000.
         """
-        speed, self.speed = self.speed, self.speed.float()
+        speed, self.speed = self._initial if self.speed.is_meta else self.speed, self.speed.float()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.speed.device
         self.speed = speed.to(device, torch.float32 if device.type == "mps" else torch.float64)

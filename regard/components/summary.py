@@ -25,6 +25,7 @@ from regard.components.statistic import (
 )
 from regard.components.tile import Sizes
 from regard.deprecated import getter
+from regard.tracing import has_values
 
 __all__ = ["AttentionSummary", "Statistic", "Summary", "Top", "Weights", "groups"]
 
@@ -201,7 +202,7 @@ def groups(numbers: Tensor | Sequence[int], count: int | None = None) -> Tensor:
 
     Args:
         numbers: group id of each key, an integer tensor (S,) or (B, S), or a list of ints; -1 for no group.
-        count: number N of groups; by default one more than the largest id.
+        count: number N of groups; by default one more than the largest id. Required where values of tensors cannot be read.
 
     Returns:
         bool tensor of shape (N, S) or (B, N, S).
@@ -215,12 +216,12 @@ def groups(numbers: Tensor | Sequence[int], count: int | None = None) -> Tensor:
     if not check.is_integer_tensor(numbers) or numbers.dim() not in (1, 2):
         expected = "a list of ints, or an integer tensor of shape (S,) or (B, S)"
         raise check.error("groups: numbers", numbers, expected, check.is_integer_tensor(numbers))
-    least, largest = (int(x) for x in numbers.aminmax()) if numbers.numel() else (-1, -1)
-    if least < -1:
-        raise ValueError(f"groups: numbers has {least}; expected numbers >= 0, or -1 for no group")
-    if count is None:
-        count = largest + 1
-    check.integer("groups: count", count, largest + 1, ", one more than the largest number, or None")
+    if count is None or has_values(numbers):
+        least, largest = (int(x) for x in numbers.aminmax()) if numbers.numel() else (-1, -1)
+        if least < -1:
+            raise ValueError(f"groups: numbers has {least}; expected numbers >= 0, or -1 for no group")
+        count = largest + 1 if count is None else count
+        check.integer("groups: count", count, largest + 1, ", one more than the largest number, or None")
     return numbers.unsqueeze(-2) == torch.arange(count, device=numbers.device)[:, None]
 
 

@@ -12,6 +12,7 @@ from regard.components.mask import Mask, dense
 from regard.components.summary import Summary
 from regard.nn.cache import KeyValueCache
 from regard.nn.multihead import MultiheadAttention
+from regard.tracing import has_values
 
 
 class AttentionBlock(nn.Module):
@@ -93,7 +94,7 @@ def _to_mask(mask: Mask | Tensor | None) -> Mask | None:
     if not fits or mask.is_complex() or mask.dim() > 4:
         raise check.error(name, mask, expected, fits)
     if mask.dtype != torch.bool:
-        if not torch.compiler.is_compiling() and not bool(((mask == 0) | (mask == 1)).all()):
+        if has_values(mask) and not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(f"{name} has elements other than 0 and 1; expected {expected}")
         mask = mask != 0
     return dense(mask)

@@ -13,6 +13,7 @@ from regard import check
 from regard.nn.cell import CellKind, RecurrentState, make_cell
 from regard.nn.checks import check_features
 from regard.nn.precision import run_recurrent
+from regard.tracing import has_values
 
 
 class RecurrentEncoder(nn.Module):
@@ -120,7 +121,8 @@ class RecurrentEncoder(nn.Module):
         if lengths is not None:
             B, S = x.shape[:2]
             fits = check.is_integer_tensor(lengths)
-            if not fits or lengths.shape != (B,) or not bool(((lengths >= 0) & (lengths <= S)).all()):
+            fits = fits and lengths.shape == (B,)
+            if not fits or (has_values(lengths) and not bool(((lengths >= 0) & (lengths <= S)).all())):
                 expected = f"an integer tensor of shape (B,) = ({B},), from 0 to {S}"
                 raise check.error("RecurrentEncoder: lengths", lengths, expected, fits)
 

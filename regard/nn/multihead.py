@@ -198,7 +198,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             need_weights: whether to return the weights too, which materializes all of them.
             attn_mask: (L, S) or (B * num_heads, L, S): bool, True = may not attend, or float, added to the scores.
             average_attn_weights: whether to average the weights over the heads.
-            is_causal: attend causally. As in torch, attn_mask is then assumed to be the causal mask and is not read.
+            is_causal: attend causally. With attn_mask, it is a hint that this is the causal mask, which is read.
             mask: one of `regard.mask`, True = may attend (unlike attn_mask). All masks are combined by AND.
             summary: which statistics of the attention weights to return; need_weights is then ignored.
             cache: keys and values of earlier calls. New keys are appended to a growing cache; the queries are aligned

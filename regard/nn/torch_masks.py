@@ -12,6 +12,7 @@ from regard.components.mask import Mask, causal, dense, lengths
 from regard.components.position import Bias
 from regard.components.tile import Sizes, Tile
 from regard.plan.arguments import resolve_alignment
+from regard.tracing import has_values
 
 
 def convert_masks(
@@ -22,20 +23,25 @@ def convert_masks(
     is_causal: bool,
     past: int,
 ) -> tuple[list[Mask], list[Tensor]]:
-    """Convert torch's masks. Return a list of masks, and a list of biases that broadcast to (B, H, L, S)."""
+    """Convert torch's masks. Return a list of masks, and a list of biases that broadcast to (B, H, L, S).
+
+    With `attn_mask`, `is_causal` is a hint that this is the causal mask, as in torch: the mask is read.
+    """
     masks: list[Mask] = []
     added: list[Tensor] = []
     if attn_mask is not None:
         _check_mask("attn_mask", attn_mask, ((size.L, size.S), (size.B * size.H, size.L, size.S)))
-    if is_causal:
-        masks.append(causal(None if size.L == size.S else "end" if past else "start"))
-    elif attn_mask is not None:
+    if attn_mask is not None:
         table = attn_mask if attn_mask.dim() == 2 else attn_mask.reshape(size.B, size.H, size.L, size.S)
         forbidden = _to_bools(table)
         if forbidden is None:
             added.append(table)
+        elif is_causal and _is_causal(forbidden):
+            masks.append(causal("start"))
         else:
             masks.append(dense(~forbidden))
+    elif is_causal:
+        masks.append(causal(None if size.L == size.S else "end" if past else "start"))
     if key_padding_mask is not None:
         _check_mask("key_padding_mask", key_padding_mask, ((*batch, size.S),))
         table = key_padding_mask.reshape(size.B, size.S)
@@ -56,7 +62,7 @@ def _check_mask(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...]) -> No
 
 def _is_cheap_to_read(x: Tensor) -> bool:
     """Return whether elements of `x` can be read without a device synchronization or a graph break."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and has_values(x)
 
 
 def _to_bools(x: Tensor) -> Tensor | None:
@@ -69,6 +75,11 @@ def _to_bools(x: Tensor) -> Tensor | None:
         return None
     forbidden = x == -math.inf
     return forbidden if bool((forbidden | (x == 0)).all()) else None
+
+
+def _is_causal(forbidden: Tensor) -> bool:
+    """Return whether a mask (..., L, S), True = may not attend, is causal with query 0 at key 0; False if it is not read."""
+    return _is_cheap_to_read(forbidden) and torch.equal(forbidden, torch.ones_like(forbidden).triu(1))
 
 
 def _convert_padding(forbidden: Tensor) -> list[Mask]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from regard.components.component import append_key
 from regard.plan.arguments import CACHEABLE
 from regard.plan.problem import Plan
+from regard.tracing import is_symbolic, is_tracing
 
 _MAX_ENTRIES = 1024
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -50,13 +51,13 @@ def make_key(
         bias: the bias among them. A tensor has to broadcast to (B, H, L, S).
     """
     tensors: list[Tensor] = []
-    # While a graph is traced, sizes are symbols or tensors, which are valid for this call only.
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return None, tensors
     for x in (q, k, v):
         if type(x) not in _TENSORS or x.is_nested or x.dim() < 2:
             return None, tensors
         tensors.append(x)
+    # While a graph is traced, sizes are symbols or tensors, which are valid for this call only.
+    if is_symbolic(q) or is_tracing():
+        return None, tensors
     key: list[Any] = [q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.layout, k.layout, v.layout]
     depends_on_lengths = append_key(components, CACHEABLE, key, tensors)
     if depends_on_lengths is None:

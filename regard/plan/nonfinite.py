@@ -26,6 +26,7 @@ from regard.components.score import Dot, ScaledDot
 from regard.components.tensor_ops import expand_heads
 from regard.components.tile import Tile
 from regard.plan.problem import Plan
+from regard.tracing import has_values
 
 # Whether q, k and v contain neither NaN nor inf; False if unknown.
 AllFinite = Callable[[Tensor, Tensor, Tensor], bool]
@@ -112,14 +113,11 @@ def are_finite(tensors: Sequence[Tensor], quick: AllFinite | None) -> bool:
     `quick` is tried first, then one sum per tensor, which NaN and inf propagate to. If a sum overflows, the result is
     False; this costs time, but changes no result.
     """
+    if not has_values(*tensors):
+        return False
     if quick is not None and quick(*tensors):
         return True
-    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
-        return False
-    try:
-        return all(math.isfinite(float(x.detach().sum())) for x in tensors)
-    except RuntimeError:  # torch.func.vmap does not allow reading values
-        return False
+    return tensors[0].device.type == "cpu" and all(math.isfinite(float(x.detach().sum())) for x in tensors)
 
 
 def _has_nonfinite(x: Tensor) -> Tensor:

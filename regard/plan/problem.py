@@ -24,6 +24,7 @@ from regard.components.position import Bias
 from regard.components.score import Score
 from regard.components.summary import Summary
 from regard.components.tile import Sizes
+from regard.tracing import is_tracing
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,6 @@ def empty_outputs(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 def sizes(q: Tensor, k: Tensor) -> Sizes:
     """Return the sizes of a problem from q (B, H, L, D) and k (B, G, S, D)."""
+    if is_tracing():  # torch.jit gives sizes as tensors; its graph holds for these sizes only
+        return Sizes(*[int(n) for n in (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2])])
     return Sizes(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])

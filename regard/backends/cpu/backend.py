@@ -19,6 +19,7 @@ from regard.components.score import Additive, Product
 from regard.components.tile import Sizes
 from regard.plan.nonfinite import any_flagged
 from regard.plan.problem import Plan, sizes
+from regard.tracing import has_values
 
 # See `Backend`.
 about = "native CPU kernels, in linear memory"
@@ -32,6 +33,7 @@ supported = Supported(
     statistics=set(extension.STATISTICS.values()),
 )
 is_differentiable = False
+has_all_derivatives = False
 # The maximum score and the inverse sum of each row, in one tensor; and the output in float32, empty if it already is.
 saved = 2
 
@@ -62,8 +64,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return "it computes in float32, and the tensors are float64"
     if not (q.numel() and k.numel() and v.numel()):
         return "an axis has size zero"
-    if plan.nonfinite_q is not None and not torch.compiler.is_compiling():
-        # In a compiled graph the values are unknown: there each call checks them, and `tiled` computes the nonfinite case.
+    if plan.nonfinite_q is not None and has_values(q, k, v):
+        # Where values are unknown, each call checks them, and `tiled` computes the nonfinite case.
         return "queries, keys or values contain NaN or inf, under a mask"
     if plan.summary.top > _MAX_TOP:
         return f"it returns at most the {_MAX_TOP} largest weights"
@@ -90,7 +92,7 @@ def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tup
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """Return the output of a call with q, k and v alone; None where one operator does not serve it."""
     if (
-        extension.missing or not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu)
+        extension.missing or not (q.is_cpu and k.is_cpu and v.is_cpu)
         or (q.dtype != torch.float32 and (machine.HAS_MATRIX_UNITS or not q.is_floating_point()))
     ):  # fmt: skip
         return None
@@ -103,14 +105,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 
 def are_finite(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Return True if q, k and v contain neither NaN nor inf; False if they do, or if it cannot be checked cheaply."""
-    # Tracers and dispatch modes may record a graph that must also hold for other values.
-    is_traced = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack()
-    if extension.missing or is_traced or not q.is_cpu:
-        return False
-    try:
-        return bool(extension.ops.finite.default(q, k, v))
-    except RuntimeError:  # values are inaccessible inside torch.func.vmap
-        return False
+    return not extension.missing and q.is_cpu and bool(extension.ops.finite.default(q, k, v))
 
 
 def empty_saved(size: Sizes, like: Tensor, v: Tensor) -> list[Tensor]:

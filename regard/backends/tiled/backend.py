@@ -34,6 +34,7 @@ is_automatic = True
 masks_nonfinite = False
 supported = None
 is_differentiable = False
+has_all_derivatives = False
 saved = 0
 
 

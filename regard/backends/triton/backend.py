@@ -67,6 +67,7 @@ supported = Supported(
     },
 )
 is_differentiable = False
+has_all_derivatives = False
 # The row sums, and the output in float32, which is empty if the output is float32 itself.
 saved = 2
 
