@@ -16,13 +16,26 @@ from torch.autograd import forward_ad
 
 _functorch: Any = torch._C._functorch
 _MODES: Any = torch._C._TorchDispatchModeKey
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether nothing records or transforms a call, and its tensors hold values: the common case, and quick to check."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or is_transformed()
+    ):
+        return False
+    return all([type(x) in _TENSORS and not x.is_meta for x in tensors])  # noqa: C419, a generator takes longer
 
 
 def has_values(*tensors: Tensor) -> bool:
     """Whether the values of tensors can be read, and code may depend on them."""
     if is_symbolic(*tensors) or is_tracing():
         return False
-    return not any([is_batched(x) for x in tensors])  # noqa: C419, a generator takes longer
+    return not any(is_batched(x) for x in tensors)
 
 
 def is_symbolic(*tensors: Tensor) -> bool:
@@ -40,7 +53,9 @@ def is_symbolic(*tensors: Tensor) -> bool:
 
 def is_tracing() -> bool:
     """Whether torch.jit.trace, or an ONNX exporter, records the operations of torch: graphs that hold no other operators."""
-    return torch._C._is_tracing() or torch.onnx.is_in_onnx_export()
+    if torch.compiler.is_dynamo_compiling():  # which cannot trace the rest
+        return False
+    return torch._C._is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
 
 
 def is_batched(x: Tensor) -> bool:

@@ -17,8 +17,9 @@ from torch import Tensor
 from regard import check
 from regard.backends import autograd, compiled_ops, reference
 from regard.backends.registry import BACKENDS, LAST_RESORT, PLAIN
+from regard.plan.cache import derived
 from regard.plan.nonfinite import flag_nonfinite
-from regard.plan.problem import Problem
+from regard.plan.problem import Plan, Problem
 from regard.tracing import is_forward_mode, is_symbolic, is_tracing
 
 _ran: ContextVar[list[str] | None] = ContextVar("ran", default=None)
@@ -32,7 +33,7 @@ def run(problem: Problem, name: str | None) -> tuple[Tensor, ...]:
         reference.warn(str(_refuse(_order(problem)[-1], problem)), *problem.tensors[:2])
     backend, plan = BACKENDS[name], problem.plan
     tensors: Sequence[Tensor] = problem.tensors
-    is_graph = is_symbolic(*tensors[:3])
+    is_graph = not problem.is_eager and is_symbolic(*tensors[:3])
     if not is_graph:
         ran = _ran.get()
         if ran is not None:
@@ -59,10 +60,17 @@ _DEVICES_WITHOUT_FLAGS = frozenset(
 )
 
 
+@derived
+def _names(device_type: str) -> list[str]:
+    return [name for name, backend in BACKENDS.items() if backend.is_for(device_type) and backend.is_automatic]
+
+
 def _order(problem: Problem) -> list[str]:
+    """Return the backends to try, in order."""
     q = problem.tensors[0]
-    names = [name for name, backend in BACKENDS.items() if backend.is_for(q.device.type) and backend.is_automatic]
-    return sorted(names, key=lambda name: not BACKENDS[name].is_fastest_for(q))
+    names = _names(q.device.type)
+    fastest = [name for name in names if BACKENDS[name].is_fastest_for(q)]
+    return [*fastest, *[name for name in names if name not in fastest]] if fastest else names
 
 
 def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -91,17 +99,31 @@ def _choose(problem: Problem) -> str:
 
 def _refuse(name: str, problem: Problem) -> str | None:
     """Return why a backend cannot serve a problem, None if it can."""
+    backend, tensors, reason = BACKENDS[name], problem.tensors, None
+    if problem.is_eager:
+        supported = _refuse_components(name, problem.plan)
+    else:
+        reason = _refuse_observed(name, problem)
+        supported = None if backend.supported is None else backend.supported.refuse(problem.plan)
+    return reason or backend.refuse(problem.plan, tensors) or supported
+
+
+@derived
+def _refuse_components(name: str, plan: Plan) -> str | None:
+    supported = BACKENDS[name].supported
+    return None if supported is None else supported.refuse(plan)
+
+
+def _refuse_observed(name: str, problem: Problem) -> str | None:
+    """Return why a backend cannot serve a call that is recorded or transformed."""
     backend, tensors = BACKENDS[name], problem.tensors
-    reason = None
     if not backend.has_all_derivatives and is_forward_mode(tensors):
-        reason = f"forward-mode derivatives are taken, which only backend={LAST_RESORT!r} has"
-    elif not backend.is_differentiable and is_tracing():
-        reason = "torch.jit and ONNX record operators of torch only"
-    elif not backend.is_differentiable and is_symbolic(*tensors[:3]):
-        reason = compiled_ops.refuse(problem.plan)
-    if reason is None:
-        reason = backend.refuse(problem.plan, tensors)
-    return backend.supported.refuse(problem.plan) if reason is None and backend.supported is not None else reason
+        return f"forward-mode derivatives are taken, which only backend={LAST_RESORT!r} has"
+    if not backend.is_differentiable and is_tracing():
+        return "torch.jit and ONNX record operators of torch only"
+    if not backend.is_differentiable and is_symbolic(*tensors[:3]):
+        return compiled_ops.refuse(problem.plan)
+    return None
 
 
 def _force(problem: Problem, name: str) -> str:

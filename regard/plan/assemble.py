@@ -29,6 +29,7 @@ from regard.plan.arguments import (
 )
 from regard.plan.nonfinite import AllFinite
 from regard.plan.problem import Plan, Problem, sizes
+from regard.tracing import is_eager
 
 # Default components, created once.
 _SCALED_DOT, _SOFTMAX, _NO_SUMMARY = ScaledDot(), Softmax(), Summary()
@@ -59,7 +60,9 @@ def make_problem(
         ValueError, TypeError: an argument is invalid.
     """
     # The bias comes directly before the summary, so a bias tensor is the last one before `Entry.stop`.
-    key, call_tensors = cache.make_key(q, k, v, (softcap, dropout, score, normalizer, mask, bias, summary), bias)
+    components = (softcap, dropout, score, normalizer, mask, bias, summary)
+    eager = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and is_eager(q, k, v)
+    key, call_tensors = cache.make_key(q, k, v, components, bias, eager)
     entry = cache.get(key)
     if entry is None:
         check_tensors(q, k, v)
@@ -67,7 +70,9 @@ def make_problem(
     x: Sequence[Tensor] = (q, k, v) if entry is not None and entry.is_unchanged else four_axes(q, k, v)
     if dropout != 0.0 or seed is not None:
         seed = check_seed(dropout, seed, q.device)
-    is_finite = mask is None or (masks_nonfinite and nonfinite.can_be_left(score)) or nonfinite.are_finite(x, quick)
+    is_finite = (
+        mask is None or (masks_nonfinite and nonfinite.can_be_left(score)) or nonfinite.are_finite(x, quick, eager)
+    )
     if not is_finite:
         entry = None  # plans with flags are not cached
 
@@ -96,7 +101,7 @@ def make_problem(
     tensors = [*x, *score_tensors, *component_tensors, *seeds, *summary_tensors, *flags]
 
     if entry is not None:
-        return Problem(entry.plan, _move_scalars(entry.plan, tensors), lead)
+        return Problem(entry.plan, _move_scalars(entry.plan, tensors), lead, eager)
     assert normalizer is not None and summary is not None and not isinstance(bias, Tensor)
     plan = Plan(
         reduced,
@@ -114,7 +119,7 @@ def make_problem(
         is_unchanged = all(a is b for a, b in zip(x, (q, k, v), strict=True)) and not slots(plan.score)
         start, stop = 3 + len(_tensors_of(score)), len(call_tensors) - len(summary_tensors)
         cache.put(key, cache.Entry(plan, is_unchanged, start, stop))
-    return Problem(plan, _move_scalars(plan, tensors), lead)
+    return Problem(plan, _move_scalars(plan, tensors), lead, eager)
 
 
 def _check_components(

@@ -39,7 +39,7 @@ _derived: list[Any] = []
 
 
 def make_key(
-    q: Tensor, k: Tensor, v: Tensor, components: tuple[Any, ...], bias: Any
+    q: Tensor, k: Tensor, v: Tensor, components: tuple[Any, ...], bias: Any, is_eager: bool
 ) -> tuple[tuple[Any, ...] | None, list[Tensor]]:
     """Return the key of a call's arguments and their tensors in order; the key is None if the call cannot be cached.
 
@@ -49,6 +49,7 @@ def make_key(
     Args:
         components: all arguments besides q, k and v, in the order in which a plan takes their tensors.
         bias: the bias among them. A tensor has to broadcast to (B, H, L, S).
+        is_eager: see `tracing.is_eager`.
     """
     tensors: list[Tensor] = []
     for x in (q, k, v):
@@ -56,7 +57,7 @@ def make_key(
             return None, tensors
         tensors.append(x)
     # While a graph is traced, sizes are symbols or tensors, which are valid for this call only.
-    if is_symbolic(q) or is_tracing():
+    if not is_eager and (is_symbolic(q) or is_tracing()):
         return None, tensors
     key: list[Any] = [q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.layout, k.layout, v.layout]
     depends_on_lengths = append_key(components, CACHEABLE, key, tensors)

@@ -107,13 +107,13 @@ def any_flagged(plan: Plan, tensors: Sequence[Tensor]) -> bool:
     return any(bool(tensors[slot.index].any()) for slot in (plan.nonfinite_q, plan.nonfinite_k))
 
 
-def are_finite(tensors: Sequence[Tensor], quick: AllFinite | None) -> bool:
+def are_finite(tensors: Sequence[Tensor], quick: AllFinite | None, is_eager: bool) -> bool:
     """Return whether q, k and v contain neither NaN nor inf; False if that is expensive to determine.
 
     `quick` is tried first, then one sum per tensor, which NaN and inf propagate to. If a sum overflows, the result is
     False; this costs time, but changes no result.
     """
-    if not has_values(*tensors):
+    if not is_eager and not has_values(*tensors):
         return False
     if quick is not None and quick(*tensors):
         return True

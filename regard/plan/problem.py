@@ -68,6 +68,7 @@ class Problem(NamedTuple):
     plan: Plan
     tensors: tuple[Tensor, ...]
     lead: Sequence[int]  # the leading dimensions of the user's q, before (L, D)
+    is_eager: bool  # see `tracing.is_eager`
 
     def restore(self, x: Tensor) -> Tensor:
         """Reshape an output (B, H, ...) to the leading dimensions of the user's q."""
