@@ -104,6 +104,13 @@ std::vector<MaskNode> mask_nodes(const std::vector<int64_t>& values, const std::
         integers(tensor(given[5]), p.L, node.queries, node.query_batch);
         integers(tensor(given[6]), p.S, node.keys, node.key_batch);
         break;
+      case MaskTensors::Positions: {
+        const Tensor& x = tensor(given[5]);
+        integers(x, x.dim() == 2 && x.size(1) == 1 ? 1 : p.L, node.queries, node.query_batch);
+        node.query_step = x.size(1) == 1 ? 0 : 1;
+        if (node.n[2]) node.n[2] = p.L;
+        break;
+      }
       case MaskTensors::Pairs: node.table = flags(tensor(given[5]), p.L, p.S); break;
       case MaskTensors::Blocks: {
         const Tensor& x = tensor(given[5]);

@@ -51,6 +51,16 @@ class Mask {
         const int64_t farthest = box.i + box.ni - 1 + offset - box.j;
         return to_coverage(nearest <= behind && farthest >= -ahead, farthest <= behind && nearest >= -ahead);
       }
+      case MaskNode::AlignedBand: {
+        int64_t first = position(node, box, 0), last = first;
+        for (int64_t i = 1; i < box.ni; i++) {
+          const int64_t at = position(node, box, i);
+          first = min64(first, at), last = max64(last, at);
+        }
+        const int64_t nearest = first - (box.j + box.nj - 1), farthest = last - box.j;
+        return to_coverage(nearest <= node.n[0] && farthest >= -node.n[1],
+                           farthest <= node.n[0] && nearest >= -node.n[1]);
+      }
       case MaskNode::Before: {
         const int64_t n = node.keys[box.b * node.key_batch];
         return to_coverage(box.j < n, box.j + box.nj <= n);
@@ -111,6 +121,20 @@ class Mask {
           bits[n] = bit_range(position - node.n[3], position + node.n[2] + 1);
         }
         return;
+      case MaskNode::AlignedBand: {
+        // Queries of one row or document have adjacent positions: a run of bits, as for a band.
+        for (int64_t n = 0; n < box.nj; n++) bits[n] = 0;
+        for (int64_t start = 0, end; start < box.ni; start = end) {
+          const int64_t first = position(node, box, start);
+          for (end = start + 1; end < box.ni && position(node, box, end) == first + end - start;) end++;
+          const uint64_t run = bit_range(start, end);
+          for (int64_t n = 0; n < box.nj; n++) {
+            const int64_t bit = box.j + n - first + start;
+            bits[n] |= run & bit_range(bit - node.n[1], bit + node.n[0] + 1);
+          }
+        }
+        return;
+      }
       case MaskNode::Before:
         for (int64_t n = 0; n < box.nj; n++) bits[n] = box.j + n < node.keys[box.b * node.key_batch] ? ~0ull : 0;
         return;
@@ -162,6 +186,12 @@ class Mask {
         return;
       case MaskNode::kCount: return;
     }
+  }
+
+  // The position of query box.i + i of an AlignedBand.
+  static int64_t position(const MaskNode& node, const Box& box, int64_t i) {
+    const int64_t* queries = node.queries + box.b * node.query_batch;
+    return node.query_step ? queries[box.i + i] : queries[0] + box.i + i - node.n[2];
   }
 
   static bool at(const Table& table, int64_t b, int64_t h, int64_t i, int64_t j) {

@@ -31,22 +31,24 @@ struct Table {
 // The tensors of a kind of mask, and what they are in MaskNode.
 enum class MaskTensors {
   None,
-  Counts,  // keys: the number of visible keys (B|1, 1), int64
-  Ids,     // queries (B|1, L) and keys (B|1, S), int64
-  Pairs,   // table: bool, broadcasts to (B, H, L, S)
-  Blocks,  // table: bool, broadcasts to (B, H, L / n[0], S / n[1]), both rounded up
+  Counts,     // keys: the number of visible keys (B|1, 1), int64
+  Ids,        // queries (B|1, L) and keys (B|1, S), int64
+  Positions,  // queries: the positions of the queries (B|1, L), or of the first one (B|1, 1), int64
+  Pairs,      // table: bool, broadcasts to (B, H, L, S)
+  Blocks,     // table: bool, broadcasts to (B, H, L / n[0], S / n[1]), both rounded up
 };
 
 // The kinds of masks, one per line: its name, how many masks it combines, its tensors. The position in this list is its
 // number; the class in Python has the same name, and reads the list by the operator `names`.
-#define REGARD_MASKS(X) \
-  X(Band, 0, None)      \
-  X(Before, 0, Counts)  \
-  X(Documents, 0, Ids)  \
-  X(Blocks, 0, Blocks)  \
-  X(Dense, 0, Pairs)    \
-  X(And, 2, None)       \
-  X(Or, 2, None)        \
+#define REGARD_MASKS(X)        \
+  X(Band, 0, None)             \
+  X(Before, 0, Counts)         \
+  X(Documents, 0, Ids)         \
+  X(Blocks, 0, Blocks)         \
+  X(Dense, 0, Pairs)           \
+  X(AlignedBand, 0, Positions) \
+  X(And, 2, None)              \
+  X(Or, 2, None)               \
   X(Not, 1, None)
 
 // A node of a mask: a leaf or a combination of other nodes. Nodes precede the nodes that refer to them; the last one is
@@ -55,12 +57,14 @@ struct MaskNode {
 #define REGARD_ENUMERATOR(name, ...) name,
   enum Kind : int64_t { REGARD_MASKS(REGARD_ENUMERATOR) kCount } kind;
   // Of a combination, the indices of its nodes; otherwise the integers of the mask. Band: query i has position i +
-  // n[0], plus S - L if n[1]; it may attend to n[2] positions before it and n[3] after it. Blocks: queries and keys per
-  // block; 0 in a call divides L or S evenly.
+  // n[0], plus S - L if n[1]; it may attend to n[2] positions before it and n[3] after it. AlignedBand: the same with
+  // n[0] and n[1]; n[2], 1 or 0 in a call, is L or 0, which is subtracted from the position of the first query. Blocks:
+  // queries and keys per block; 0 in a call divides L or S evenly.
   int64_t n[4] = {0, 0, 0, 0};
   const int64_t* queries = nullptr;
   const int64_t* keys = nullptr;
   int64_t query_batch = 0, key_batch = 0;
+  int64_t query_step = 0;  // of AlignedBand: 0 if `queries` holds the position of the first query only, otherwise 1
   Table table;
 };
 

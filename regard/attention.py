@@ -89,7 +89,8 @@ def attention(
         o_i  = sum_j p_ij v_j
 
     Args:
-        q: queries (B, H, L, D). Also (L, D), (B, L, D) for a single head, and more batch dimensions before H.
+        q: queries (B, H, L, D). Also (L, D), (B, L, D) for a single head, and more batch dimensions before H. Batch
+            dimensions of q, k and v broadcast.
         k: keys (B, G, S, D), where H is a multiple of G: each key/value head serves H/G query heads.
         v: values (B, G, S, E).
         score: an object of `regard.score`, or a function (q, k) -> scores. The default, `ScaledDot()`, scales dot

@@ -231,7 +231,7 @@ LAYERS_OF_ATTENTION = [
 CITED += LAYERS_OF_ATTENTION
 
 
-@pytest.mark.parametrize("thing", set(CITED), ids=lambda thing: thing.__name__)
+@pytest.mark.parametrize("thing", list(dict.fromkeys(CITED)), ids=lambda thing: thing.__name__)
 def test_formulas_cite_their_source(thing: type) -> None:
     if thing is position.alibi_slopes:
         thing = position.ALiBi

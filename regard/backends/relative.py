@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.components.component import fill
-from regard.components.position import Bias, TensorBias
+from regard.components.position import ALiBi, Bias, TensorBias
 from regard.components.tile import Sizes, Tile
 from regard.plan.problem import Plan, sizes
 
@@ -18,6 +19,14 @@ class TensorOrRelative:
 
     def __contains__(self, kind: object) -> bool:
         return kind is TensorBias or (isinstance(kind, type) and issubclass(kind, Bias) and kind.is_relative)
+
+
+def refuse_bias(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
+    """Return why a bias has no table of distances per head, None if it has, or is a tensor."""
+    slopes: Any = plan.bias.slopes if isinstance(plan.bias, ALiBi) else None
+    if slopes is not None and tensors[slopes.index].dim() == 2:
+        return "it supports ALiBi slopes (H,), not (B, H)"
+    return None
 
 
 def relative_table(bias: Bias, size: Sizes, dtype: torch.dtype, tensors: Sequence[Tensor]) -> Tensor:

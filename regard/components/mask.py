@@ -17,10 +17,23 @@ import torch
 from torch import Tensor
 
 from regard import check
-from regard.components.predicate import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or, Where
+from regard.components.predicate import (
+    AlignedBand,
+    And,
+    Band,
+    Before,
+    Blocks,
+    Dense,
+    Documents,
+    Mask,
+    Not,
+    Or,
+    Where,
+)  # fmt: skip
 from regard.components.tile import Align
 
 __all__ = [
+    "AlignedBand",
     "And",
     "Band",
     "Before",
@@ -36,19 +49,24 @@ __all__ = [
     "dense",
     "documents",
     "lengths",
+    "packed",
     "prefix",
     "where",
     "window",
 ]
 
 
-def causal(align: Align = None) -> Mask:
+def causal(align: Align | Tensor | Mask = None) -> Mask:
     """Allow each query its own position and the positions before it.
 
     Args:
         align: the position of the queries relative to the keys, required if L != S. "start" aligns query 0 with key 0,
             as `is_causal=True` of `scaled_dot_product_attention` does. "end" aligns the last query with the last key,
             as in decoding with a key/value cache and in FlashAttention. An int n aligns query 0 with key n.
+
+            To align each batch row or document by itself: an integer tensor (B,) with the key position of query 0, or
+            (B, L) with that of each query; or a mask of `lengths` or `documents`, whose last key in each row or document
+            is aligned with the last query, as in FlashAttention with sequences of different lengths.
 
     >>> q, k, v = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, 1)
     >>> regard.attention(q, k, v, mask=mask.causal("start"), summary=Summary(full=True))[1].full
@@ -58,10 +76,10 @@ def causal(align: Align = None) -> Mask:
     tensor([[0.5000, 0.5000, 0.0000],
             [0.3333, 0.3333, 0.3333]])
     """
-    return Band(None, 0, check.align(align))
+    return _band("causal", None, 0, align)
 
 
-def window(left: int | None = None, right: int | None = None, align: Align = None) -> Mask:
+def window(left: int | None = None, right: int | None = None, align: Align | Tensor | Mask = None) -> Mask:
     """Allow each query its own position, `left` positions before it and `right` positions after it.
 
     The position of the query itself is not counted: `window(left=255, right=0)` covers 256 keys, like a sliding window
@@ -83,7 +101,93 @@ def window(left: int | None = None, right: int | None = None, align: Align = Non
     for name, value in (("left", left), ("right", right)):
         if value is not None:
             check.integer(f"window: {name}", value, 0, ", or None for no limit")
+    return _band("window", left, right, align)
+
+
+def _band(name: str, left: int | None, right: int | None, align: Align | Tensor | Mask) -> Mask:
+    """Return the band of `causal` or `window` for its alignment."""
+    if isinstance(align, Before):
+        return AlignedBand(left, right, align.n.reshape(-1, 1), from_end=True)
+    if isinstance(align, Documents):
+        return AlignedBand(left, right, _align_documents(align))
+    if isinstance(align, Tensor) and check.is_integer_tensor(align) and align.dim() in (1, 2):
+        return AlignedBand(left, right, align[:, None] if align.dim() == 1 else align)
+    if isinstance(align, Tensor | Mask):
+        expected = '"start", "end", an int, an integer tensor (B,) or (B, L), or one mask of lengths or documents'
+        raise check.error(
+            f"{name}: align", align, expected, isinstance(align, Tensor) and check.is_integer_tensor(align)
+        )
     return Band(left, right, check.align(align))
+
+
+def _align_documents(of: Documents) -> Tensor:
+    """Return the key position of each query (B|1, L), with the last query of each document at its last key.
+
+    A query whose document has no keys gets the position -1.
+    """
+    queries, keys = of.queries, of.keys
+    batch = max(queries.shape[0], keys.shape[0])
+    queries, keys = queries.expand(batch, -1), keys.expand(batch, -1)
+    after_q, last_k = _count_after(queries), _last_positions(queries, keys)
+    return torch.where(last_k < 0, -1, last_k - after_q)
+
+
+def _count_after(ids: Tensor) -> Tensor:
+    """Return how many positions of the same document come after each position, (B, L)."""
+    order = ids.argsort(dim=1, stable=True)
+    ends = _run_ends(ids.gather(1, order))
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return torch.empty_like(order).scatter(1, order, ends - index)
+
+
+def _run_ends(ids: Tensor) -> Tensor:
+    """Return the index of the last element of the run of equal ids that each element lies in; ids (B, L) are sorted."""
+    length = ids.shape[1]
+    index = torch.arange(length, device=ids.device).expand_as(ids)
+    is_last = torch.ones_like(ids, dtype=torch.bool)
+    is_last[:, :-1] = ids[:, 1:] != ids[:, :-1]
+    return torch.where(is_last, index, length).flip(1).cummin(1).values.flip(1)
+
+
+def _last_positions(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the position of the last key of the document of each query (B, L); -1 where it has none."""
+    if not keys.shape[1]:
+        return torch.full_like(queries, -1)
+    order = keys.argsort(dim=1, stable=True)
+    ids = keys.gather(1, order)
+    at = torch.searchsorted(ids.contiguous(), queries.contiguous(), right=True) - 1
+    found = ids.gather(1, at.clamp(min=0)) == queries
+    return torch.where((at >= 0) & found, order.gather(1, at.clamp(min=0)), -1)
+
+
+def packed(queries: Tensor, keys: Tensor | None = None) -> Mask:
+    """Allow each query the keys of its own sequence, for sequences that are concatenated without padding.
+
+    Args:
+        queries: offsets of the sequences, an integer tensor (N + 1,): 0, then the cumulative lengths, as `cu_seqlens` in
+            FlashAttention.
+        keys: those of the keys; by default the same.
+
+    >>> offsets = torch.tensor([0, 2, 3])
+    >>> x = torch.zeros(3, 4)
+    >>> regard.attention(x, x, x, mask=mask.packed(offsets) & mask.causal(), summary=Summary(full=True))[1].full
+    tensor([[1.0000, 0.0000, 0.0000],
+            [0.5000, 0.5000, 0.0000],
+            [0.0000, 0.0000, 1.0000]])
+    """
+    ids = []
+    for name, offsets in (("queries", queries), ("keys", queries if keys is None else keys)):
+        fits = check.is_integer_tensor(offsets)
+        if not fits or offsets.dim() != 1 or not len(offsets):
+            raise check.error(f"packed: {name}", offsets, "offsets of N sequences, an integer tensor (N + 1,)", fits)
+        if int(offsets[0]) or bool((offsets.diff() < 0).any()):
+            raise ValueError(f"packed: {name} is {offsets.tolist()}; expected 0, then cumulative lengths")
+        ids.append(torch.arange(len(offsets) - 1, device=offsets.device).repeat_interleave(offsets.diff())[None])
+    if len(queries) != len(queries if keys is None else keys):
+        raise ValueError(
+            f"packed: keys has {0 if keys is None else len(keys)} offsets but queries has {len(queries)}; expected as many"
+        )
+    return Documents(ids[0], ids[1])
 
 
 def lengths(n: Tensor) -> Mask:
@@ -163,7 +267,8 @@ def blocks(table: Tensor, size: int | tuple[int, int] | None = None) -> Mask:
     """Allow pairs by blocks of queries and keys (block-sparse attention).
 
     Args:
-        table: bool tensor (R, C), (H, R, C) or (B, H, R, C): whether a block of queries may attend to a block of keys.
+        table: bool tensor (R, C), (H, R, C) or (B, H, R, C): whether a block of queries may attend to a block of keys. For
+            q (B, L, D), without heads, (B, R, C).
         size: number of queries and keys per block, an int or a pair. The last block may be shorter, so that
             R = ceil(L / size) and C = ceil(S / size). By default the dimensions are divided evenly.
 
@@ -186,7 +291,8 @@ def blocks(table: Tensor, size: int | tuple[int, int] | None = None) -> Mask:
 
 
 def dense(table: Tensor) -> Mask:
-    """Wrap a bool tensor that broadcasts to (B, H, L, S); True means that a query may attend to a key.
+    """Wrap a bool tensor that broadcasts to (B, H, L, S); True means that a query may attend to a key. For q (B, L, D),
+    without heads, it broadcasts to (B, L, S).
 
     The tensor is not copied or expanded. A float mask that is added to the scores is passed as `bias` instead.
 
@@ -226,6 +332,7 @@ _MASKS: dict[str, Callable[..., Mask]] = {
     "causal": causal,
     "window": window,
     "lengths": lengths,
+    "packed": packed,
     "prefix": prefix,
     "documents": documents,
     "blocks": blocks,

@@ -69,7 +69,7 @@ class ALiBi(Bias):
     It is symmetric: keys after the query get the same penalty as keys before it.
 
     Args:
-        slopes: positive slopes (H,), which may be a parameter; by default the geometric sequence of the paper.
+        slopes: positive slopes (H,) or (B, H), which may be a parameter; by default the geometric sequence of the paper.
         align: the position of the queries relative to the keys, as in `mask.causal`; by default the one of the mask.
 
     Source: Press, Smith, Lewis, "Train Short, Test Long" (2022), section 3.
@@ -96,12 +96,13 @@ class ALiBi(Bias):
         else:
             slopes = self.slopes.to(dtype)
         # Convert distances to floats before the product: products of mixed dtypes are slow.
-        return -tile.cut_heads(slopes) * tile.behind(self.align).abs().to(dtype)
+        per_head = tile.cut(slopes[:, :, None, None]) if slopes.dim() == 2 else tile.cut_heads(slopes)
+        return -per_head * tile.behind(self.align).abs().to(dtype)
 
     def check(self, sizes: Sizes) -> None:
         if self.slopes is not None:
-            expected = f"(H,) = ({sizes.H},), or None for those of the paper"
-            check.float_tensor("bias: slopes", self.slopes, ((sizes.H,),), expected)
+            expected = f"(H,) = ({sizes.H},) or (B, H) = {(sizes.B, sizes.H)}, or None for those of the paper"
+            check.float_tensor("bias: slopes", self.slopes, ((sizes.H,), (sizes.B, sizes.H)), expected)
 
     @classmethod
     def example(cls, heads: int) -> Bias:

@@ -140,7 +140,7 @@ class Band(Mask):
 
     @property
     def integers(self) -> tuple[int, ...]:
-        offset = self.align if isinstance(self.align, int) else 0
+        offset = 0 if self.align is None or isinstance(self.align, str) else self.align
         left, right = (_UNLIMITED if n is None else min(n, _UNLIMITED) for n in (self.left, self.right))
         return offset, int(self.align == "end"), left, right
 
@@ -321,3 +321,56 @@ class Where(Mask):
             name = f"mask: the result of the predicate of where for a tile (b, h, l, s) = {shape}"
             raise check.error(name, out, "a bool tensor that broadcasts to it", check.is_bool_tensor(out))
         return out
+
+
+@dataclass(frozen=True)
+class AlignedBand(Mask):
+    """Keys from `left` positions before to `right` positions after the query, whose position is that of a tensor.
+
+    Query i of batch row b has the position `position[b, i]`, for a tensor (B|1, L); for a tensor (B|1, 1) the position
+    `position[b, 0] + i`, minus L if `from_end`.
+    """
+
+    left: int | None
+    right: int | None
+    position: Tensor
+    from_end: bool = False
+
+    @property
+    def depends_on_lengths(self) -> bool:  # type: ignore[override]
+        return self.position.shape[1] > 1
+
+    @property
+    def integers(self) -> tuple[int, ...]:
+        left, right = (_UNLIMITED if n is None else min(n, _UNLIMITED) for n in (self.left, self.right))
+        return left, right, int(self.from_end)
+
+    def positions(self, sizes: Sizes) -> Tensor:
+        """Return the positions of all queries, (B|1, L)."""
+        if self.position.shape[1] > 1:
+            return self.position
+        return self.position + torch.arange(sizes.L, device=self.position.device) - (sizes.L if self.from_end else 0)
+
+    def check(self, sizes: Sizes, device: torch.device) -> None:
+        shape = self.position.shape
+        if shape[0] not in (1, sizes.B) or shape[1] not in (1, sizes.L):
+            raise ValueError(
+                f"mask: align has shape {check.shape(self.position, 1)}; expected the key position of query 0 of each row, "
+                f"(B,) = ({sizes.B},), or of each query, (B, L) = {(sizes.B, sizes.L)}"
+            )
+
+    def allowed(self, tile: Tile) -> Tensor:
+        behind = tile.cut(self.positions(tile.sizes)[:, None, :, None]) - tile.key
+        allowed = torch.ones_like(behind, dtype=torch.bool)
+        allowed = allowed if self.left is None else allowed & (behind <= self.left)
+        return allowed if self.right is None else allowed & (behind >= -self.right)
+
+    def coverage(self, grid: Grid) -> Coverage:
+        first, last = _in_tiles(self.positions(grid.sizes), 1, grid.rows).aminmax(dim=2)
+        nearest, farthest = first[..., None] - grid.last_key, last[..., None] - grid.first_key
+        some = full = torch.ones_like(nearest, dtype=torch.bool)
+        if self.left is not None:
+            some, full = some & (nearest <= self.left), full & (farthest <= self.left)
+        if self.right is not None:
+            some, full = some & (farthest >= -self.right), full & (nearest >= -self.right)
+        return some, full

@@ -25,9 +25,9 @@ class Sizes:
 
     def offset(self, align: Align) -> int:
         """Return the key position of query 0: 0 for "start", S - L for "end", or the integer itself."""
-        if isinstance(align, int):
-            return align
-        return self.S - self.L if align == "end" else 0
+        if align is None or isinstance(align, str):
+            return self.S - self.L if align == "end" else 0
+        return align
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regard import check
-from regard.components.mask import Mask, causal, dense, lengths
+from regard.components.mask import Band, Mask, causal, dense, lengths
 from regard.components.position import Bias
 from regard.components.tile import Sizes, Tile
 from regard.plan.arguments import resolve_alignment
@@ -41,7 +41,7 @@ def convert_masks(
         else:
             masks.append(dense(~forbidden))
     elif is_causal:
-        masks.append(causal(None if size.L == size.S else "end" if past else "start"))
+        masks.append(Band(None, 0, None if size.L == size.S else past))
     if key_padding_mask is not None:
         _check_mask("key_padding_mask", key_padding_mask, ((*batch, size.S),))
         table = key_padding_mask.reshape(size.B, size.S)

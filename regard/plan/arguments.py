@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regard import check
 from regard.components import mask, normalizer, position, score, summary
-from regard.components.mask import Mask
+from regard.components.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
 from regard.components.normalizer import Normalizer
 from regard.components.position import Bias
 from regard.components.score import Score
@@ -95,7 +95,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} but q has {tuple(q.shape)}; expected as many dimensions"
             )
-        batch = slice(None, -3) if q.dim() > 3 else slice(None, -2)
+        batch = batch_dimensions(q)
         for got, expected in zip(x.shape[batch], q.shape[batch], strict=True):
             if got not in (1, expected):
                 raise ValueError(
@@ -119,6 +119,35 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"v has {v.shape[-2]} keys (shape {tuple(v.shape)}) but k has {k.shape[-2]} (shape {tuple(k.shape)}); "
             f"expected as many, v {_AXES['v']} for k {_AXES['k']}"
         )
+
+
+def batch_dimensions(x: Tensor) -> slice:
+    """Return the batch dimensions of q, k or v: those before the heads; of three dimensions, the first."""
+    return slice(None, -3) if x.dim() > 3 else slice(None, -2)
+
+
+def expand_queries(q: Any, k: Any) -> Any:
+    """Return q with batch dimensions of size 1 expanded to those of k."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor)) or q.dim() != k.dim() or q.dim() < 3 or q.is_nested:
+        return q
+    batch = batch_dimensions(q)
+    if all([n != 1 or n == m for n, m in zip(q.shape[batch], k.shape[batch], strict=True)]):  # noqa: C419
+        return q
+    sizes = [m if n == 1 else n for n, m in zip(q.shape[batch], k.shape[batch], strict=True)]
+    return q.expand(*sizes, *q.shape[batch.stop :])
+
+
+def with_batch_tables(mask: Any) -> Any:
+    """Return a mask for q (B, L, D), whose tables of three dimensions are (B, L, S): there are no heads."""
+    if isinstance(mask, And | Or):
+        left, right = with_batch_tables(mask.left), with_batch_tables(mask.right)
+        return mask if left is mask.left and right is mask.right else type(mask)(left, right)
+    if isinstance(mask, Not):
+        inner = with_batch_tables(mask.inner)
+        return mask if inner is mask.inner else Not(inner)
+    if type(mask) not in (Dense, Blocks) or mask.table.shape[0] != 1 or mask.table.shape[1] == 1:
+        return mask
+    return dataclasses.replace(mask, table=mask.table.transpose(0, 1))
 
 
 def four_axes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,6 +209,33 @@ def resolve_alignment(mask: Mask | None, bias: Bias | None, size: Sizes) -> tupl
     """Set the missing `align` of parts of mask and bias to that of the other parts; raise if it is ambiguous and L !=
     S.
     """
+    mask, bias = _set_alignment(mask, bias, size)
+    if mask is not None and size.L != size.S:
+        _refuse_end_of_rows(mask, size)
+    return mask, bias
+
+
+def _refuse_end_of_rows(mask: Mask, size: Sizes) -> None:
+    """Raise if a band aligned with the end of all keys is combined by AND with lengths or documents, which have ends of
+    their own.
+    """
+    parts = [mask]
+    while any(isinstance(part, And) for part in parts):
+        parts = [x for part in parts for x in ((part.left, part.right) if isinstance(part, And) else (part,))]
+    is_end = any(isinstance(x, Band) and x.align == "end" and (x.left, x.right) != (None, None) for x in parts)
+    kind = next(
+        (type(x) for x in parts if isinstance(x, Documents) or (isinstance(x, Before) and x.n.dim() == 1)), None
+    )
+    if is_end and kind is not None:
+        name, each = ("documents(ids)", "document") if kind is Documents else ("lengths(n)", "batch row")
+        raise ValueError(
+            f'mask: align="end" is combined with {name}, with L = {size.L} queries and S = {size.S} keys; expected '
+            f"align=mask.{name} to align the last query of each {each} with its last key, or align={size.S - size.L} to "
+            "align the last query with the last of all keys"
+        )
+
+
+def _set_alignment(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[Mask | None, Bias | None]:
     found: list[Align] = []
     for component in (mask, bias):
         _aligns(component, found)

@@ -23,9 +23,11 @@ from regard.plan.arguments import (
     check_component,
     check_seed,
     check_tensors,
+    expand_queries,
     four_axes,
     four_axis_bias,
     resolve_alignment,
+    with_batch_tables,
 )
 from regard.plan.nonfinite import AllFinite
 from regard.plan.problem import Plan, Problem, sizes
@@ -59,6 +61,9 @@ def make_problem(
     Raises:
         ValueError, TypeError: an argument is invalid.
     """
+    q = expand_queries(q, k)
+    if mask is not None and isinstance(q, Tensor) and q.dim() == 3:
+        mask = with_batch_tables(mask)
     # The bias comes directly before the summary, so a bias tensor is the last one before `Entry.stop`.
     components = (softcap, dropout, score, normalizer, mask, bias, summary)
     eager = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and is_eager(q, k, v)

@@ -296,3 +296,23 @@ def test_t5_adds_table_entry_of_bucket(bidirectional: bool, align: Any) -> None:
     (gradient,) = torch.autograd.grad((got * dout).sum(), table)
     (right,) = torch.autograd.grad(((expected - expected[..., :1]) * dout).sum(), table)
     assert torch.allclose(gradient, right, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", [None, "tiled", "reference"])
+def test_alibi_slopes_per_batch_row(backend: str | None) -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 4, 70, 8), torch.randn(3, 2, 90, 8)
+    slopes = torch.rand(3, 4, requires_grad=True)
+    out = regard.attention(q, k, k, bias=position.ALiBi(slopes, align="end"), backend=backend)
+    rows = [
+        regard.attention(q[b : b + 1], k[b : b + 1], k[b : b + 1], bias=position.ALiBi(slopes[b], align="end"))
+        for b in range(3)
+    ]
+    torch.testing.assert_close(out, torch.cat(rows), rtol=1e-4, atol=1e-5)
+    weights = torch.randn_like(out)
+    got, expected = (torch.autograd.grad((x * weights).sum(), slopes)[0] for x in (out, torch.cat(rows)))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    reasons = regard.explain(q, k, k, bias=position.ALiBi(slopes, align="end")).reasons
+    assert reasons["cpu"] == "it supports ALiBi slopes (H,), not (B, H)"
+    with pytest.raises(ValueError, match=r"expected a float tensor of shape \(H,\) = \(4,\) or \(B, H\) = \(3, 4\)"):
+        regard.attention(q, k, k, bias=position.ALiBi(slopes.T, align="end"))

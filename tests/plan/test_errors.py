@@ -174,7 +174,7 @@ def test_user_functions_failing_on_larger_tiles_raise(backend: str) -> None:
         {"summary": Summary(rows=range(3))},
         {"summary": Summary(rows=-L)},
     ],
-    ids=str,
+    ids=lambda arguments: re.sub(" at 0x[0-9a-f]+", "", str(arguments)),
 )
 def test_valid_arguments(arguments: dict[str, Any]) -> None:
     got = attention(q, k, v, **arguments)

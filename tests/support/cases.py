@@ -59,6 +59,9 @@ def _cases() -> dict[str, dict[str, Any]]:
     for mask in ("causal", "window", "lengths", "prefix", "documents", "blocks", "dense", "where"):
         for align in ("start", "end"):
             add("mask", **{"mask": "a", "mask a": mask, "align": align})
+    add("mask", **{"mask": "a", "mask a": "packed"})
+    for mask, by in (("causal", "row"), ("causal", "query"), ("window", "row"), ("window", "query")):
+        add("aligned", **{"mask": "a", "mask a": mask, "aligned by": by})
     for join in ("a & b", "a | b", "~a", "(a | b) & c", "~(a & b) | c"):
         add("joined", **{"mask": join, "mask a": "causal", "mask b": "lengths", "mask c": "dense"})
     for axes in ("BHLS", "HLS", "LS", "S", "L", "BS", ""):

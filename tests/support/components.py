@@ -281,27 +281,52 @@ def draw_mask(draw: Draw) -> tuple[Any, Tensor]:
     tables: dict[str, Any] = {}
     for letter in "abc":
         if letter in join:
-            mask, predicate = _mask(draw.pick(f"mask {letter}", tuple(_MASKS)), draw)
+            mask, predicate = _mask(draw.pick(f"mask {letter}", tuple(_MASKS)), draw, "&" in join)
             named[letter], tables[letter] = mask, predicate(*index)
     # The same expression, evaluated by the operators of masks and by those of bool tensors.
     return eval(join, named), eval(join, tables).expand(draw.B, draw.H, draw.L, draw.S)
 
 
-def _mask(name: str, draw: Draw) -> tuple[Any, Callable[..., Tensor]]:
-    first = oracle.behind(1, 1, 0)[0][0] + {"start": 0, "end": draw.S - draw.L}.get(draw.align, draw.align)
+def _align(draw: Draw, is_joined: bool) -> tuple[Any, Callable[[Tensor, Tensor], Any]]:
+    """Return an alignment, and the position of query i of batch row b."""
+    how = draw.pick("aligned by", ("problem", "row", "query"))
+    if how == "problem":
+        first = {"start": 0, "end": draw.S - draw.L}.get(draw.align, draw.align)
+        # Beside lengths or documents, "end" is refused: it could be that of each of them.
+        return (first if is_joined and draw.align == "end" else draw.align), lambda b, i: i + first
+    if how == "row":
+        starts = draw.integers(draw.S + 6, draw.B) - 3
+        return starts, lambda b, i: i + starts[b]
+    positions = draw.integers(draw.S + 6, draw.pick("batch of positions", (1, draw.B)), draw.L) - 3
+    positions = positions.sort(-1).values if draw.pick("positions in order", (True, False)) else positions
+    if draw.L == 1:  # then it is that of query 0
+        return positions, lambda b, i: positions.expand(draw.B, 1)[b, 0 * i]
+    return positions, lambda b, i: positions.expand(draw.B, -1)[b, i]
+
+
+def _mask(name: str, draw: Draw, is_joined: bool) -> tuple[Any, Callable[..., Tensor]]:
     mask = regard.mask
     if name == "causal":
-        return mask.causal(draw.align), lambda b, h, i, j: j <= i + first
+        align, at = _align(draw, is_joined)
+        return mask.causal(align), lambda b, h, i, j: j <= at(b, i)
     if name == "window":
         left, right = draw.pick("left", (None, 0, 5, 70)), draw.pick("right", (None, 0, 3, 66))
         far = 10**6
+        align, at = _align(draw, is_joined)
         return (
-            mask.window(left, right, draw.align),
+            mask.window(left, right, align),
             lambda b, h, i, j: (
-                (j >= i + first - (far if left is None else left))
-                & (j <= i + first + (far if right is None else right))
+                (j >= at(b, i) - (far if left is None else left)) & (j <= at(b, i) + (far if right is None else right))
             ),
         )
+    if name == "packed":
+        count = draw.integer(4) + 1
+        ids_q, ids_k = (draw.integers(count, 1, n).sort(-1).values[0] for n in (draw.L, draw.S))
+        offsets = [
+            torch.cat([torch.zeros(1, dtype=torch.int32), torch.bincount(ids, minlength=count).cumsum(0).int()])
+            for ids in (ids_q, ids_k)
+        ]
+        return mask.packed(*offsets), lambda b, h, i, j: ids_q[i] == ids_k[j]
     if name == "lengths":
         n = draw.integers(draw.S + 1, draw.B)
         return mask.lengths(n), lambda b, h, i, j: j < n[b]

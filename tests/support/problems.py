@@ -76,7 +76,8 @@ class Problem:
 
 
 def fixed_choices(choices: dict[str, Any], seed: int = 0) -> Pick:
-    """Return a `pick` with some fixed choices; the others are random."""
+    """Return a `pick` with some fixed choices; the others are random, except that masks are aligned as the problem."""
+    choices = {"aligned by": "problem", **choices}
     rng = random.Random(seed)
     return lambda label, options: choices[label] if label in choices else rng.choice(list(options))
 

@@ -12,7 +12,7 @@ from regard.backends.backend import Supported
 from regard.backends.cpu import extension
 from regard.backends.cpu.encode_mask import MASKS
 from regard.backends.cpu.pack import DTYPES, NORMALIZERS, contiguous_rows, needed_grads, pack
-from regard.backends.relative import TensorOrRelative, through_table
+from regard.backends.relative import TensorOrRelative, refuse_bias, through_table
 from regard.backends.tiled import backend as tiled
 from regard.components.normalizer import Softmax
 from regard.components.score import Additive, Product
@@ -67,6 +67,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     if plan.nonfinite_q is not None and has_values(q, k, v):
         # Where values are unknown, each call checks them, and `tiled` computes the nonfinite case.
         return "queries, keys or values contain NaN or inf, under a mask"
+    if reason := refuse_bias(plan, tensors):
+        return reason
     if plan.summary.top > _MAX_TOP:
         return f"it returns at most the {_MAX_TOP} largest weights"
     return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regard.backends.backend import Supported
-from regard.backends.relative import TensorOrRelative
+from regard.backends.relative import TensorOrRelative, refuse_bias
 from regard.backends.tiled import backend as tiled
 from regard.components.mask import And, Mask, Not, Or
 from regard.components.normalizer import Sigmoid, Softmax
@@ -147,6 +147,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
             return "its offsets into the bias of one head would exceed 31 bits"
     if max(_count_literals(plan.mask)) > _MAX_LITERALS:
         return f"the mask has more than {_MAX_LITERALS} parts when written as (a & b) | (c & d)"
+    if reason := refuse_bias(plan, tensors):
+        return reason
     if plan.summary.top > _MAX_TOP:
         return f"it returns up to {_MAX_TOP} largest weights per row, not {plan.summary.top}"
     return None

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from regard.components.component import fill, slots
-from regard.components.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
+from regard.components.mask import AlignedBand, And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
 from regard.components.tile import Grid, Sizes
 from regard.plan.cache import derived
 
@@ -30,6 +30,7 @@ _BEFORE: tl.constexpr = tl.constexpr(1)
 _DOCUMENTS: tl.constexpr = tl.constexpr(2)
 _TABLE: tl.constexpr = tl.constexpr(3)
 _LEFT_UNBOUNDED_BAND: tl.constexpr = tl.constexpr(4)
+_ALIGNED_BAND: tl.constexpr = tl.constexpr(5)
 
 # Kinds of tiles, in the order in which they are listed.
 FULL: tl.constexpr = tl.constexpr(0)
@@ -64,6 +65,11 @@ def _literal(args, index: tl.constexpr, b, head, query, key):
         ok = key <= query + (integers[n] + integers[n + 2])
     elif kind == _BEFORE:  # stride
         ok = key + 0 * query < tl.load(tensors[p] + b * integers[n])
+    elif kind == _ALIGNED_BAND:  # two strides; L; offset; left, right
+        at = b * integers[n] + query * integers[n + 1]
+        position = tl.load(tensors[p] + at, mask=query < integers[n + 2], other=0)
+        behind = position + query * (1 - integers[n + 1]) + integers[n + 3] - key
+        ok = (behind <= integers[n + 4]) & (behind >= -integers[n + 5])
     elif kind == _DOCUMENTS:  # two strides; L and S
         query_id = tl.load(tensors[p] + b * integers[n] + query, mask=query < integers[n + 2], other=0)
         ok = query_id == tl.load(tensors[p + 1] + b * integers[n + 1] + key, mask=key < integers[n + 3], other=0)
@@ -147,6 +153,14 @@ def _encode_band(mask: Any, size: Sizes) -> _Literal:
     return kind.value, [], [size.offset(mask.align), left, right]
 
 
+def _encode_aligned_band(mask: Any, size: Sizes) -> _Literal:
+    left, right = (_UNBOUNDED if n is None else min(n, _UNBOUNDED) for n in (mask.left, mask.right))
+    position, per_query = mask.position.contiguous(), int(mask.position.shape[1] > 1)
+    batch = position.shape[1] if position.shape[0] > 1 else 0
+    offset = -size.L if mask.from_end and not per_query else 0
+    return _ALIGNED_BAND.value, [position], [batch, per_query, size.L, offset, left, right]
+
+
 def _encode_before(mask: Any, size: Sizes) -> _Literal:
     return _BEFORE.value, [mask.n.contiguous()], [int(mask.n.numel() > 1)]
 
@@ -174,6 +188,7 @@ def _encode_dense(mask: Any, size: Sizes) -> _Literal:
 
 ENCODERS: dict[type[Mask], Callable[[Any, Sizes], _Literal]] = {
     Band: _encode_band,
+    AlignedBand: _encode_aligned_band,
     Before: _encode_before,
     Documents: _encode_documents,
     Blocks: _encode_blocks,
