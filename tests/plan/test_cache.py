@@ -56,7 +56,7 @@ def _qkv(seed: int = 0) -> list[Tensor]:
 _ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "defaults": lambda seed: {},
     "causal": lambda seed: {"mask": mask.causal("end")},
-    "lengths": lambda seed: {"mask": mask.lengths([3 + seed, 2]) & mask.causal("end")},
+    "lengths": lambda seed: {"mask": mask.lengths([3 + seed, 2]) & mask.causal(_S - _L)},
     "documents": lambda seed: {"mask": mask.documents((torch.arange(_L) // (2 + seed), torch.arange(_S) // (2 + seed)))},
     "blocks": lambda seed: {"mask": mask.blocks(_random(3, 4, seed=seed) > 0, 2) | mask.prefix(1 + seed)},
     "dense": lambda seed: {"mask": ~mask.dense(_random(_L, _S, seed=seed) > 0)},

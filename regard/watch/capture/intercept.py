@@ -17,7 +17,14 @@ from regard.components.mask import Mask
 from regard.components.score import ScaledDot
 from regard.watch.capture import fast_path, flex, nested, torch_layers
 from regard.watch.capture.recorder import Recorder, has_saved_tensor_hooks, untracked
-from regard.watch.capture.softmax import SoftmaxTracker, has_causal_weights, is_causal_mask, split_heads, summarize
+from regard.watch.capture.softmax import (
+    SoftmaxTracker,
+    has_causal_weights,
+    is_causal_mask,
+    split_batch,
+    split_heads,
+    summarize,
+)
 
 _mha_signature = inspect.signature(F.multi_head_attention_forward)
 _NAMES: dict[Any, str] = {
@@ -91,6 +98,10 @@ class AttentionMode(TorchFunctionMode):
         mask, bias = _mask_and_bias(attn_mask, is_causal, query.dim(), q.shape[:-3])
         lead = q.shape[:-2] if query.dim() > 3 else q.shape[: query.dim() - 2]  # without the dimensions added above
         q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
+        packed = self._recorder.packed_heads(q.shape[1], q.shape[2]) if q.shape[1] == k.shape[1] else None
+        if packed is not None:
+            q = q.reshape(q.shape[0], packed, 1, q.shape[3])
+            mask, bias = _unpack_mask(attn_mask, q)
         components: dict[str, Any] = {
             "score": None if scale is None else ScaledDot(float(scale)),
             "mask": mask,
@@ -104,10 +115,14 @@ class AttentionMode(TorchFunctionMode):
                 _, summary = attention(q, k, v, **components)
         else:
             result, summary = attention(q, k, v, **components)
-            out = result.reshape(*lead, *result.shape[-2:])
-        B, H, L, _ = q.shape
-        S = k.shape[2]
-        self._recorder.record(summary, (B, H, L, S), (is_causal and L == S) or is_causal_mask(attn_mask))
+            rows = (result.shape[1] // k.shape[1],) if packed else result.shape[-2:-1]
+            out = result.reshape(*lead, *rows, result.shape[-1])
+        if query.dim() == 3:
+            summary = split_batch(summary, self._recorder.num_heads())
+        assert summary.max is not None
+        L, S = q.shape[2], k.shape[2]
+        is_decoder = (is_causal and L == S) or (packed is None and is_causal_mask(attn_mask))
+        self._recorder.record(summary, (*summary.max.shape, S), is_decoder)
         return out
 
     def _record_nested(self, query: Tensor, key: Tensor, is_causal: bool, scale: float | None) -> None:
@@ -147,6 +162,8 @@ class AttentionMode(TorchFunctionMode):
                 _, summary = attention(q, k, v, **{**arguments_of_summary, "dropout": 0.0, "seed": None})
         lead = q.dim() - 2
         summary = summary.each(lambda x: x.flatten(0, lead - 2) if lead > 1 else x[:, None] if lead else x[None, None])
+        if q.dim() == 3:
+            summary = split_batch(summary, self._recorder.num_heads())
         assert summary.max is not None
         B, H, L = summary.max.shape
         S = k.shape[-2]
@@ -203,6 +220,13 @@ def _mask_and_bias(
     if attn_mask.dtype == torch.bool:
         return masks.dense(attn_mask), None
     return None, attn_mask
+
+
+def _unpack_mask(attn_mask: Tensor | None, q: Tensor) -> tuple[Mask | None, Tensor | None]:
+    """Convert the mask of a call whose heads are packed into the axis of queries, for q (B, H, 1, D)."""
+    if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[1] * attn_mask.shape[2] == q.shape[1]:
+        attn_mask = attn_mask.reshape(attn_mask.shape[0], q.shape[1], 1, attn_mask.shape[3])
+    return _mask_and_bias(attn_mask, False, 4, q.shape[:1])
 
 
 def _excludes_later_keys(mask: Mask | None, L: int, S: int) -> bool:

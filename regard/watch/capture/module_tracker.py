@@ -103,12 +103,19 @@ class ModuleTracker:
         return "self" if queries == keys else "cross"
 
     def num_heads(self) -> int | None:
-        """Return the number of heads that the running module declares, or None."""
-        for name in ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"):
-            heads = getattr(self._stack[-1][0], name, None)
-            if isinstance(heads, int) and heads > 0:
-                return heads
+        """Return the number of heads that the running module declares, itself or in its config, or None."""
+        module = self._stack[-1][0]
+        for owner in (module, getattr(module, "config", None)):
+            for name in ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads"):
+                heads = getattr(owner, name, None)
+                if isinstance(heads, int) and heads > 0:
+                    return heads
         return None
+
+    def queries_per_key_head(self) -> int:
+        """Return how many query heads share a key/value head in the running module of transformers; 1 if unknown."""
+        groups = getattr(self._stack[-1][0], "num_key_value_groups", 1)
+        return groups if isinstance(groups, int) and groups > 0 else 1
 
 
 _CROSS = ("cross", "encdec", "encoder_attn", "multihead_attn")

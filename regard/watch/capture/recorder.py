@@ -79,6 +79,13 @@ class Recorder:
         """Return the number of heads that the current module declares."""
         return None if self._tracker.is_outside else self._tracker.num_heads()
 
+    def packed_heads(self, heads: int, queries: int) -> int | None:
+        """Return the number of heads of a call with one query whose heads are packed into the axis of queries: a group
+        that shares a key/value head, as transformers do for grouped heads with a mask. None for other calls.
+        """
+        groups = self._tracker.queries_per_key_head()
+        return heads * groups if 1 < groups == queries and self._tracker.num_heads() == heads * groups else None
+
 
 @contextmanager
 def untracked() -> Iterator[None]:

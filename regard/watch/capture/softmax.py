@@ -93,6 +93,14 @@ def split_heads(weights: Tensor, heads: int | None) -> Tensor:
     return weights.flatten(0, -4)
 
 
+def split_batch(summary: AttentionSummary, heads: int | None) -> AttentionSummary:
+    """Reshape statistics (B * H, 1, ...) of a call whose heads are folded into the batch to (B, H, ...)."""
+    assert summary.max is not None
+    if not heads or heads == 1 or summary.max.shape[0] % heads or summary.max.shape[1] != 1:
+        return summary
+    return summary.each(lambda x: x.view(-1, heads, *x.shape[2:]))
+
+
 def summarize(p: Tensor, summary: Summary) -> AttentionSummary:
     """Compute the statistics of weights (B, H, L, S)."""
     p = p if p.dtype == torch.float64 else p.float()
@@ -107,18 +115,30 @@ def summarize(p: Tensor, summary: Summary) -> AttentionSummary:
 
 
 def has_causal_weights(p: Tensor) -> bool:
-    """Return whether weights (B, H, L, S) are zero for every later key, with the last query at the last key."""
+    """Return whether weights (B, H, L, S) are zero for every later key, with the last query at the last key, except in rows
+    of padded queries, which attend to every key.
+    """
     L, S = p.shape[-2:]
-    if min(L, S) < 2 or L > S or bool(p[..., 0, S - L + 1 :].any()):  # the first row decides most cases
+    if min(L, S) < 2 or L > S:
         return False
-    return not bool(p.triu(1 + S - L).any())
+    if bool(p[..., L - 2, S - 1].all()):  # of most models that are not causal
+        return False
+    return _excludes_later(p != 0)
+
+
+def _excludes_later(allowed: Tensor) -> bool:
+    """Return whether all rows of bools (..., L, S) exclude the later keys, where they do not allow every key."""
+    L, S = allowed.shape[-2:]
+    is_full = allowed.all(-1)
+    has_later = allowed.triu(1 + S - L).any(-1)
+    return not bool((has_later & ~is_full).any()) and bool((~is_full[..., :-1]).any())
 
 
 def is_causal_mask(attn_mask: Tensor | None) -> bool:
     """Return whether a mask (..., L, S) excludes every later key, with the last query at the last key.
 
-    A bool mask excludes where it is False, a float mask at -1e4 and below, as masks of Hugging Face do. A mask with a
-    single query or key is not causal.
+    A bool mask excludes where it is False, a float mask at -1e4 and below, as masks of Hugging Face do. Rows of padded
+    queries may allow every key. A mask with a single query or key is not causal.
     """
     if (
         attn_mask is None
@@ -129,5 +149,4 @@ def is_causal_mask(attn_mask: Tensor | None) -> bool:
         return False
     # Index dimensions of stride 0, along which the mask is expanded.
     attn_mask = attn_mask[tuple(0 if step == 0 else slice(None) for step in attn_mask.stride()[:-2])]
-    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1e4
-    return not bool(allowed.triu(1 + allowed.shape[-1] - allowed.shape[-2]).any())
+    return _excludes_later(attn_mask if attn_mask.dtype == torch.bool else attn_mask > -1e4)
