@@ -11,18 +11,21 @@ INSTALL := $(PIP) --no-build-isolation
 demo: $(VENV)/demo
 	$(BIN)/regard demo --out build/demo
 
+# One process per core; idle threads of one give way to the others.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(VENV)/dev check
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/dev check
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # What depends on the CPU, as it runs on a CPU with AVX2 and no more, and on one with neither AVX2 nor AVX-512.
 CPU_TESTS := $(patsubst %,tests/backends/cpu/test_%.py,operators cpu decode entmax) tests/backends/test_backends.py \
   $(patsubst %,tests/nn/test_%.py,additive precision recurrent)
 test-cpus: $(VENV)/dev
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 REGARD_INSTRUCTIONS=avx2 $(BIN)/python -m pytest -m "not slow" $(CPU_TESTS)
-	REGARD_INSTRUCTIONS=baseline $(BIN)/python -m pytest -m "not slow" $(CPU_TESTS)
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 REGARD_INSTRUCTIONS=avx2 $(PYTEST) -m "not slow" $(CPU_TESTS)
+	REGARD_INSTRUCTIONS=baseline $(PYTEST) -m "not slow" $(CPU_TESTS)
 
 # Style and types.
 check: $(VENV)/dev

@@ -28,6 +28,7 @@ MODULES = {
 LAYERS = [
     {
         "version",
+        "tracing",
         "components",
         "components.component",
         "components.tile",

@@ -87,7 +87,8 @@ def window(left: int | None = None, right: int | None = None, align: Align | Ten
 
     Args:
         left, right: numbers of keys; None for no limit on this side.
-        align: as in `causal`; if omitted, the one of the other masks of the same expression.
+        align: as in `causal`, also a tensor (B,) or (B, L); if omitted, the one of the other masks of the same
+            expression.
 
     Source: Beltagy, Peters, Cohan, "Longformer" (2020), section 3.1.
 

@@ -121,8 +121,8 @@ class RecurrentEncoder(nn.Module):
         if lengths is not None:
             B, S = x.shape[:2]
             fits = check.is_integer_tensor(lengths)
-            fits = fits and lengths.shape == (B,)
-            if not fits or (has_values(lengths) and not bool(((lengths >= 0) & (lengths <= S)).all())):
+            valid = fits and lengths.shape == (B,)
+            if not valid or (has_values(lengths) and not bool(((lengths >= 0) & (lengths <= S)).all())):
                 expected = f"an integer tensor of shape (B,) = ({B},), from 0 to {S}"
                 raise check.error("RecurrentEncoder: lengths", lengths, expected, fits)
 

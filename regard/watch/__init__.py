@@ -94,9 +94,18 @@ def watch(
         stack.enter_context(torch_layers.patched())
         stack.enter_context(observable(model))
         stack.enter_context(tracker.track())
-        stack.enter_context(AttentionMode(recorder))
+        mode = AttentionMode(recorder)
+        stack.enter_context(mode)
         yield recording
-    if not recording.records and tracker.call >= 0 and layers is None:
+    if mode.softmax.unseen:
+        names = mode.softmax.unseen
+        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} others" if len(names) > 8 else "")
+        warnings.warn(
+            f"attention was not recorded in {listed}: weights of a softmax there reach no matrix product with values by "
+            "operations that can be followed",
+            stacklevel=3,
+        )
+    elif not recording.records and tracker.call >= 0 and layers is None:
         warnings.warn(
             f"no attention was recorded in {type(model).__name__}: it calls no attention function of torch or regard, and "
             "multiplies no values by the result of a softmax",

@@ -39,7 +39,7 @@ class AttentionMode(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
-        self._softmax = SoftmaxTracker()
+        self.softmax = SoftmaxTracker(recorder.attention_module)
         self._mha_heads: list[int] = []  # number of heads of the running calls of torch's multi-head attention
 
     def __torch_function__(
@@ -53,7 +53,7 @@ class AttentionMode(TorchFunctionMode):
         if flex.is_flex(func):
             return self._flex(func, *args, **kwargs)
         out = func(*args, **kwargs)
-        weights = self._softmax.track(func, args, kwargs, out)
+        weights = self.softmax.track(func, args, kwargs, out)
         if weights is not None and weights.is_nested:
             padded = nested.to_padded(weights)
             weights = None if padded is None else padded[0]

@@ -102,6 +102,12 @@ class ModuleTracker:
             return "decoder"
         return "self" if queries == keys else "cross"
 
+    def attention_module(self) -> str | None:
+        """Return the name of the running module, or its class if it has none, if either speaks of attention."""
+        module, name = self._stack[-1]
+        kind = type(module).__name__
+        return name or kind if "attn" in name.lower() or "attention" in f"{name} {kind}".lower() else None
+
     def num_heads(self) -> int | None:
         """Return the number of heads that the running module declares, itself or in its config, or None."""
         module = self._stack[-1][0]

@@ -79,6 +79,10 @@ class Recorder:
         """Return the number of heads that the current module declares."""
         return None if self._tracker.is_outside else self._tracker.num_heads()
 
+    def attention_module(self) -> str | None:
+        """Return the name of the running module, if it, its class or a module around it is named after attention."""
+        return None if self._tracker.is_outside else self._tracker.attention_module()
+
     def packed_heads(self, heads: int, queries: int) -> int | None:
         """Return the number of heads of a call with one query whose heads are packed into the axis of queries: a group
         that shares a key/value head, as transformers do for grouped heads with a mask. None for other calls.

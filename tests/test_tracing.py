@@ -370,7 +370,7 @@ def test_forward_mode_on_other_backend_names_reference(backend: str) -> None:
         jvp(attend, (q,), (q,))
 
 
-def test_sdpa_saves_what_autograd_hooks_see() -> None:
+def test_sdpa_saves_tensors_as_autograd_does() -> None:
     """Activation checkpointing, and hooks of saved tensors, see the graph inside."""
     q = torch.randn(1, 2, 64, 8, requires_grad=True)
     saved: list[Tensor] = []
