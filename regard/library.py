@@ -11,6 +11,7 @@ from regard.backends.choose import record_backends
 from regard.components import mask, normalizer, position, score, summary
 from regard.components.summary import AttentionSummary, Summary, Top
 from regard.merge import merge
+from regard.nn.transformers import register_on_import
 from regard.plan.cache import clear as clear_caches
 from regard.version import __version__
 from regard.watch import watch
@@ -44,4 +45,5 @@ def load() -> None:
     for module in (mask, normalizer, position, score, summary):
         sys.modules[f"regard.{module.__name__.rpartition('.')[2]}"] = module
     deprecated.install()
+    register_on_import()
     package.__getattr__ = deprecated.getter("regard")

@@ -119,7 +119,7 @@ def test_core_depends_on_torch_alone(module: str) -> None:
         module == "__init__" or place(module) in ("nn.*", "watch.*", "models.*") or RANK[place(module)] < RANK["nn.*"]
     )
     extras = {
-        "nn.replace": {"transformers"}, "watch.recording.store": {"safetensors"},
+        "nn.replace": {"transformers"}, "nn.transformers": {"transformers"}, "watch.recording.store": {"safetensors"},
         "watch.recording.export": {"pandas"}, "watch.analysis.rollout": {"scipy"},
     }.get(module, set())  # fmt: skip
     if module.startswith("backends.triton."):  # which are imported when there is Triton
@@ -227,7 +227,7 @@ LAYERS_OF_ATTENTION = [
     for name, layer in vars(module).items()
     if name in getattr(module, "__all__", ("RecurrentEncoder", "RecurrentDecoder", "coverage_loss"))
     and not isinstance(layer, ModuleType)
-    and layer not in (nn.Memory, nn.ComponentModule, nn.replace_attention, nn.vision.Gates)
+    and layer not in (nn.Memory, nn.ComponentModule, nn.replace_attention, nn.register, nn.vision.Gates)
 ]
 CITED += LAYERS_OF_ATTENTION
 

@@ -20,6 +20,7 @@ from regard.nn.memory import Memory
 from regard.nn.multihead import MultiheadAttention
 from regard.nn.pooling import AdditivePooling, AttentionPooling, KernelPooling
 from regard.nn.replace import replace_attention
+from regard.nn.transformers import register
 
 __all__ = [
     "AdditiveAttention",
@@ -34,6 +35,7 @@ __all__ = [
     "Memory",
     "MultiheadAttention",
     "recurrent",
+    "register",
     "replace_attention",
     "vision",
 ]

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import regard
-from regard.nn import replace
+from regard.nn import transformers as implementation
 from regard.nn.multihead import MultiheadAttention
 from regard.nn.replace import replace_attention
 
@@ -111,13 +111,13 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, list[Tenso
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of attention in calls of Hugging Face models."""
     found: list[dict[str, Any]] = []
-    attention = replace.attention
+    attention = implementation.attention
 
     def note(*x: Tensor, **arguments: Any) -> Any:
         found.append(arguments)
         return attention(*x, **arguments)
 
-    monkeypatch.setattr(replace, "attention", note)
+    monkeypatch.setattr(implementation, "attention", note)
     return found
 
 
@@ -224,20 +224,20 @@ def test_unsupported_models_and_arguments_raise() -> None:
         with pytest.raises(
             ValueError, match=rf"^regard as the attention of Identity: {name} is not supported; expected"
         ):
-            replace._attend(nn.Identity(), q, q, q, None, **{name: q})
+            implementation._attend(nn.Identity(), q, q, q, None, **{name: q})
 
 
 def test_learned_queries_and_tensor_scales() -> None:
     """Queries of batch size 1 broadcast, and the scale may be a tensor, as in some models."""
     q, k, scale = torch.randn(1, 2, 3, 4), torch.randn(5, 2, 7, 4), torch.tensor(0.7, requires_grad=True)
-    out, weights = replace._attend(nn.Identity(), q, k, k, None, scaling=scale, is_causal=False)
+    out, weights = implementation._attend(nn.Identity(), q, k, k, None, scaling=scale, is_causal=False)
     reference = nn.functional.scaled_dot_product_attention(q.expand(5, -1, -1, -1), k, k, scale=0.7).transpose(1, 2)
     torch.testing.assert_close(out, reference)
     assert weights is None
     out.sum().backward()
     assert scale.grad is not None
     table = torch.rand(5, 1, 3, 7)
-    out, _ = replace._attend(nn.Identity(), q, k, k, table, position_bias=torch.ones(1, 2, 3, 1), is_causal=True)
+    out, _ = implementation._attend(nn.Identity(), q, k, k, table, position_bias=torch.ones(1, 2, 3, 1), is_causal=True)
     reference = nn.functional.scaled_dot_product_attention(q.expand(5, -1, -1, -1), k, k, table).transpose(1, 2)
     torch.testing.assert_close(out, reference)
 

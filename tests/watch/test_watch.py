@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from support.hf_models import MODELS, bert, llama, t5
 from support.records import dense_weights
 from torch import Tensor, nn
@@ -264,3 +265,57 @@ def test_invalid_arguments_raise() -> None:
     linear = nn.Linear(1, 1)
     with pytest.warns(UserWarning, match="no attention was recorded in Linear"), regard.watch(linear):
         linear(torch.ones(1))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_heads_while_generating_match_eager(groups: int) -> None:
+    """For one query with a mask, transformers pack the heads of a group into the axis of queries."""
+    config = transformers.LlamaConfig(
+        vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=groups,
+        intermediate_size=64, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids, pad = torch.randint(5, 90, (2, 6)), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    recordings = []
+    for implementation in ("eager", "sdpa", "regard"):
+        if implementation == "regard":
+            regard.nn.replace_attention(model)
+        else:
+            model.set_attn_implementation(implementation)
+        with torch.no_grad(), regard.watch(model, top=9) as recording:
+            model.generate(ids, attention_mask=pad, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        recordings.append(recording)
+    for eager, *others in zip(*recordings, strict=True):
+        for other in others:
+            assert (other.heads, other.queries, other.keys, other.kind) == (4, eager.queries, eager.keys, "decoder")
+            real = slice(2, None) if eager.queries > 1 else slice(None)  # rows of padding are unspecified
+            torch.testing.assert_close(other.max[1, :, real], eager.max[1, :, real], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(other.max[0], eager.max[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(other.received[0], eager.received[0], rtol=1e-4, atol=1e-5)
+    assert [(record.queries, record.keys) for record in recordings[1].joined()] == [(8, 8), (8, 8)]
+
+
+@pytest.mark.parametrize("function", ["sdpa", "regard"])
+def test_heads_folded_into_the_batch_are_split(function: str) -> None:
+    class Attention(nn.Module):
+        num_heads = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(16, 48)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            B, L, _ = x.shape
+            q, k, v = self.qkv(x).view(B, L, 3, 4, 4).permute(2, 0, 3, 1, 4).reshape(3, B * 4, L, 4)
+            attend = F.scaled_dot_product_attention if function == "sdpa" else regard.attention
+            self.weights = (q @ k.mT / 2).softmax(-1).view(B, 4, L, L)
+            return attend(q, k, v).view(B, 4, L, 4).transpose(1, 2).flatten(2)
+
+    model = Attention().eval()
+    with torch.no_grad(), regard.watch(model) as recording:
+        model(torch.randn(2, 5, 16))
+    record = recording[-1]
+    assert (record.heads, record.queries, record.keys) == (4, 5, 5)
+    torch.testing.assert_close(record.max, model.weights.amax(-1))
+    torch.testing.assert_close(record.received, model.weights.sum(-2))

@@ -120,7 +120,9 @@ class SoftmaxTracker:
         for operand, axis in ((left, -1), (right, -2)):
             found = self._of(operand)
             if found is not None and found.key_axis == axis:
-                return self._reach_values(found)
+                weights = self._reach_values(found)
+                # A matrix times a matrix: its rows are queries. In an einsum they are batch rows with one query each.
+                return weights[None] if weights.dim() == 2 else weights
         return None
 
     def _weights_in_einsum(self, equation: Any, *operands: Any) -> Tensor | None:

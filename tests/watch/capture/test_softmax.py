@@ -149,3 +149,144 @@ def test_weights_are_released() -> None:
         model(X)
         gc.collect()
         assert references[0]() is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operations between the softmax and the product: each returns the output, and the weights that multiply the values.
+
+_KEEP = torch.rand(7, 7, generator=torch.Generator().manual_seed(1)) > 0.4
+Product = tuple[Tensor, Tensor]
+
+
+def _sink(p: Tensor, v: Tensor) -> Product:
+    with_sink = torch.cat([p.log(), torch.zeros_like(p[..., :1])], -1).softmax(-1)
+    return with_sink[..., :-1] @ v, with_sink[..., :-1]
+
+
+def _in_place(p: Tensor, v: Tensor) -> Product:
+    p = (2 * p.log()).softmax(-1)
+    p.masked_fill_(~_KEEP, 0.0)
+    p *= 0.5
+    p[..., 0] = 0.25
+    return p @ v, p
+
+
+def _dropped_then_masked(p: Tensor, v: Tensor) -> Product:
+    p = p.log().softmax(-1)
+    masked = F.dropout(p, 0.5).masked_fill(~_KEEP, 0.0)
+    return masked @ v, p.masked_fill(~_KEEP, 0.0)
+
+
+def _through(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Product]:
+    def follow(p: Tensor, v: Tensor) -> Product:
+        changed = change(p.log().softmax(-1))
+        return changed @ v, changed
+
+    return follow
+
+
+def _product(
+    product: Callable[[Tensor, Tensor], Tensor], reshape: Callable[[Tensor], Tensor] = lambda x: x
+) -> Callable[[Tensor, Tensor], Product]:
+    def follow(p: Tensor, v: Tensor) -> Product:
+        p = p.log().softmax(-1)
+        return product(reshape(p), reshape(v)), reshape(p)
+
+    return follow
+
+
+def _fold(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def _one(x: Tensor) -> Tensor:
+    return x[0, 0]
+
+
+_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Product]] = {
+    "sink": _sink,
+    "in place": _in_place,
+    "dropped, then masked": _dropped_then_masked,
+    "masked_fill": _through(lambda p: p.masked_fill(~_KEEP, 0.0)),
+    "times a mask": _through(lambda p: p * _KEEP),
+    "mask first": _through(lambda p: torch.mul(_KEEP.float(), p)),
+    "nan_to_num": _through(lambda p: torch.nan_to_num(p, 0.0)),
+    "where": _through(lambda p: torch.where(_KEEP, p, 0.0)),
+    "own dropout": _through(lambda p: p * (_KEEP.float() / 0.6)),
+    "renormalized": _through(lambda p: p / (p.sum(-1, keepdim=True) + 1)),
+    "half and back": _through(lambda p: (p.double() * 2).float()),
+    "permuted": _through(lambda p: p.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)),
+    "transposed twice": _through(lambda p: (p.mT * 2).transpose(-1, -2)),
+    "window of keys": lambda p, v: _through(lambda p: p[..., 2:6])(p, v[..., 2:6, :]),
+    "bmm": _product(torch.bmm, _fold),
+    "keywords": _product(lambda p, v: torch.bmm(input=p, mat2=v), _fold),
+    "keywords of matmul": _product(lambda p, v: torch.matmul(input=p, other=v)),
+    "mm": _product(torch.mm, _one),
+    "addmm": _product(lambda p, v: torch.addmm(torch.zeros(7, 4), p, v), _one),
+    "addmm with keywords": _product(lambda p, v: torch.addmm(torch.zeros(7, 4), mat1=p, mat2=v), _one),
+    "baddbmm": _product(lambda p, v: torch.baddbmm(torch.zeros(8, 7, 4), p, v), _fold),
+    "on the right": _product(lambda p, v: (v.mT @ p.mT).mT),
+    "bmm on the right": _product(lambda p, v: torch.bmm(v.mT, p.transpose(1, 2)).mT, _fold),
+    "einsum, transposed": _product(lambda p, v: torch.einsum("bhji,bhjd->bhid", p.mT, v)),
+}
+
+
+class _Multiplies(nn.Module):
+    num_heads = 4
+
+    def __init__(self, follow: Callable[[Tensor, Tensor], Product]) -> None:
+        super().__init__()
+        self.follow = follow
+
+    def forward(self, p: Tensor, v: Tensor) -> Tensor:
+        out, self.weights = self.follow(p, v)
+        return out
+
+
+@pytest.mark.parametrize("name", _PRODUCTS)
+def test_weights_are_followed_to_the_product(name: str) -> None:
+    torch.manual_seed(0)
+    p, v = torch.rand(2, 4, 7, 7) + 0.1, torch.randn(2, 4, 7, 4)
+    module = _Multiplies(_PRODUCTS[name])
+    with torch.no_grad(), regard.watch(module, top=7) as recording:
+        module(p, v)
+    (record,) = recording
+    weights = module.weights.float()
+    torch.testing.assert_close(record.max.float(), weights.amax(-1).view_as(record.max))
+    torch.testing.assert_close(record.received.float(), weights.sum(-2).view_as(record.received))
+
+
+class UnfollowedAttention(nn.Module):
+    def forward(self, p: Tensor, v: Tensor) -> Tensor:
+        return p.softmax(-1).mean(1) @ v[:, 0]
+
+
+class Mixture(nn.Module):
+    """A softmax that is no attention, in a module that does not speak of it."""
+
+    def forward(self, p: Tensor, v: Tensor) -> Tensor:
+        return p.softmax(-1).sum() * v
+
+
+def test_attention_that_is_not_recorded_is_named() -> None:
+    """Also if other modules are recorded."""
+    torch.manual_seed(0)
+    p, v = torch.rand(2, 4, 7, 7), torch.randn(2, 4, 7, 4)
+    model = nn.ModuleDict(
+        {"seen": _Multiplies(_PRODUCTS["masked_fill"]), "lost": UnfollowedAttention(), "gate": Mixture()}
+    )
+    recordings = []
+
+    def run() -> None:
+        with torch.no_grad(), regard.watch(model) as recording:
+            for module in model.values():
+                module(p, v)
+        recordings.append(recording)
+
+    with pytest.warns(UserWarning, match=r"attention was not recorded in lost: weights of a softmax"):
+        run()
+    assert [record.name for record in recordings[0]] == ["seen"]
+    nested = nn.ModuleDict({"self_attn": nn.ModuleDict({"inner": Mixture()}), "gate": Mixture()})
+    nested_inner = nested["self_attn"]["inner"]
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"not recorded in self_attn.inner: "), regard.watch(nested):
+        nested_inner(p, v)

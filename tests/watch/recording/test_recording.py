@@ -159,3 +159,31 @@ def test_exports() -> None:
     assert "rows" not in content["records"][0]
     assert Recording().frame().empty
     assert "query_token" not in Recording([first]).frame()
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding"])
+def test_joined_generation_of_other_caches_matches_single_call(cache: str) -> None:
+    """A static cache holds more keys than there are, a sliding window the last ones only."""
+    common = {
+        "vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if cache == "sliding":
+        layer_types = ["sliding_attention", "full_attention"]
+        config = transformers.Gemma3TextConfig(**common, head_dim=8, sliding_window=4, layer_types=layer_types)
+        model = transformers.Gemma3ForCausalLM(config).eval()
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common)).eval()
+    ids = torch.randint(5, 90, (2, 8))
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    with torch.no_grad(), regard.watch(model, top=12) as steps:
+        out = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, **options)
+    with torch.no_grad(), regard.watch(model, top=12) as single:
+        model(out[:, :-1])
+    joined = steps.joined()
+    assert [(record.queries, record.keys) for record in joined] == [(11, 11), (11, 11)]
+    for record, whole in zip(joined, single, strict=True):
+        torch.testing.assert_close(record.max, whole.max, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(record.received, whole.received, rtol=1e-4, atol=1e-5)
+        assert torch.equal(record.top.keys[..., 0], whole.top.keys[..., 0])
