@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import attention
-from regard.components.mask import Mask, window
+from regard.components.mask import Band, Mask
 from regard.components.normalizer import Normalizer
 from regard.components.position import Rotary
 from regard.components.score import ScaledDot
@@ -147,7 +147,7 @@ class LatentAttention(nn.Module):
         if cache is not None:
             tokens, _ = cache.append(tokens, tokens[..., :0])
             if past and mask is not None:
-                mask = mask & window(align="end")  # allows everything; sets the alignment of the queries
+                mask = mask & Band(None, None, past)  # allows everything; sets the alignment of the queries
         latents, shared = torch.split(tokens, [rank, width], -1)
 
         absorb = self._is_absorption_cheaper(x.shape[-2], tokens.shape[-2])

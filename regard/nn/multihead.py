@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import AnyScore, attention
-from regard.components.mask import Mask, dense, documents, window
+from regard.components.mask import Band, Mask, dense, documents
 from regard.components.normalizer import Normalizer
 from regard.components.position import Bias, Rotary
 from regard.components.score import Score
@@ -229,7 +229,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if cache is not None and not cache.fixed:
             k, v = cache.append(k, v)
         if past and (masks or bias is not None):
-            masks.append(window(align="end"))  # allows everything; sets the alignment of the other masks
+            masks.append(Band(None, None, past))  # allows everything; sets the alignment of the other masks
         allowed = reduce(and_, masks) if masks else None
         if added:
             bias = reduce(add, added if bias is None else [*added, materialize_masks(allowed, bias, size, k)[1]])

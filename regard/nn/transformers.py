@@ -47,11 +47,11 @@ def register_on_import() -> None:
     """Register now if transformers are imported, otherwise as soon as they are."""
     if _MODULE in sys.modules:
         register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    elif not any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportHook())
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _ImportHook(importlib.abc.MetaPathFinder):
     """Finds the module as Python does, and registers once it has been executed."""
 
     def find_spec(

@@ -245,7 +245,7 @@ def _set_alignment(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[M
     if size.L == size.S and not named:
         return mask, bias
     name = "mask" if mask is not None and None in _aligns(mask, []) else "bias"
-    if any(align != named[0] for align in named):
+    if any(size.offset(align) != size.offset(named[0]) for align in named):
         raise ValueError(
             f"{name}: a part of it has no align, and the others have {', '.join(sorted(map(repr, set(named))))}; "
             "expected an align in each part, or the same in all others"

@@ -223,7 +223,7 @@ def test_axes_of_size_zero(kernel: str, axis: str, name: str) -> None:
         q, k, v = _qkv((B, H, L, D), (B, G, S, D), (B, G, S, E))
         words: dict[str, Any] = {"normalizer": _example(which, H), "dropout": rate, "seed": 1 if rate else None}
         words["score"] = _score(name, H, D)
-        words["mask"] = mask.causal("end") & mask.lengths(torch.full((B,), S)) if hidden else None
+        words["mask"] = mask.causal(S - L) & mask.lengths(torch.full((B,), S)) if hidden else None
         everything = Summary(True, True, True, 2, True, torch.ones(3, S, dtype=torch.bool), (0, -1) if L else (), True)
         out, seen = _run(kernel, q, k, v, summary=everything, **words)
         assert out.shape == (B, H, L, E)

@@ -162,7 +162,7 @@ FLEX: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {
             "softcap": 2.0,
             "bias": position.ALiBi(),
-            "mask": mask.causal("end") & mask.documents((IDS[:, :L], IDS)) & mask.lengths(REAL),
+            "mask": mask.causal(S - L) & mask.documents((IDS[:, :L], IDS)) & mask.lengths(REAL),
         },
     ),
 }

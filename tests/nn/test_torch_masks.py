@@ -141,7 +141,7 @@ def test_learned_keys_follow_end_aligned_mask() -> None:
     lower = torch.ones(L, S).triu(S - L + 1).bool()
     for word, reference in (
         (mask.causal(align="end"), {"attn_mask": lower}),
-        (mask.causal(align="end") & mask.lengths([S, 2, 4]), {"attn_mask": lower, "key_padding_mask": RIGHT}),
+        (mask.causal(align=S - L) & mask.lengths([S, 2, 4]), {"attn_mask": lower, "key_padding_mask": RIGHT}),
         (
             mask.documents((torch.zeros(L).long(), torch.arange(S) // 4)),
             {"attn_mask": (torch.arange(S) > 3).expand(L, S)},
