@@ -21,8 +21,8 @@ import draw_layers  # noqa: E402
 PAGE = (DOCS / "layers.md").read_text()
 INTRODUCTION, *_parts = re.split(r"(?m)^##+ (.+)\n", PAGE)
 SECTIONS = dict(zip(_parts[::2], _parts[1::2], strict=True))
-# Helper classes, which are mentioned without a section of their own.
-PARTS = {"Memory", "ComponentModule", "Gates"}
+# Helpers, which are mentioned without a section of their own.
+PARTS = {"Memory", "ComponentModule", "Gates", "register"}
 
 
 def snippets(text: str) -> list[str]:

@@ -26,7 +26,7 @@ def run(backend: Backend, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor
     if is_transformed():
         outputs = Forward.apply(_as_fused(backend), plan, *tensors)  # type: ignore[no-untyped-call]
     elif _is_recorded(tensors):
-        function = Inner if backend.is_differentiable else Eager
+        function = Once if backend.is_differentiable else Eager
         return function.apply(backend, plan, *tensors)  # type: ignore[no-any-return, no-untyped-call]
     else:
         outputs = backend.forward(plan, tensors, is_last=True)
@@ -143,7 +143,7 @@ class Eager(torch.autograd.Function):
         return _backward_of(ctx, gradients)
 
 
-class Inner(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """The same for a backend of differentiable operations that can be differentiated once.
 
     Their graph is built in the forward pass, and kept; second derivatives are those of `reference`.

@@ -22,9 +22,7 @@ model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="
 """
 _ORDERS = {
     "regard first": "import regard, transformers",
-    "transformers first": "import transformers; import regard",
     "transformers in use": "import transformers; from transformers import LlamaForCausalLM; import regard",
-    "layers only": "import regard.nn; import transformers",
 }
 
 
