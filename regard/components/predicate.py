@@ -130,6 +130,13 @@ def leaves(mask: Mask | None) -> list[Mask]:
     return [] if mask is None else [mask]
 
 
+def conjuncts(mask: Mask | None) -> list[Mask]:
+    """Return the masks that the outermost `&` combine, in order."""
+    if isinstance(mask, And):
+        return conjuncts(mask.left) + conjuncts(mask.right)
+    return [] if mask is None else [mask]
+
+
 @dataclass(frozen=True)
 class Band(Mask):
     """Keys from `left` positions before to `right` positions after the query; its own position is not counted."""

@@ -31,7 +31,6 @@ def convert_masks(
     added: list[Tensor] = []
     if attn_mask is not None:
         _check_mask("attn_mask", attn_mask, ((size.L, size.S), (size.B * size.H, size.L, size.S)))
-    if attn_mask is not None:
         table = attn_mask if attn_mask.dim() == 2 else attn_mask.reshape(size.B, size.H, size.L, size.S)
         forbidden = _to_bools(table)
         if forbidden is None:

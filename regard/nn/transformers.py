@@ -131,8 +131,6 @@ def _attend(
             f"regard as the attention of {type(module).__name__}: {', '.join(unsupported_arguments)} is not supported; "
             'expected a model without it, or another implementation: set_attn_implementation("sdpa")'
         )
-    if query.shape[0] == 1 != key.shape[0]:
-        query = query.expand(key.shape[0], -1, -1, -1)  # learned queries
     if isinstance(scaling, Tensor):
         query, scaling = query * scaling, 1.0
     mask, bias = None, position_bias

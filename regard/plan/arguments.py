@@ -14,6 +14,7 @@ from regard.components import mask, normalizer, position, score, summary
 from regard.components.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
 from regard.components.normalizer import Normalizer
 from regard.components.position import Bias
+from regard.components.predicate import conjuncts
 from regard.components.score import Score
 from regard.components.summary import Summary
 from regard.components.tile import Align, Sizes
@@ -219,9 +220,7 @@ def _refuse_end_of_rows(mask: Mask, size: Sizes) -> None:
     """Raise if a band aligned with the end of all keys is combined by AND with lengths or documents, which have ends of
     their own.
     """
-    parts = [mask]
-    while any(isinstance(part, And) for part in parts):
-        parts = [x for part in parts for x in ((part.left, part.right) if isinstance(part, And) else (part,))]
+    parts = conjuncts(mask)
     is_end = any(isinstance(x, Band) and x.align == "end" and (x.left, x.right) != (None, None) for x in parts)
     kind = next(
         (type(x) for x in parts if isinstance(x, Documents) or (isinstance(x, Before) and x.n.dim() == 1)), None

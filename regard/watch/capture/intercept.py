@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from regard.attention import attention
 from regard.components import mask as masks
 from regard.components.mask import Mask
+from regard.components.predicate import conjuncts
 from regard.components.score import ScaledDot
 from regard.watch.capture import fast_path, flex, nested, torch_layers
 from regard.watch.capture.recorder import Recorder, has_saved_tensor_hooks, untracked
@@ -231,6 +232,6 @@ def _unpack_mask(attn_mask: Tensor | None, q: Tensor) -> tuple[Mask | None, Tens
 
 def _excludes_later_keys(mask: Mask | None, L: int, S: int) -> bool:
     """Return whether a mask excludes every later key, with the last query at the last key."""
-    if isinstance(mask, masks.And):
-        return _excludes_later_keys(mask.left, L, S) or _excludes_later_keys(mask.right, L, S)
-    return isinstance(mask, masks.Band) and mask.right == 0 and (L == S or mask.align == "end")
+    return any(
+        isinstance(part, masks.Band) and part.right == 0 and (L == S or part.align == "end") for part in conjuncts(mask)
+    )
