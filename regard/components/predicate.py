@@ -137,6 +137,23 @@ def conjuncts(mask: Mask | None) -> list[Mask]:
     return [] if mask is None else [mask]
 
 
+def _limits(left: int | None, right: int | None) -> tuple[int, int]:
+    """Return the limits of a band as integers."""
+    return _UNLIMITED if left is None else min(left, _UNLIMITED), _UNLIMITED if right is None else min(
+        right, _UNLIMITED
+    )
+
+
+def _coverage(nearest: Tensor, farthest: Tensor, left: int | None, right: int | None) -> Coverage:
+    """Return the coverage of a band, from the extremes of query position minus key position in each tile."""
+    some = full = torch.ones_like(nearest, dtype=torch.bool)
+    if left is not None:
+        some, full = some & (nearest <= left), full & (farthest <= left)
+    if right is not None:
+        some, full = some & (farthest >= -right), full & (nearest >= -right)
+    return some, full
+
+
 @dataclass(frozen=True)
 class Band(Mask):
     """Keys from `left` positions before to `right` positions after the query; its own position is not counted."""
@@ -148,8 +165,7 @@ class Band(Mask):
     @property
     def integers(self) -> tuple[int, ...]:
         offset = 0 if self.align is None or isinstance(self.align, str) else self.align
-        left, right = (_UNLIMITED if n is None else min(n, _UNLIMITED) for n in (self.left, self.right))
-        return offset, int(self.align == "end"), left, right
+        return offset, int(self.align == "end"), *_limits(self.left, self.right)
 
     def allowed(self, tile: Tile) -> Tensor:
         behind = tile.behind(self.align)
@@ -165,11 +181,7 @@ class Band(Mask):
         offset = grid.sizes.offset(self.align)
         nearest = grid.first_query + offset - grid.last_key
         farthest = grid.last_query + offset - grid.first_key
-        some = full = torch.ones_like(nearest, dtype=torch.bool)
-        if self.left is not None:
-            some, full = some & (nearest <= self.left), full & (farthest <= self.left)
-        if self.right is not None:
-            some, full = some & (farthest >= -self.right), full & (nearest >= -self.right)
+        some, full = _coverage(nearest, farthest, self.left, self.right)
         return some[None], full[None]
 
 
@@ -349,8 +361,7 @@ class AlignedBand(Mask):
 
     @property
     def integers(self) -> tuple[int, ...]:
-        left, right = (_UNLIMITED if n is None else min(n, _UNLIMITED) for n in (self.left, self.right))
-        return left, right, int(self.from_end)
+        return *_limits(self.left, self.right), int(self.from_end)
 
     def positions(self, sizes: Sizes) -> Tensor:
         """Return the positions of all queries, (B|1, L)."""
@@ -375,9 +386,4 @@ class AlignedBand(Mask):
     def coverage(self, grid: Grid) -> Coverage:
         first, last = _in_tiles(self.positions(grid.sizes), 1, grid.rows).aminmax(dim=2)
         nearest, farthest = first[..., None] - grid.last_key, last[..., None] - grid.first_key
-        some = full = torch.ones_like(nearest, dtype=torch.bool)
-        if self.left is not None:
-            some, full = some & (nearest <= self.left), full & (farthest <= self.left)
-        if self.right is not None:
-            some, full = some & (farthest >= -self.right), full & (nearest >= -self.right)
-        return some, full
+        return _coverage(nearest, farthest, self.left, self.right)
