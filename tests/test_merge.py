@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.problems import Problem, fixed_choices, make_problem
 from torch import Tensor
 
 import regard
-from regard import Summary, mask, normalizer
+from regard import Summary, mask, normalizer, summary
 
 _CHOICES: dict[str, Any] = {
     "L": 31, "S": 79, "B": 2, "heads": (2, 2), "D": 7, "E": 5, "score": "scaled_dot", "normalizer": "softmax", "mask": None,
@@ -102,6 +103,75 @@ def test_merge_with_sink_in_one_part(backend: str) -> None:
     torch.testing.assert_close(lse, stats.lse, rtol=1e-5, atol=1e-6)
     x, y = (torch.autograd.grad(z.square().sum(), sink)[0] for z in (out, expected))
     torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+class _SumOfSquares(summary.Statistic):
+    """sum_j p_j^2, which merges as sum_a w_a^2 sum_j p_j^2."""
+
+    name = "squares"
+
+    def compute(self, weights: summary.Weights) -> Tensor:
+        return weights.p.square().sum(-1)
+
+    def merge(self, parts: summary.Parts) -> Tensor:
+        return torch.stack([w.square() * x for w, x in zip(parts.shares, parts.of(self.name), strict=True)]).sum(0)
+
+
+@pytest.mark.parametrize("lead", [(2, 4), (3,), ()])
+def test_merge_of_summaries_matches_summary_of_all_keys(lead: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(*lead, n, 7, dtype=torch.float64, requires_grad=True) for n in (31, 79, 79))
+    table = torch.rand(31, 79) < 0.3
+    table[3], table[4:9, 40:], table[10:20, :40] = False, False, False
+    member = torch.rand(5, 79) < 0.5
+    cuts = (0, 3, 40, 79)
+
+    def request(start: int, stop: int) -> Summary:
+        return Summary(
+            lse=True, max=True, entropy=True, top=6, mass=member[:, start:stop], rows=(3, 5, -1), full=True,
+            other=(_SumOfSquares(),),
+        )  # fmt: skip
+
+    results = [
+        regard.attention(
+            q, k[..., a:b, :], v[..., a:b, :], mask=mask.dense(table[:, a:b]), summary=request(a, b), backend="tiled"
+        )
+        for a, b in itertools.pairwise(cuts)
+    ]
+    outs, stats = zip(*results, strict=True)
+    out, merged = regard.merge(outs, stats, request(0, 79), starts=cuts[:-1])
+    expected, whole = regard.attention(q, k, v, mask=mask.dense(table), summary=request(0, 79), backend="tiled")
+    torch.testing.assert_close(out, expected)
+    assert merged.named.keys() == whole.named.keys()
+    for name, x in whole.named.items():
+        torch.testing.assert_close(merged.named[name], x, msg=lambda m, name=name: f"{name}: {m}")
+    gradients = [
+        torch.autograd.grad(sum(x.where(x.isfinite(), 0).cos().sum() for x in s.named.values()), [q, k])
+        for s in (merged, whole)
+    ]
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_merge_refuses_summaries_that_do_not_follow_from_parts() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+
+    def merged(request: Summary, merged_request: Summary | None = None, **arguments: Any) -> Any:
+        out, stats = regard.attention(q, k, v, summary=request)
+        return regard.merge([out], [stats], merged_request or request, **arguments)
+
+    with pytest.raises(NotImplementedError, match="received over all keys does not follow"):
+        merged(Summary(lse=True, received=True))
+    with pytest.raises(ValueError, match="starts is None; expected the index of the first key"):
+        merged(Summary(lse=True, top=2))
+    with pytest.raises(ValueError, match=r"starts is \[0, 3\]; expected the index of the first key of each of 1 parts"):
+        merged(Summary(lse=True, top=2), starts=[0, 3])
+    with pytest.raises(ValueError, match="requests max, which a part lacks"):
+        merged(Summary(lse=True), Summary(lse=True, max=True))
+    with pytest.raises(ValueError, match="with lse=True"):
+        merged(Summary(max=True))
+    with pytest.raises(TypeError, match="AttentionSummary of each part"):
+        regard.merge([q], [torch.zeros(1, 2, 5)], Summary(lse=True))  # type: ignore[list-item]
 
 
 def test_merge_is_associative() -> None:

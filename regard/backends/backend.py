@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from regard.components.normalizer import Normalizer
@@ -63,6 +64,10 @@ class Backend(Protocol):
         """Whether it may be chosen without being named."""
 
     @property
+    def is_fastest_for(self) -> Container[torch.dtype]:
+        """The dtypes of q for which it comes before all others."""
+
+    @property
     def masks_nonfinite(self) -> bool:
         """Whether it masks NaN and inf in q, k and v itself. For the others, problems carry flags: see `plan.nonfinite`."""
 
@@ -85,9 +90,6 @@ class Backend(Protocol):
 
     def is_for(self, device_type: str) -> bool:
         """Whether it is tried for tensors on such a device, "cpu" or "cuda", without being named."""
-
-    def is_fastest_for(self, q: Tensor) -> bool:
-        """Whether it comes before all others for tensors such as q."""
 
     def refuse(self, plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         """Return why it cannot serve a problem of supported components, None if it can."""

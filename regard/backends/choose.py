@@ -30,7 +30,8 @@ def run(problem: Problem, name: str | None) -> tuple[Tensor, ...]:
     forced = name is not None
     name = _choose(problem) if name is None else _force(problem, name)
     if name == LAST_RESORT and not forced:
-        reference.warn(str(_refuse(_order(problem)[-1], problem)), *problem.tensors[:2])
+        q, k = problem.tensors[:2]
+        reference.warn(str(_refuse(_order(q.device.type, q.dtype)[-1], problem)), q, k)
     backend, plan = BACKENDS[name], problem.plan
     tensors: Sequence[Tensor] = problem.tensors
     is_graph = not problem.is_eager and is_symbolic(*tensors[:3])
@@ -61,16 +62,10 @@ _DEVICES_WITHOUT_FLAGS = frozenset(
 
 
 @derived
-def _names(device_type: str) -> list[str]:
-    return [name for name, backend in BACKENDS.items() if backend.is_for(device_type) and backend.is_automatic]
-
-
-def _order(problem: Problem) -> list[str]:
+def _order(device_type: str, dtype: torch.dtype) -> list[str]:
     """Return the backends to try, in order."""
-    q = problem.tensors[0]
-    names = _names(q.device.type)
-    fastest = [name for name in names if BACKENDS[name].is_fastest_for(q)]
-    return [*fastest, *[name for name in names if name not in fastest]] if fastest else names
+    names = [name for name, backend in BACKENDS.items() if backend.is_for(device_type) and backend.is_automatic]
+    return sorted(names, key=lambda name: dtype not in BACKENDS[name].is_fastest_for)
 
 
 def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -94,7 +89,11 @@ def _is_observed(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _choose(problem: Problem) -> str:
-    return next((name for name in _order(problem) if _refuse(name, problem) is None), LAST_RESORT)
+    q = problem.tensors[0]
+    for name in _order(q.device.type, q.dtype):
+        if _refuse(name, problem) is None:
+            return name
+    return LAST_RESORT
 
 
 def _refuse(name: str, problem: Problem) -> str | None:

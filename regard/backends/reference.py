@@ -25,6 +25,7 @@ from regard.plan.problem import Plan, sizes
 # See `Backend`.
 about = "the equation, materialized: everything, in quadratic memory"
 is_automatic = False
+is_fastest_for: frozenset[torch.dtype] = frozenset()
 masks_nonfinite = False
 supported = None
 is_differentiable = True
@@ -35,11 +36,6 @@ saved = 0
 def is_for(device_type: str) -> bool:
     """It runs on every device."""
     return True
-
-
-def is_fastest_for(q: Tensor) -> bool:
-    """The order of the registry holds."""
-    return False
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:

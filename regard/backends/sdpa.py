@@ -20,6 +20,9 @@ from regard.plan.problem import Plan, sizes
 # See `Backend`.
 about = "torch's fused attention, for plain problems"
 is_automatic = True
+# In bfloat16, torch computes on the matrix units (AMX) of the CPUs that have them: 2 to 4 times as fast as the native
+# kernels, which widen to float32.
+is_fastest_for = frozenset({torch.bfloat16} if machine.HAS_MATRIX_UNITS else ())
 masks_nonfinite = False
 supported = Supported(scores={Product}, normalizers={Softmax}, masks={Band}, biases=(), statistics=())
 is_differentiable = True
@@ -30,13 +33,6 @@ saved = 0
 def is_for(device_type: str) -> bool:
     """It runs on every device."""
     return True
-
-
-def is_fastest_for(q: Tensor) -> bool:
-    """In bfloat16, torch computes on the matrix units (AMX) of the CPUs that have them: 2 to 4 times as fast as the native
-    kernels, which widen to float32.
-    """
-    return machine.HAS_MATRIX_UNITS and q.dtype == torch.bfloat16
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:

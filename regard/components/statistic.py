@@ -8,7 +8,7 @@ refuses follow from these classes. A subclass of `Statistic` in `Summary(other=.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,43 @@ class Weights:
         return weights, keys
 
 
+@dataclass
+class Parts:
+    """The statistics of calls over disjoint sets of keys, as `Statistic.merge` receives them.
+
+    Args:
+        statistics: those of each call, by name.
+        shares: the weight (B, H, L) that each set has among all keys, exp(lse_part - lse); 0 for queries that may attend to
+            no key.
+        lse: the log-sum-exp (B, H, L) over all keys; -inf for such queries.
+        starts: the index of the first key of each set; None if it is unknown.
+    """
+
+    statistics: Sequence[Mapping[str, Tensor]]
+    shares: Sequence[Tensor]
+    lse: Tensor
+    starts: Sequence[int] | None
+
+    def rescaled(self, name: str) -> list[Tensor]:
+        """Return a statistic of each part, (B, H, L) or (B, H, L, ...), multiplied by its share."""
+        pairs = zip(self.shares, self.of(name), strict=True)
+        return [share.view(*share.shape, *[1] * (x.dim() - share.dim())) * x for share, x in pairs]
+
+    def of(self, name: str) -> list[Tensor]:
+        """Return a statistic of each part."""
+        return [part[name] for part in self.statistics]
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest weights of all parts, and their keys."""
+        if self.starts is None:
+            raise ValueError("merge: starts is None; expected the index of the first key of each part, for top keys")
+        weights = torch.cat(self.rescaled(TopWeights.name), -1)
+        found = zip(self.of(TopKeys.name), self.starts, strict=True)
+        keys = torch.cat([torch.where(x < 0, x, x + start) for x, start in found], -1)
+        order = weights.detach().masked_fill(keys < 0, -1.0).topk(k, -1).indices
+        return weights.gather(-1, order), keys.gather(-1, order)
+
+
 class Statistic:
     """Base class of statistics of the attention weights. Subclasses define `name`, `axes` and `compute`.
 
@@ -101,6 +138,10 @@ class Statistic:
         """Return the statistic of some queries, in the order of `axes`: (b, h, l, ...), (b, h, w) or (b, h, l, w)."""
         raise NotImplementedError
 
+    def merge(self, parts: Parts) -> Tensor:
+        """Return the statistic over all keys from those over disjoint sets of keys, for `regard.merge`."""
+        raise NotImplementedError(f"{self.name} over all keys does not follow from {self.name} over parts of them")
+
     def size(self, axis: str) -> int:
         """Return the size of an axis other than B, H, L and S."""
         raise NotImplementedError
@@ -128,6 +169,9 @@ class LogSumExp(Statistic):
         normalizer = weights.normalizer
         return normalizer.total(lse, weights.tile) if isinstance(normalizer, Softmax) else lse
 
+    def merge(self, parts: Parts) -> Tensor:
+        return parts.lse
+
 
 class LargestWeight(Statistic):
     """See `Summary.max`."""
@@ -136,6 +180,9 @@ class LargestWeight(Statistic):
 
     def compute(self, weights: Weights) -> Tensor:
         return weights.p.amax(-1)
+
+    def merge(self, parts: Parts) -> Tensor:
+        return torch.stack(parts.rescaled(self.name)).amax(0)
 
 
 class Entropy(Statistic):
@@ -147,6 +194,12 @@ class Entropy(Statistic):
         # Replacing 0 by 1 inside the log keeps the gradient finite.
         p = weights.p
         return -(p * torch.log(torch.where(p > 0, p, 1.0))).sum(-1)
+
+    def merge(self, parts: Parts) -> Tensor:
+        # -sum_a sum_j (w_a p_j) log(w_a p_j) = sum_a w_a (entropy_a - log w_a), where the weights of a part sum to 1.
+        total = torch.stack(parts.rescaled(self.name)).sum(0)
+        shares = torch.stack(list(parts.shares))
+        return total - (shares * torch.log(torch.where(shares > 0, shares, 1.0))).sum(0)
 
 
 class Received(Statistic):
@@ -168,6 +221,9 @@ class FullWeights(Statistic):
     def compute(self, weights: Weights) -> Tensor:
         return weights.p
 
+    def merge(self, parts: Parts) -> Tensor:
+        return torch.cat(parts.rescaled(self.name), -1)
+
 
 @dataclass(frozen=True)
 class _Top(Statistic):
@@ -186,6 +242,9 @@ class TopWeights(_Top):
     def compute(self, weights: Weights) -> Tensor:
         return weights.top(self.k)[0]
 
+    def merge(self, parts: Parts) -> Tensor:
+        return parts.top(self.k)[0]
+
 
 class TopKeys(_Top):
     """The keys of `Summary.top`."""
@@ -196,6 +255,9 @@ class TopKeys(_Top):
 
     def compute(self, weights: Weights) -> Tensor:
         return weights.top(self.k)[1]
+
+    def merge(self, parts: Parts) -> Tensor:
+        return parts.top(self.k)[1]
 
 
 @dataclass(frozen=True)
@@ -213,6 +275,9 @@ class Mass(Statistic):
         member = self.member if self.member.dim() == 3 else self.member[None]
         member = (member[slice(*weights.tile.b)] if member.shape[0] > 1 else member)[:, None]
         return weights.p @ weights.of_keys(lambda k: member[..., slice(*k)]).to(weights.p.dtype).mT
+
+    def merge(self, parts: Parts) -> Tensor:
+        return torch.stack(parts.rescaled(self.name)).sum(0)
 
 
 @dataclass(frozen=True)
@@ -237,6 +302,10 @@ class RowWeights(Statistic):
 
     def compute(self, weights: Weights) -> Tensor:
         return weights.p[..., self.rows_in(weights.tile)[1], :]
+
+    def merge(self, parts: Parts) -> Tensor:
+        pairs = zip(parts.shares, parts.of(self.name), strict=True)
+        return torch.cat([share[..., list(self.rows), None] * x for share, x in pairs], -1)
 
 
 # All built-in statistics, in the order in which backends return them.

@@ -17,6 +17,7 @@ from regard import check
 from regard.components.statistic import (
     BUILT_IN,
     Mass,
+    Parts,
     RowWeights,
     Statistic,
     TopKeys,
@@ -27,7 +28,7 @@ from regard.components.tile import Sizes
 from regard.deprecated import getter
 from regard.tracing import has_values
 
-__all__ = ["AttentionSummary", "Statistic", "Summary", "Top", "Weights", "groups"]
+__all__ = ["AttentionSummary", "Parts", "Statistic", "Summary", "Top", "Weights", "groups"]
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,13 @@ class AttentionSummary(NamedTuple):
         if summary.top:
             named["top"] = Top(named.pop(TopWeights.name), named.pop(TopKeys.name))
         return cls(**named)
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by the names of their statistics."""
+        top = {TopWeights.name: self.top.weights, TopKeys.name: self.top.keys} if self.top else {}
+        fields = {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return {**fields, **top, **(self.other or {})}
 
     def each(self, change: Callable[[Tensor], Tensor]) -> AttentionSummary:
         """Apply a function to each of the tensors."""

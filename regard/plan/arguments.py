@@ -132,10 +132,10 @@ def expand_queries(q: Any, k: Any) -> Any:
     if not (isinstance(q, Tensor) and isinstance(k, Tensor)) or q.dim() != k.dim() or q.dim() < 3 or q.is_nested:
         return q
     batch = batch_dimensions(q)
-    if all([n != 1 or n == m for n, m in zip(q.shape[batch], k.shape[batch], strict=True)]):  # noqa: C419
+    own, other = q.shape[batch], k.shape[batch]
+    if 1 not in own or own == other:
         return q
-    sizes = [m if n == 1 else n for n, m in zip(q.shape[batch], k.shape[batch], strict=True)]
-    return q.expand(*sizes, *q.shape[batch.stop :])
+    return q.expand(*[m if n == 1 else n for n, m in zip(own, other, strict=True)], *q.shape[batch.stop :])
 
 
 def with_batch_tables(mask: Any) -> Any:

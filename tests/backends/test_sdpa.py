@@ -117,6 +117,9 @@ def test_sdpa_is_preferred_on_amx_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -
     half = [x.bfloat16() for x in _qkv()]
     for units, kernel in ((True, "sdpa"), (False, "cpu")):
         monkeypatch.setattr("regard.backends.machine.HAS_MATRIX_UNITS", units)
+        monkeypatch.setattr("regard.backends.sdpa.is_fastest_for", {torch.bfloat16} if units else ())
+        regard.clear_caches()
         with regard.record_backends() as ran:
             regard.attention(*half)
         assert ran == [kernel]
+    regard.clear_caches()

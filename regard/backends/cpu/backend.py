@@ -24,6 +24,7 @@ from regard.tracing import has_values
 # See `Backend`.
 about = "native CPU kernels, in linear memory"
 is_automatic = True
+is_fastest_for: frozenset[torch.dtype] = frozenset()
 masks_nonfinite = False
 supported = Supported(
     scores={Product, Additive},
@@ -41,11 +42,6 @@ saved = 2
 def is_for(device_type: str) -> bool:
     """Return whether the backend runs on a type of device: the CPU."""
     return device_type == "cpu"
-
-
-def is_fastest_for(q: Tensor) -> bool:
-    """The order of the registry holds."""
-    return False
 
 
 _IS_LAST = extension.request((), is_last=True)

@@ -31,6 +31,7 @@ from regard.plan.problem import Plan, empty_outputs, sizes
 # See `Backend`.
 about = "plain PyTorch, some rows at a time: everything, in linear memory"
 is_automatic = True
+is_fastest_for: frozenset[torch.dtype] = frozenset()
 masks_nonfinite = False
 supported = None
 is_differentiable = False
@@ -41,11 +42,6 @@ saved = 0
 def is_for(device_type: str) -> bool:
     """It runs on every device."""
     return True
-
-
-def is_fastest_for(q: Tensor) -> bool:
-    """The order of the registry holds."""
-    return False
 
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:

@@ -37,6 +37,7 @@ from regard.plan.problem import Plan
 # See `Backend`.
 about = "Triton kernels for GPUs, in linear memory"
 is_automatic = True
+is_fastest_for: frozenset[torch.dtype] = frozenset()
 masks_nonfinite = True
 
 
@@ -75,11 +76,6 @@ saved = 2
 def is_for(device_type: str) -> bool:
     """Any device but the CPU. There the kernels run in Triton's interpreter, only if the backend is named."""
     return device_type != "cpu"
-
-
-def is_fastest_for(q: Tensor) -> bool:
-    """The order of the registry holds."""
-    return False
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
