@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.paths import ROOT
 
 import regard
 from regard import mask, nn, normalizer, position, score, summary
@@ -244,3 +245,17 @@ def test_forward_methods_document_shapes() -> None:
         if not isinstance(layer, type) or not issubclass(layer, torch.nn.Module):
             continue
         assert SHAPE.search((layer.forward.__doc__ or "") + (layer.__doc__ or ""))
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "csrc/README.md"])
+def test_pages_name_existing_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    names = set(re.findall(r"`([\w/.]+(?:\.(?:py|h|cpp|md|js)|/))`", tables))
+    known = [
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*")
+        if not {".venv", "node_modules", "build"} & {*path.parts}
+    ]
+    missing = [name for name in names if not any(f"/{path}".endswith(f"/{name.rstrip('/')}") for path in known)]
+    assert names and not missing
