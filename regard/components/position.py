@@ -27,8 +27,8 @@ class Bias:
 
     # Whether `check` depends on the lengths L and S: then plans are cached per length.
     depends_on_lengths = False
-    # Whether `bias` depends on `tile.behind(align)` and the head only: the distance between query and key. Then fused
-    # backends take it as a table of distances.
+    # Whether `bias` depends on `tile.behind(align)` and the head only: the distance between query and key. Then the native
+    # and Triton kernels take it as a table of distances.
     is_relative = False
 
     def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
