@@ -15,11 +15,10 @@ from regard.backends.choose import Explanation
 from regard.backends.registry import are_finite
 from regard.components.mask import Mask
 from regard.components.normalizer import Normalizer
-from regard.components.position import Bias
 from regard.components.score import Score
 from regard.components.summary import AttentionSummary, Summary
 from regard.deprecated import resolve_backend
-from regard.plan.assemble import make_problem
+from regard.plan.assemble import AnyBias, make_problem
 
 _NO_CONTEXT = nullcontext()
 # Untyped: mypy would otherwise check calls against the signature of a single overload.
@@ -37,7 +36,7 @@ def attention(
     score: AnyScore | None = ...,
     normalizer: Normalizer | None = ...,
     mask: Mask | None = ...,
-    bias: Tensor | Bias | None = ...,
+    bias: AnyBias | None = ...,
     softcap: float | None = ...,
     dropout: float = ...,
     seed: int | Tensor | None = ...,
@@ -56,7 +55,7 @@ def attention(
     score: AnyScore | None = ...,
     normalizer: Normalizer | None = ...,
     mask: Mask | None = ...,
-    bias: Tensor | Bias | None = ...,
+    bias: AnyBias | None = ...,
     softcap: float | None = ...,
     dropout: float = ...,
     seed: int | Tensor | None = ...,
@@ -74,7 +73,7 @@ def attention(
     score: AnyScore | None = None,
     normalizer: Normalizer | None = None,
     mask: Mask | None = None,
-    bias: Tensor | Bias | None = None,
+    bias: AnyBias | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
@@ -100,8 +99,9 @@ def attention(
             key, as in `scaled_dot_product_attention`, and the opposite of `key_padding_mask` in
             `torch.nn.MultiheadAttention`. A query that may attend to no key has output 0. Masked keys and values never
             reach an output or a gradient, not even if they are NaN.
-        bias: added to the scores after the softcap: a tensor that broadcasts to (B, H, L, S), `position.ALiBi` or
-            `position.T5`.
+        bias: added to the scores after the softcap: a tensor that broadcasts to (B, H, L, S), `position.ALiBi`,
+            `position.T5`, or a function (batch, head, query, key) -> floats of four index tensors, which broadcast to the
+            shape of a tile, as does its result.
         softcap: replaces scores by softcap * tanh(score / softcap), before bias and mask.
         dropout: dropout probability of each weight after normalization; remaining weights are divided by 1 - dropout.
             It applies whenever it is not 0, so pass 0 in evaluation.
@@ -131,7 +131,7 @@ def attention(
     >>> torch.allclose(out, expected, atol=1e-5)
     True
     """
-    if torch._C._is_torch_function_mode_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch._C._is_torch_function_mode_enabled():
         # Report this call to active modes of `__torch_function__`, like a function of torch.
         arguments: dict[str, Any] = {
             "score": score, "normalizer": normalizer, "mask": mask, "bias": bias, "softcap": softcap, "dropout": dropout,
@@ -173,7 +173,7 @@ def explain(
     score: AnyScore | None = None,
     normalizer: Normalizer | None = None,
     mask: Mask | None = None,
-    bias: Tensor | Bias | None = None,
+    bias: AnyBias | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,

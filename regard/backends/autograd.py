@@ -13,8 +13,7 @@ from torch import Tensor
 
 from regard.backends import reference
 from regard.backends.backend import Backend, FusedBackend
-from regard.components.component import slots
-from regard.components.function import FunctionScore
+from regard.components.function import captured_slots
 from regard.plan.nonfinite import flag_nonfinite
 from regard.plan.problem import Plan
 from regard.tracing import is_batched, is_transformed
@@ -207,7 +206,7 @@ class Backward(torch.autograd.Function):
         if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in seconds):
             return _for_each_of_batch(lambda *some: Backward.backward(ctx, *some), seconds)
         first, needed = sum(ctx.given), ctx.needs_input_grad[4:]
-        captured = slots(ctx.plan.score.captured) if isinstance(ctx.plan.score, FunctionScore) else []
+        captured = captured_slots(ctx.plan.score, ctx.plan.bias)
         own = [first + i for i in captured if ctx.needs_grad[i] or needed[first + i]]
         results = _second(ctx, seconds) if not own else _second_of_function(ctx, seconds, own)
         return None, None, None, None, *[results.get(i) for i in range(ctx.count)]

@@ -31,7 +31,7 @@ def run(problem: Problem, name: str | None) -> tuple[Tensor, ...]:
     name = _choose(problem) if name is None else _force(problem, name)
     if name == LAST_RESORT and not forced:
         q, k = problem.tensors[:2]
-        reference.warn(str(_refuse(_order(q.device.type, q.dtype)[-1], problem)), q, k)
+        reference.warn(str(_refuse(_order(q, problem.is_eager)[-1], problem)), q, k)
     backend, plan = BACKENDS[name], problem.plan
     tensors: Sequence[Tensor] = problem.tensors
     is_graph = not problem.is_eager and is_symbolic(*tensors[:3])
@@ -61,11 +61,18 @@ _DEVICES_WITHOUT_FLAGS = frozenset(
 )
 
 
-@derived
-def _order(device_type: str, dtype: torch.dtype) -> list[str]:
+def _order(q: Tensor, is_eager: bool) -> list[str]:
     """Return the backends to try, in order."""
+    # torch.compile warns of caches.
+    return (_cached_order if is_eager else _find_order)(q.device.type, q.dtype)
+
+
+def _find_order(device_type: str, dtype: torch.dtype) -> list[str]:
     names = [name for name, backend in BACKENDS.items() if backend.is_for(device_type) and backend.is_automatic]
     return sorted(names, key=lambda name: dtype not in BACKENDS[name].is_fastest_for)
+
+
+_cached_order = derived(_find_order)
 
 
 def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -89,8 +96,7 @@ def _is_observed(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _choose(problem: Problem) -> str:
-    q = problem.tensors[0]
-    for name in _order(q.device.type, q.dtype):
+    for name in _order(problem.tensors[0], problem.is_eager):
         if _refuse(name, problem) is None:
             return name
     return LAST_RESORT
@@ -121,7 +127,7 @@ def _refuse_observed(name: str, problem: Problem) -> str | None:
     if not backend.is_differentiable and is_tracing():
         return "torch.jit and ONNX record operators of torch only"
     if not backend.is_differentiable and is_symbolic(*tensors[:3]):
-        return compiled_ops.refuse(problem.plan)
+        return compiled_ops.refuse(problem.plan, tensors)
     return None
 
 

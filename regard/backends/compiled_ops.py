@@ -12,40 +12,34 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from regard.backends import functions
 from regard.backends.autograd import scatter, to_save
 from regard.backends.backend import FusedBackend
+from regard.backends.plan_text import from_text, has_no_text, to_text
 from regard.backends.registry import BACKENDS
-from regard.components import component, function, mask, normalizer, position, score, statistic, summary
 from regard.components.component import fill
-from regard.components.serialization import Numbers, deserialize, serialize, unserializable
 from regard.components.tensor_ops import widen
-from regard.plan import problem
 from regard.plan.problem import Plan, empty_outputs, sizes
-
-# The classes that a plan may be made of in a graph: those of the package.
-_CLASSES: dict[str, type[Any]] = {
-    name: kind
-    for module in (score, function, normalizer, mask, position, statistic, summary, problem, component)
-    for name, kind in vars(module).items()
-    if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__")
-}
 
 
 def run(backend: str, plan: Plan, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return all outputs of a problem, in the order of `Plan.outputs`, by an operator in the graph that is being traced."""
-    numbers = Numbers()
-    text = serialize(plan, numbers)
-    outputs = tuple(_forward(list(tensors), backend, text, numbers.ints, numbers.floats))
-    return outputs[: len(outputs) - BACKENDS[backend].saved]
+    without, found = functions.take(plan, tensors)
+    outputs = (
+        functions.run(backend, without, tensors, found) if found else _forward(list(tensors), backend, *to_text(plan))
+    )
+    return tuple(outputs)[: len(outputs) - BACKENDS[backend].saved]
 
 
-def refuse(plan: Plan) -> str | None:
+def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """Return why an operator cannot hold this plan, None if it can.
 
     The compiler guards what it traces through: the code of a Python function, and everything that it closes over. An
     operator that named the function would be reused with the function of an earlier call.
     """
-    name = unserializable(plan, _CLASSES)
+    if torch.compiler.is_compiling():
+        plan, _ = functions.take(plan, tensors)
+    name = has_no_text(plan)
     return None if name is None else f"{name} cannot be an operand of an operator in a compiled graph"
 
 
@@ -60,11 +54,6 @@ def _autograd_enabled() -> Iterator[None]:
         yield
 
 
-def _plan(text: str, ints: list[int], floats: list[float]) -> Plan:
-    plan: Plan = deserialize(text, Numbers(ints, floats), _CLASSES)
-    return plan
-
-
 def _fused(backend: str) -> FusedBackend:
     return cast(FusedBackend, BACKENDS[backend])
 
@@ -72,12 +61,12 @@ def _fused(backend: str) -> FusedBackend:
 @torch.library.custom_op("regard::forward", mutates_args=())
 def _forward(tensors: list[Tensor], backend: str, plan: str, ints: list[int], floats: list[float]) -> list[Tensor]:
     with _autograd_enabled():
-        return [x.contiguous() for x in BACKENDS[backend].forward(_plan(plan, ints, floats), tensors)]
+        return [x.contiguous() for x in BACKENDS[backend].forward(from_text(plan, ints, floats), tensors)]
 
 
 @_forward.register_fake
 def _(tensors: list[Tensor], backend: str, plan: str, ints: list[int], floats: list[float]) -> list[Tensor]:
-    parsed = _plan(plan, ints, floats)
+    parsed = from_text(plan, ints, floats)
     q, k, v = tensors[:3]
     like = widen(q)
     outputs = empty_outputs(fill(parsed, tensors), like, k, v)
@@ -91,7 +80,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     with _autograd_enabled():
         scattered = scatter(gradients, is_given)
-        results = _fused(backend).backward(_plan(plan, ints, floats), tensors, saved, scattered, needs_grad)
+        results = _fused(backend).backward(from_text(plan, ints, floats), tensors, saved, scattered, needs_grad)
     return [x.contiguous() for x in results if x is not None]
 
 

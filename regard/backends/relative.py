@@ -15,7 +15,7 @@ from regard.plan.problem import Plan, sizes
 
 
 class TensorOrRelative:
-    """The classes of biases that the native and Triton kernels support: tensors, and those that depend on the distance only."""
+    """The classes of biases that the native and Triton kernels support: tensors, and those of the distance only."""
 
     def __contains__(self, kind: object) -> bool:
         return kind is TensorBias or (isinstance(kind, type) and issubclass(kind, Bias) and kind.is_relative)

@@ -116,6 +116,13 @@ def map_leaves(component: C, change: Callable[[Any], Any]) -> C:
     return tuple(items) if isinstance(component, tuple) else type(component)(*items)  # type: ignore[return-value]
 
 
+def field_names(x: Any) -> tuple[str, ...] | None:
+    """Return the names of the fields of a dataclass; None for anything else."""
+    # Not by `dataclasses`, which torch.compile cannot trace in every version.
+    fields = None if isinstance(x, type) else getattr(type(x), "__dataclass_fields__", None)
+    return None if fields is None else tuple(fields)
+
+
 def _fields(kind: type) -> tuple[str, ...] | None:
     """Return the names of a component's fields; None for anything else."""
     if kind is tuple:

@@ -25,6 +25,8 @@ class Score:
 
     # Whether `check` depends on the lengths L and S: then plans are cached per length.
     depends_on_lengths = False
+    # Whether `scores` needs all query heads in one call.
+    takes_all_heads = False
 
     def pair(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the scores (...) of q (..., D) and k (..., D), which broadcast together."""

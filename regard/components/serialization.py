@@ -7,13 +7,12 @@ without pickle. Functions and classes defined by users cannot be serialized.
 from __future__ import annotations
 
 import ast
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from regard.components.component import Slot
+from regard.components.component import Slot, field_names
 
 
 def unserializable(component: Any, classes: dict[str, type[Any]]) -> str | None:
@@ -23,10 +22,10 @@ def unserializable(component: Any, classes: dict[str, type[Any]]) -> str | None:
     kind = type(component)
     if isinstance(component, tuple):
         parts = list(component)
-    elif dataclasses.is_dataclass(component) and not isinstance(component, type):
+    elif (names := field_names(component)) is not None:
         if classes.get(kind.__name__) is not kind:
             return f"the class {kind.__name__}"
-        parts = [getattr(component, name) for name in kind.__dataclass_fields__]
+        parts = [getattr(component, name) for name in names]
     elif component is None or isinstance(component, bool | str | int | float | torch.SymInt | torch.SymFloat):
         return None
     elif not callable(component):
@@ -48,12 +47,10 @@ def serialize(component: Any, numbers: Numbers) -> str:
     """Return a split component as the Python expression that constructs it, with I0, I1, ... and F0, F1, ... in place
     of its integers and floats, which are appended to `numbers`.
     """
-    if dataclasses.is_dataclass(component) and not isinstance(component, type):
-        if isinstance(component, Slot):
-            return f"Slot(index={component.index})"
-        parts = [
-            f"{part.name}={serialize(getattr(component, part.name), numbers)}" for part in dataclasses.fields(component)
-        ]
+    if isinstance(component, Slot):
+        return f"Slot(index={component.index})"
+    if (names := field_names(component)) is not None:
+        parts = [f"{name}={serialize(getattr(component, name), numbers)}" for name in names]
         return f"{type(component).__name__}({', '.join(parts)})"
     if isinstance(component, tuple):
         return "(" + "".join([f"{serialize(part, numbers)}, " for part in component]) + ")"

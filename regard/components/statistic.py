@@ -152,7 +152,7 @@ class Statistic:
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         """Return the shape of the result."""
-        known = vars(sizes)
+        known = {"B": sizes.B, "H": sizes.H, "G": sizes.G, "L": sizes.L, "S": sizes.S}
         return tuple([known[axis] if axis in known else self.size(axis) for axis in self.axes])
 
 

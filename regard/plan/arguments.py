@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard import check
 from regard.components import mask, normalizer, position, score, summary
+from regard.components.component import field_names
 from regard.components.mask import And, Band, Before, Blocks, Dense, Documents, Mask, Not, Or
 from regard.components.normalizer import Normalizer
 from regard.components.position import Bias
@@ -35,7 +36,7 @@ _EXPECTED: dict[type[Any], str] = {
     Score: "one of regard.score, such as score.Dot(), or a function (q, k) -> scores",
     Normalizer: "one of regard.normalizer, such as normalizer.Softmax()",
     Mask: "one of regard.mask, such as mask.causal()",
-    Bias: "a float tensor that broadcasts to (B, H, L, S), position.ALiBi or position.T5",
+    Bias: "a float tensor that broadcasts to (B, H, L, S), position.ALiBi, position.T5, or a function of positions",
     Summary: "a regard.Summary, such as Summary(lse=True)",
 }
 _ABSTRACT = (Score, Normalizer, Mask, Bias)
@@ -68,11 +69,12 @@ def _check_devices(name: str, component: Any, device: torch.device) -> None:
     """Raise if a tensor of a component is on another device than q: moving it would cost a copy per call. As everywhere
     in torch, a tensor of shape () on the CPU is compatible with any device.
     """
-    for field, value in vars(component).items():
+    for field in field_names(component) or ():
+        value = getattr(component, field)
         if isinstance(value, Tensor):
             if value.device != device and (value.dim() or value.device.type != "cpu"):
                 raise ValueError(f"{name}: {field} is on {value.device} but q is on {device}; expected the same")
-        elif dataclasses.is_dataclass(value):
+        elif field_names(value) is not None:
             _check_devices(name, value, device)
 
 
@@ -259,22 +261,21 @@ def _set_alignment(mask: Mask | None, bias: Bias | None, size: Sizes) -> tuple[M
 
 
 def _aligns(component: Any, found: list[Align]) -> list[Align]:
-    if dataclasses.is_dataclass(component) and not isinstance(component, type):
-        for field in dataclasses.fields(component):
-            value = getattr(component, field.name)
-            if field.name == "align":
-                found.append(value)
-            else:
-                _aligns(value, found)
+    for field in field_names(component) or ():
+        value = getattr(component, field)
+        if field == "align":
+            found.append(value)
+        else:
+            _aligns(value, found)
     return found
 
 
 def _with_align(component: Any, align: Align) -> Any:
-    if not dataclasses.is_dataclass(component) or isinstance(component, type):
+    names = field_names(component)
+    if names is None:
         return component
     parts = {}
-    for field in dataclasses.fields(component):
-        value = getattr(component, field.name)
-        missing = field.name == "align" and value is None
-        parts[field.name] = align if missing else _with_align(value, align)
+    for field in names:
+        value = getattr(component, field)
+        parts[field] = align if field == "align" and value is None else _with_align(value, align)
     return type(component)(**parts)

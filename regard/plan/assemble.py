@@ -10,10 +10,10 @@ from torch import Tensor
 
 from regard import check
 from regard.components.component import slots, split
-from regard.components.function import FunctionScore
+from regard.components.function import FunctionBias, FunctionScore, captured_slots
 from regard.components.mask import Mask
 from regard.components.normalizer import Normalizer, Softmax
-from regard.components.position import Bias, TensorBias
+from regard.components.position import Bias, Learned, Rotary, TensorBias
 from regard.components.score import ScaledDot, Score
 from regard.components.summary import Summary
 from regard.components.tensor_ops import expand_heads
@@ -33,6 +33,8 @@ from regard.plan.nonfinite import AllFinite
 from regard.plan.problem import Plan, Problem, sizes
 from regard.tracing import is_eager
 
+AnyBias = Tensor | Bias | Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
 # Default components, created once.
 _SCALED_DOT, _SOFTMAX, _NO_SUMMARY = ScaledDot(), Softmax(), Summary()
 
@@ -44,7 +46,7 @@ def make_problem(
     score: Score | Callable[[Tensor, Tensor], Tensor] | None,
     normalizer: Normalizer | None,
     mask: Mask | None,
-    bias: Tensor | Bias | None,
+    bias: AnyBias | None,
     softcap: float | None,
     dropout: float,
     seed: int | Tensor | None,
@@ -84,6 +86,8 @@ def make_problem(
     if entry is None:
         size = sizes(*x[:2])
         score, normalizer, summary = _check_components(x, score, normalizer, summary, softcap)
+        if callable(bias) and not isinstance(bias, type | Bias | Tensor | Rotary | Learned):
+            bias = FunctionBias.of(bias, size, q, score)
         mask, bias = _check_mask_and_bias(mask, bias, lead, size, q.device)
         component_tensors, summary_tensors = _tensors_of((normalizer, mask, bias)), _tensors_of(summary)
     else:
@@ -107,7 +111,7 @@ def make_problem(
 
     if entry is not None:
         return Problem(entry.plan, _move_scalars(entry.plan, tensors), lead, eager)
-    assert normalizer is not None and summary is not None and not isinstance(bias, Tensor)
+    assert normalizer is not None and summary is not None and (bias is None or isinstance(bias, Bias))
     plan = Plan(
         reduced,
         normalizer,
@@ -183,6 +187,6 @@ def _move_scalars(plan: Plan, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(tensors)
     device = tensors[0].device
     if any(tensor.device != device for tensor in tensors[3:]):
-        own = slots(plan.score) if isinstance(plan.score, FunctionScore) else []
+        own = captured_slots(plan.score, plan.bias)
         tensors = [tensor if i in own else tensor.to(device) for i, tensor in enumerate(tensors)]
     return tuple(tensors)

@@ -61,6 +61,13 @@ def flag_nonfinite(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Plan, Sequenc
     return plan, (*tensors, is_nonfinite_q, is_nonfinite_k | is_nonfinite_v)
 
 
+def without_flags(plan: Plan, tensors: Sequence[Tensor]) -> Plan:
+    """Return the plan without flags if none is set: plain arithmetic is faster. Reads values of tensors."""
+    if plan.nonfinite_q is None or any_flagged(plan, tensors):
+        return plan
+    return replace(plan, nonfinite_q=None, nonfinite_k=None)
+
+
 def zero_nonfinite(plan: Plan, tensors: Sequence[Tensor], values: Sequence[Any] | None = None) -> Sequence[Any]:
     """Return the tensors of a problem with zeros in flagged queries, keys and values.
 

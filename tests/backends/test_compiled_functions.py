@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import regard
 from regard import mask, normalizer, position, score
@@ -47,6 +49,18 @@ class Multiplied:
 
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         return (q @ k.mT) * self.factor
+
+
+class Slopes(nn.Module):
+    """A bias with a parameter and a buffer."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((_H,), value, dtype=torch.float64))
+        self.register_buffer("signs", torch.tensor([1, -1, 1, -1]))
+
+    def forward(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query - key).abs() * self.weight[head] * self.signs[head]
 
 
 def _scaled(q: Tensor, k: Tensor, factor: Any = 1.0, *, times: Any = 1.0) -> Tensor:
@@ -103,7 +117,7 @@ class Decay(position.Bias):
 
 
 def _learned(value: float) -> Tensor:
-    return torch.tensor(value, requires_grad=True)
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
 
 
 # By name: from a value to the arguments of a call, and the values, one compiled function after the other.
@@ -143,8 +157,25 @@ _CLOSURES: dict[str, tuple[Callable[[Any], dict[str, Any]], Sequence[Any]]] = {
     "score class": (lambda x: {"score": Manhattan(x)}, (0.1, 0.5, 0.7)),
     "normalizer class of a closure": (lambda x: {"normalizer": _tempered(x)}, (0.1, 0.5, 2.0)),
     "normalizer over a function": (lambda x: {"normalizer": Applied(lambda s: s * x)}, (0.1, 0.5, 2.0)),
+    "bias over a table": (
+        lambda table: {"bias": lambda b, h, i, j: table[h, i - j + _L] * (b + 1)},
+        [torch.linspace(0, x, _H * 2 * _L, dtype=torch.float64).view(_H, -1).requires_grad_() for x in (1.0, 2.0)],
+    ),
+    "bias that is a module": (lambda module: {"bias": module}, [Slopes(x) for x in (0.1, 0.5)]),
+    "bias, mask and score": (
+        lambda x: {
+            "score": lambda q, k: q @ k.mT * x,
+            "bias": lambda b, h, i, j: (i - j) * x * x,
+            "mask": mask.where(lambda b, h, i, j: i >= j + h),
+        },
+        [_learned(x) for x in (0.1, 0.5)],
+    ),
     "bias class": (lambda x: {"bias": Decay(x)}, [_learned(x) for x in (0.1, 0.5, 2.0)]),
 }
+
+
+# Methods of classes of the user: `reference` serves them, and warns.
+_MATERIALIZED = ("mask class", "normalizer class of a closure", "normalizer over a function", "bias class")
 
 
 def _leaves(value: Any) -> list[Tensor]:
@@ -214,30 +245,107 @@ def test_inline_lambda_is_compiled() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_reference_warns_once_with_bytes(dynamic: bool) -> None:
-    def eager(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
-        return regard.attention(q, k, v, mask=mask.where(lambda b, h, i, j: i - j <= n))
+    def eager(q: Tensor, k: Tensor, v: Tensor, x: float) -> Tensor:
+        return regard.attention(q, k, v, normalizer=Applied(lambda s: s * x))
 
     reference._warned.clear()
     q, k, v = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 11, 4), torch.randn(2, 3, 11, 4)
     compiled = torch.compile(eager, fullgraph=True, backend="eager", dynamic=dynamic)
     # Four bytes for each element of (2, 3, 7, 11).
-    expected = r"Python function .* 1,848 bytes each \(B x H x L x S = 2 x 3 x 7 x 11\)"
+    expected = r"the class Applied .* 1,848 bytes each \(B x H x L x S = 2 x 3 x 7 x 11\)"
     with pytest.warns(UserWarning, match=expected):
-        compiled(q, k, v, 1)
+        compiled(q, k, v, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        compiled(q, k, v, 2)
-        eager(q, k, v, 1)
+        compiled(q, k, v, 0.7)
+        eager(q, k, v, 0.5)
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "tiled"])
-@pytest.mark.parametrize("name", ["mask over an integer", "score over a float", "normalizer class of a closure"])
-def test_forced_fused_backend_raises(name: str, kernel: str) -> None:
-    make, values = _CLOSURES[name]
+@pytest.mark.parametrize("backend", ["cpu", "tiled"])
+def test_forced_fused_backend_raises(backend: str) -> None:
+    make, values = _CLOSURES["normalizer class of a closure"]
     q, arguments = torch.randn(1, 2, 7, 4), make(values[0])
 
     def eager(q: Tensor) -> Tensor:
-        return regard.attention(q, q, q, backend=kernel, **arguments)
+        return regard.attention(q, q, q, backend=backend, **arguments)
 
     with pytest.raises(Exception, match=r"cannot serve this problem: .* cannot be an operand of an operator"):
         torch.compile(eager, fullgraph=True, backend="eager")(q)
+
+
+@pytest.mark.parametrize("name", [name for name in _CLOSURES if name not in _MATERIALIZED])
+def test_functions_are_compiled_in_linear_memory(name: str) -> None:
+    """They run on `tiled`, by an operator that holds no matrix, and nothing warns."""
+    make, values = _CLOSURES[name]
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    q, arguments = torch.randn(_B, _H, _L, _D, dtype=torch.float64), make(values[0])
+    compiled = torch.compile(
+        lambda q: regard.attention(q, q, q, **arguments), fullgraph=True, backend=aot_autograd(fw_compiler=keep)
+    )
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)
+        compiled(q)
+    [graph] = graphs
+    [node] = [node for node in graph.graph.nodes if node.target is torch.ops.regard.forward.default]
+    assert node.args[1] == "tiled"
+    assert (
+        max(node.meta["val"].numel() for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor))
+        == q.numel()
+    )
+
+
+def test_one_graph_serves_all_lengths() -> None:
+    ids, table = torch.arange(600) // 9, torch.randn(_H, 1200, dtype=torch.float64, requires_grad=True)
+
+    def eager(q: Tensor, k: Tensor) -> Tensor:
+        return regard.attention(
+            q, k, k, score=lambda q, k: -torch.cdist(q, k, p=1), bias=lambda b, h, i, j: table[h, i - j + 600],
+            mask=mask.where(lambda b, h, i, j: ids[i] == ids[j]),
+        )  # fmt: skip
+
+    compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for L, S in ((70, 71), (131, 3), (5, 33), (64, 512), (65, 513)):
+            q, k = torch.randn(_B, _H, L, _D, dtype=torch.float64), torch.randn(_B, _H, S, _D, dtype=torch.float64)
+            results = [[out, *torch.autograd.grad(out.sum(), table)] for out in (compiled(q, k), eager(q, k))]
+            for got, expected in zip(*results, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_function_holds_for_other_lengths(strict: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.slopes = Scale(0.5), Slopes(0.3)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            same = mask.where(lambda b, h, i, j: ids[b, i] == ids[b, j])
+            return regard.attention(x, x, x, score=self.scale, bias=self.slopes, mask=same)
+
+    model, length = Model().double(), torch.export.Dim("length", min=2, max=4096)
+    inputs = [(torch.randn(2, _H, L, 8).double(), torch.arange(L).expand(2, -1) // 5) for L in (70, 13, 131)]
+    program = torch.export.export(model, inputs[0], dynamic_shapes=({2: length}, {1: length}), strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for x in inputs:
+        torch.testing.assert_close(loaded(*x), model(*x), rtol=1e-9, atol=1e-9)
+    loaded.scale.weight.data.fill_(2.0)  # parameters are operands
+    model.scale.weight.data.fill_(2.0)
+    torch.testing.assert_close(loaded(*inputs[1]), model(*inputs[1]), rtol=1e-9, atol=1e-9)
+
+
+def test_random_function_is_refused() -> None:
+    def eager(q: Tensor) -> Tensor:
+        return regard.attention(q, q, q, score=lambda q, k: torch.dropout(q, 0.5, True) @ k.mT)
+
+    with pytest.raises(Exception, match=r"the operation .*dropout.* cannot be part of a compiled graph in linear memory; "
+                                        "backend='reference' compiles it"):  # fmt: skip
+        torch.compile(eager, fullgraph=True, backend="aot_eager")(torch.randn(1, 2, 7, 4))

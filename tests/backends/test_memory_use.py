@@ -14,6 +14,13 @@ import resource, sys
 import torch, regard
 from regard import Summary, mask, normalizer, score
 
+slope = torch.tensor(-0.1, requires_grad=True)
+
+@torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+def compiled(q, k, v):
+    causal = mask.where(lambda b, h, i, j: i >= j)
+    return regard.attention(q, k, v, score=lambda q, k: q @ k.mT, bias=lambda b, h, i, j: slope * (i - j).abs(), mask=causal)
+
 def run(L):
     q, k, v = (torch.randn(1, 1, L, 16, requires_grad=True) for _ in range(3))
     words = {
@@ -21,9 +28,10 @@ def run(L):
         "summaries": lambda: dict(summary=Summary(lse=True, entropy=True, top=4, received=True, rows=(0,))),
         "entmax": lambda: dict(normalizer=normalizer.Entmax(1.5)),
         "additive": lambda: dict(score=score.Additive(torch.randn(16))),
-        "python": lambda: dict(score=lambda q, k: q @ k.mT),
+        "python": lambda: dict(score=lambda q, k: q @ k.mT, bias=lambda b, h, i, j: slope * (i - j).abs()),
+        "compiled": lambda: {},
     }[sys.argv[1]]()
-    out = regard.attention(q, k, v, backend="tiled", **words)
+    out = compiled(q, k, v) if sys.argv[1] == "compiled" else regard.attention(q, k, v, backend="tiled", **words)
     out = out[0].sum() + out[1].entropy.sum() + out[1].received.square().sum() if isinstance(out, tuple) else out.sum()
     out.backward()
 
@@ -49,7 +57,7 @@ def _peaks(what: str, lengths: tuple[int, ...]) -> list[int]:
 
 # Additive attention takes 16 tanh per pair: it is measured at a shorter length.
 @pytest.mark.parametrize(
-    "what", ["causal", "summaries", pytest.param("entmax", marks=pytest.mark.slow), "additive", "python"]
+    "what", ["causal", "summaries", pytest.param("entmax", marks=pytest.mark.slow), "additive", "python", "compiled"]
 )
 def test_peak_memory_is_linear_in_length(what: str) -> None:
     lengths = {"additive": (512, 1024, 2048), "causal": (4096, 8192, 16384)}.get(what, (2048, 4096, 8192))

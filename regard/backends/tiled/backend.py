@@ -19,13 +19,13 @@ from torch import Tensor
 from regard.backends.equation import aggregate, can_be_empty, scores
 from regard.backends.tiled.row_block import RowBlock, read_gradient, row_blocks, write_output
 from regard.components.component import Slot, fill, slots
-from regard.components.function import FunctionScore
+from regard.components.function import FunctionBias, FunctionScore, captured_slots
 from regard.components.position import TensorBias
 from regard.components.score import Product
 from regard.components.statistic import Statistic
 from regard.components.tensor_ops import fold_heads, widen
 from regard.components.tile import Range, Sizes, concat_ranges
-from regard.plan.nonfinite import nan_scores, zero_nonfinite
+from regard.plan.nonfinite import nan_scores, without_flags, zero_nonfinite
 from regard.plan.problem import Plan, empty_outputs, sizes
 
 # See `Backend`.
@@ -46,14 +46,15 @@ def is_for(device_type: str) -> bool:
 
 def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
     """Return why it cannot serve a problem; it serves everything whose closures autograd shows."""
-    if isinstance(plan.score, FunctionScore) and plan.score.captured is None:
-        return "the score closes over a tensor that torch.func differentiates, and hides it from us"
+    for name, part in (("score", plan.score), ("bias", plan.bias)):
+        if isinstance(part, FunctionScore | FunctionBias) and part.captured is None:
+            return f"the {name} closes over a tensor that torch.func differentiates, and hides it from us"
     return None
 
 
 def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tuple[Tensor, ...]:
     """All outputs of a problem, in the order of `Plan.outputs`."""
-    names = plan.outputs
+    names, plan = plan.outputs, without_flags(plan, tensors)
     tensors = zero_nonfinite(plan, tensors)
     plan = fill(plan, tensors)
     q, k, v = (widen(x.detach()) for x in tensors[:3])
@@ -85,7 +86,7 @@ def backward(
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of the tensors that need one, from those of the outputs (None = zero)."""
-    given = plan.named(gradients)
+    given, plan = plan.named(gradients), without_flags(plan, tensors)
     # The output is the product of the weights after dropout and the values: the graph ends at the weights.
     dout = given.pop("out", None)
     names = (*given, "dropped") if dout is not None else tuple(given)
@@ -246,7 +247,7 @@ def _leaves(plan: Plan, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -
     """Return the tensors of the components, as leaves of new graphs where they need a gradient."""
     # The tensors that a Python function closes over are the leaves themselves. All others are widened, since a gradient has
     # the dtype of its leaf: if the gradients of the blocks nearly cancel, rounding each of them would dominate their sum.
-    own = slots(plan.score.captured) if isinstance(plan.score, FunctionScore) else []
+    own = captured_slots(plan.score, plan.bias)
     fresh = [i for i, want in enumerate(needs_grad) if want and i > 2 and not _is_added(plan, i)]
     return [
         x if i in own else widen(x.detach()).requires_grad_() if i in fresh else x.detach()

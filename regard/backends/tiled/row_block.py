@@ -127,7 +127,8 @@ def row_blocks(plan: Plan, size: Sizes, device: torch.device) -> Iterator[RowBlo
         width = sum(stop - start for start, stop in segments[0])
         if not width and not with_sink:
             continue
-        for h in _heads(size, (b[1] - b[0]) * (rows[1] - rows[0]) * max(width, 1)):
+        per_head = (b[1] - b[0]) * (rows[1] - rows[0]) * max(width, 1)
+        for h in [(0, size.H)] if plan.score.takes_all_heads else _heads(size, per_head):
             tile = Tile(b, h, rows, (0, size.S), size, device)
             yield RowBlock(tile, *segments)
 
