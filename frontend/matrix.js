@@ -9,7 +9,7 @@ import { MASKED, KNOWN, UNKNOWN, allowed, cell, data, headOf } from "./decode.js
 import { cssColor, rampPosition, ramp, texture } from "./color.js";
 import { byId, make } from "./dom.js";
 import { fixed3, upperBound } from "./format.js";
-import { chosenHead, chosenLayer, currentFocus, keyTokens, on, pin, point, queryTokens, state } from "./state.js";
+import { chosenHead, chosenLayer, currentFocus, inputToken, keyTokens, on, pin, point, queryTokens, state } from "./state.js";
 import { CELLS } from "./overview.js";
 
 const LABELS = 11; // pixels per cell from which tokens are written beside the matrix
@@ -332,7 +332,12 @@ function markCell(view) {
   if (!cellVisible) return;
   const entry = cell(layer, head, query, key);
   const text = { [KNOWN]: fixed3(entry.weight), [UNKNOWN]: `not recorded, ${upperBound(entry.weight)}`, [MASKED]: "masked" }[entry.kind];
-  tip.replaceChildren(make("span", {}, `${queryTokens(layer)[query][0]} → ${keyTokens(layer)[key][0]} `), make("b", {}, head.cells ? "overview only" : text));
+  const input = inputToken(layer, query);
+  tip.replaceChildren(
+    make("span", {}, `${queryTokens(layer)[query][0]} → ${keyTokens(layer)[key][0]} `),
+    make("b", {}, head.cells ? "overview only" : text),
+    ...(input === null ? [] : [make("span", { class: "more" }, ` produced after “${input}”`)]),
+  );
   const width = tip.offsetWidth;
   const beside = x + thickX + 8;
   tip.style.transform = `translate(${Math.max(0, beside + width > view.sheet.clientWidth ? x - width - 8 : beside)}px, ${Math.max(0, y - 34)}px)`;

@@ -5,7 +5,7 @@ import { MASKED, KNOWN, UNKNOWN, allowed, cell, data, reach } from "./decode.js"
 import { rampPosition, textColorOn, shade, theme } from "./color.js";
 import { byId, make, reveal } from "./dom.js";
 import { fixed3, plural, upperBound } from "./format.js";
-import { chosenHead, chosenLayer, currentFocus, keyTokens, on, pin, point, queryTokens, rawOf, state } from "./state.js";
+import { chosenHead, chosenLayer, currentFocus, inputToken, keyTokens, on, pin, point, queryTokens, rawOf, state } from "./state.js";
 
 const CHUNK = 128; // tokens per chunk: a longer text is created, shown and shaded chunk by chunk
 
@@ -171,10 +171,12 @@ function drawText(flow) {
   const title = `${layer.label}, head ${state.head}`;
   if (scale) note.textContent = `Shaded by the attention that each token receives in ${title}.`;
   else if (head.cells) note.textContent = "";
-  else if (holdsKeys && query !== null) note.textContent = `Shaded by the weights of “${queryTokens(layer)[query][0]}” in ${title}.`;
+  else if (holdsKeys && query !== null) note.textContent = `Shaded by the weights of “${queryTokens(layer)[query][0]}” in ${title}${producedAfter(layer, query)}.`;
   else if (holdsQueries && key !== null) note.textContent = `Shaded by the weights that queries give to “${keyTokens(layer)[key][0]}” in ${title}.`;
   else note.textContent = holdsQueries || holdsKeys ? "" : `Not part of ${title}.`;
 }
+
+const producedAfter = (layer, query) => (inputToken(layer, query) === null ? "" : `, produced after “${inputToken(layer, query)}”`);
 
 const drawTexts = () => flows.forEach(drawText);
 

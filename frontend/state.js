@@ -68,4 +68,6 @@ export function release() {
 // The tokens of a layer's queries and keys: [text, continues, marker, raw].
 export const queryTokens = (layer) => data.texts[layer.queryText].slice(layer.offset, layer.offset + layer.queries);
 export const keyTokens = (layer) => data.texts[layer.keyText];
+// The token that a query reads, where it is named by what is produced from it; null elsewhere.
+export const inputToken = (layer, query) => (layer.inputText === null ? null : data.texts[layer.inputText][query + layer.offset][0]);
 export const rawOf = (token) => (token.length > 3 ? token[3] : token[0]);

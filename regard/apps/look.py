@@ -33,6 +33,7 @@ class LookResult:
         recording: the recorded attention.
         truncated: the number of tokens beyond the maximum length of the model.
         source: for encoder-decoders, the tokens of the keys of cross attention.
+        produced: for encoder-decoders, the token that is produced at the position of each of `tokens`.
         picture: the processed picture; its patches are the last tokens.
         note: a remark for the user.
     """
@@ -43,6 +44,7 @@ class LookResult:
     recording: Recording
     truncated: int = 0
     source: list[str] | None = None
+    produced: list[str] | None = None
     picture: Picture | None = None
     note: str = ""
 
@@ -116,7 +118,7 @@ def look_at_record(path: Path) -> LookResult:
         )
         tokens = [str(n) for n in range(cross[0].queries if cross else longest)]
         source = [str(n) for n in range(cross[0].keys)] if cross else None
-    return LookResult(path.stem, "", list(tokens), recording, source=source)
+    return LookResult(path.stem, "", list(tokens), recording, source=source, produced=recording.produced)
 
 
 @torch.no_grad()
@@ -124,10 +126,11 @@ def _look_at_task(text: str, folder: Path, top: int | None) -> LookResult:
     """Record what a model of `regard train` attends to while it makes its prediction."""
     task = open_task(folder)
     source: list[str] | None = None
+    produced: list[str] | None = None
     inputs: tuple[Any, ...]
     if isinstance(task, Translate):
         (made,) = task.predict([text], align=False)
-        tokens, source = ["<s>", *made.target], made.source
+        tokens, source, produced = ["<s>", *made.target], made.source, [*made.target, "</s>"]
         inputs = task.inputs(text, made.numbers)
     else:
         tokens = words_of(text)
@@ -140,8 +143,8 @@ def _look_at_task(text: str, folder: Path, top: int | None) -> LookResult:
     recording.records = [record for record in recording if ".spelling" not in record.name]
     if not recording.records:
         raise ValueError(f"model: {folder} shows no attention between words; train one with --model transformer")
-    recording.tokens, recording.key_tokens = tokens, source
-    return LookResult(folder.resolve().name, text, tokens, recording, source=source)
+    recording.tokens, recording.key_tokens, recording.produced = tokens, source, produced
+    return LookResult(folder.resolve().name, text, tokens, recording, source=source, produced=produced)
 
 
 def resolve_model(model: str | None) -> tuple[str, str]:

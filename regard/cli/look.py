@@ -82,9 +82,9 @@ def show(run: Callable[[], LookResult], out: Path, save: Path | None = None) -> 
             result.recording.save(save)
         document = page(
             result.recording, result.tokens, title=result.model, subtitle=result.text, key_tokens=result.source,
-            picture=result.picture,
+            produced=result.produced, picture=result.picture,
         )  # fmt: skip
-    console.print(terminal(result.recording, result.tokens, key_tokens=result.source))
+    console.print(terminal(result.recording, result.tokens, key_tokens=result.source, produced=result.produced))
     if result.truncated:
         console.print(
             f"[yellow]The last {result.truncated} tokens exceed the model's maximum length and are omitted.[/]"

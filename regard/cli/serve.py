@@ -26,7 +26,7 @@ def serve(
 
     with console.status("reading the recording"):
         result = look_at_record(record)
-        data = Data([PageInput(result.model, result.recording, result.tokens, result.source)])
+        data = Data([PageInput(result.model, result.recording, result.tokens, result.source, result.produced)])
     with serving(data, result.model, port=port) as address:
         console.print(Text.assemble("Open ", (address, f"bold link {address}"), "   Ctrl+C stops"), soft_wrap=True)
         if open_page:

@@ -38,11 +38,12 @@ class PageInput:
     records: Sequence[RecordLike]
     tokens: Sequence[str]
     key_tokens: Sequence[str] | None = None
+    produced: Sequence[str] | None = None
 
     @property
     def texts(self) -> list[list[str]]:
-        """Its texts: that of the queries, then that of the keys of cross attention."""
-        return [list(self.tokens)] if self.key_tokens is None else [list(self.tokens), list(self.key_tokens)]
+        """Its texts: that of the queries, that of the keys of cross attention, and what a decoder produces."""
+        return [list(text) for text in (self.tokens, self.key_tokens, self.produced) if text is not None]
 
 
 class Data:
@@ -81,18 +82,24 @@ class Data:
             return 0
         base = len(self._texts)
         self._texts += [read(text) for text in one.texts]
-        names = ("Text", "Source") if shared else (one.name, f"{one.name}, source")
+        names: tuple[str, ...] = ("Text", "Source") if shared else (one.name, f"{one.name}, source")
+        if one.produced is not None:
+            names = ("Output so far", "Source", "Output") if shared else (*names, f"{one.name}, output")
         self._names += names[: len(one.texts)]
         return base
 
     def _add_layers(self, one: PageInput, base: int, name: str) -> None:
-        for record, side in zip(one.records, check(one.records, one.tokens, one.key_tokens, self._batch), strict=True):
+        sides = check(one.records, one.tokens, one.key_tokens, self._batch, one.produced)
+        for record, side in zip(one.records, sides, strict=True):
             entries = rows(record, self._batch)
             descriptions = describe_heads(record, entries, side)
             layer = _layer(record, side, entries, descriptions, self._limit)
             layer["label"] = name + layer["label"]
             layer["queryText"] += base
             layer["keyText"] += base
+            layer["inputText"] = (
+                base if side.query_text == 2 else None
+            )  # what the queries read, where they are named otherwise
             self.descriptions.append(descriptions)
             self._layers.append(layer)
 

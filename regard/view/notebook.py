@@ -46,6 +46,7 @@ def widget(
     title: str = "",
     batch: int = 0,
     key_tokens: Sequence[str] | None = None,
+    produced: Sequence[str] | None = None,
     height: int = 760,
     budget: int = BUDGET,
 ) -> Any:
@@ -53,7 +54,7 @@ def widget(
     overview; it can be read, observed and set.
 
     Args:
-        records, tokens, title, batch, key_tokens, budget: as in `page`.
+        records, tokens, title, batch, key_tokens, produced, budget: as in `page`.
         height: the height of the widget in pixels.
 
     Raises:
@@ -85,6 +86,5 @@ def widget(
         height = traitlets.Int().tag(sync=True)
         head = traitlets.List(traitlets.Int(), minlen=0, maxlen=2).tag(sync=True)
 
-    return View(
-        document=page(records, tokens, title=title, batch=batch, key_tokens=key_tokens, budget=budget), height=height
-    )
+    document = page(records, tokens, title=title, batch=batch, key_tokens=key_tokens, produced=produced, budget=budget)
+    return View(document=document, height=height)

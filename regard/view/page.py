@@ -29,6 +29,7 @@ def page(
     subtitle: str = "",
     batch: int = 0,
     key_tokens: Sequence[str] | None = None,
+    produced: Sequence[str] | None = None,
     budget: int = BUDGET,
     picture: Picture | None = None,
     other: PageInput | None = None,
@@ -46,6 +47,8 @@ def page(
         title, subtitle: the headings of the page.
         batch: the index in B that is shown.
         key_tokens: the S tokens of the keys of cross attention; `tokens` by default.
+        produced: the L tokens that a decoder produces at the positions of `tokens`, which name its queries in cross
+            attention; see `Recording.produced`.
         budget: the size of the data in bytes.
         picture: for vision models, the picture whose patches are the last tokens of the keys.
         other: the attention of another model, or of the same model on another text; its heads follow under its name.
@@ -63,7 +66,7 @@ def page(
     (['A layer · regard'], True)
     """
     patches = None if picture is None else picture.describe(len(tokens if key_tokens is None else key_tokens))
-    inputs = [PageInput(title or "first", records, tokens, key_tokens), *([] if other is None else [other])]
+    inputs = [PageInput(title or "first", records, tokens, key_tokens, produced), *([] if other is None else [other])]
     return document(Data(inputs, batch), title, subtitle, budget, picture=patches)
 
 

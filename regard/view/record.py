@@ -104,7 +104,7 @@ def rows(record: RecordLike, batch: int, heads: Sequence[int] | None = None) -> 
 
 @dataclass(frozen=True)
 class Sides:
-    """The texts of the queries and the keys of a record (0: `tokens`, 1: `key_tokens`), and their tokens."""
+    """The texts of the queries and the keys of a record (0: `tokens`, 1: `key_tokens`, 2: `produced`), and their tokens."""
 
     query_text: int
     key_text: int
@@ -113,7 +113,11 @@ class Sides:
 
 
 def check(
-    records: Sequence[RecordLike], tokens: Sequence[str], key_tokens: Sequence[str] | None, batch: int
+    records: Sequence[RecordLike],
+    tokens: Sequence[str],
+    key_tokens: Sequence[str] | None,
+    batch: int,
+    produced: Sequence[str] | None = None,
 ) -> list[Sides]:
     """Return the sides of every record.
 
@@ -135,16 +139,21 @@ def check(
     for name, text in (("tokens", tokens), ("key_tokens", key_tokens)):
         if text is not None and len(text) == 0:
             raise ValueError(f"{name} is empty: expected at least one token")
+    if produced is not None and (key_tokens is None or len(produced) != len(tokens)):
+        expected = f"{len(tokens)}, one per token, beside key_tokens"
+        raise ValueError(f"produced has {len(produced)} entries: expected {expected}")
     for record in records:
         size, k = record.top.weights.shape[0], record.top.weights.shape[-1]
         if k == 0:
             raise ValueError(f"record {record.name!r} holds no weights: expected top.weights (B,H,L,k) with k >= 1")
         if not 0 <= batch < size:
             raise ValueError(f"batch is {batch}: expected 0 <= batch < {size}, the batch of record {record.name!r}")
-    return [_sides(record, tokens, key_tokens) for record in records]
+    return [_sides(record, tokens, key_tokens, produced) for record in records]
 
 
-def _sides(record: RecordLike, tokens: Sequence[str], key_tokens: Sequence[str] | None) -> Sides:
+def _sides(
+    record: RecordLike, tokens: Sequence[str], key_tokens: Sequence[str] | None, produced: Sequence[str] | None
+) -> Sides:
     length, size = record.queries, record.keys
     description = f"record {record.name!r} (layer {record.layer}, {record.kind}, L={length}, S={size})"
     if record.kind == "cross":
@@ -154,6 +163,8 @@ def _sides(record: RecordLike, tokens: Sequence[str], key_tokens: Sequence[str] 
         if len(sources) != size:
             name = "tokens" if key_tokens is None else "key_tokens"
             raise ValueError(f"{name} has {len(sources)} entries: expected {size}, the keys of {description}")
+        if produced is not None:
+            return Sides(2, 1, produced, sources)
         return Sides(0, 0 if key_tokens is None else 1, tokens, sources)
     texts = [(0, tokens)] if key_tokens is None else [(0, tokens), (1, key_tokens)]
     if key_tokens is not None and "encoder" in record.name.split("."):

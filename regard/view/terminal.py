@@ -58,7 +58,12 @@ class _Layer:
 
 
 def terminal(
-    records: Sequence[RecordLike], tokens: Sequence[str], *, batch: int = 0, key_tokens: Sequence[str] | None = None
+    records: Sequence[RecordLike],
+    tokens: Sequence[str],
+    *,
+    batch: int = 0,
+    key_tokens: Sequence[str] | None = None,
+    produced: Sequence[str] | None = None,
 ) -> RenderableType:
     """Return a rich renderable that summarizes what every head attends to. It adapts to the width of the console, and to
     consoles without colors or Unicode.
@@ -69,6 +74,7 @@ def terminal(
         tokens: the L tokens of the queries.
         batch: the index in B that is shown.
         key_tokens: the S tokens of the keys of cross attention; `tokens` by default.
+        produced: the L tokens that a decoder produces, as in `page`.
 
     Raises:
         ValueError: `records` is empty, or the tokens do not match them.
@@ -89,7 +95,7 @@ def terminal(
         import rich  # noqa: F401
     except ImportError as error:
         raise ImportError("the terminal view needs rich: pip install 'regard[look]'") from error
-    layers, sides = [], check(records, tokens, key_tokens, batch)
+    layers, sides = [], check(records, tokens, key_tokens, batch, produced)
     for record, side in zip(records, sides, strict=True):
         entries = rows(record, batch)
         received = entries.received.mean(0)

@@ -12,7 +12,10 @@ from unittest.mock import patch
 import pytest
 from support.examples import pairs, reviews, sentences
 
+from regard.apps.look import look, look_at_record
 from regard.cli import app
+from regard.view.data import Data, PageInput
+from regard.watch import Recording
 
 SMALL = ["--width", "32", "--layers", "1", "--batch", "64", "--rate", "0.01", "--dropout", "0"]
 
@@ -67,6 +70,33 @@ def test_translate_evaluates_and_predicts(translator: str, folder: Path) -> None
     assert prediction["text"] == lines[0]
     assert len(prediction["weights"]) == len(prediction["target"]) + 1
     assert run("predict", translator, "ab") == f"{lines[0]}\n"
+
+
+def test_look_names_cross_attention_by_what_is_produced(translator: str, tmp_path: Path) -> None:
+    """The rows of `look` are those of `predict`: the token that a step produces, not the one that it reads."""
+    prediction = json.loads(run("predict", translator, "abc", "--json"))
+    result = look("abc", translator)
+    assert result.produced == [*prediction["target"], "</s>"] and result.tokens == ["<s>", *prediction["target"]]
+    for record in result.recording:
+        if record.kind == "cross":
+            assert record.queries == len(result.produced)
+    result.recording.save(tmp_path / "recording.safetensors")
+    loaded = look_at_record(tmp_path / "recording.safetensors")
+    assert (
+        loaded.produced == result.produced
+        and Recording.load(tmp_path / "recording.safetensors").produced == result.produced
+    )
+    rows = result.recording.frame()
+    first = rows[(rows["kind"] == "cross") & (rows["query"] == 0)]
+    assert set(first["query_token"]) == {prediction["target"][0]}
+    assert "</s>" in json.loads(result.recording.json())["produced"]
+    data = Data([PageInput("", result.recording, result.tokens, result.source, result.produced)]).to_json(10**6)
+    [cross, *_] = [layer for layer in data["layers"] if layer["kind"] == "cross"]
+    assert data["names"] == ["Output so far", "Source", "Output"]
+    assert [token[3] if len(token) > 3 else token[0] for token in data["texts"][cross["queryText"]]][:-1] == prediction[
+        "target"
+    ]
+    assert data["texts"][cross["inputText"]][0][0] == "<s>"
 
 
 def test_look_at_translation(translator: str, folder: Path) -> None:

@@ -13,6 +13,8 @@ from regard.watch.recording.record import Record
 
 _SUMMARIES = ("max", "received", "entropy", "rows")
 
+Tokens = Sequence[str] | None
+
 
 def to_numpy(record: Record) -> dict[str, Any]:
     """Return the tensors of a record as arrays: weights, keys, max, and received, entropy and rows where recorded."""
@@ -21,7 +23,7 @@ def to_numpy(record: Record) -> dict[str, Any]:
     return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
 
-def to_pandas(records: Sequence[Record], tokens: Sequence[str] | None, key_tokens: Sequence[str] | None) -> Any:
+def to_pandas(records: Sequence[Record], tokens: Tokens, key_tokens: Tokens, produced: Tokens) -> Any:
     """Return a data frame with one row per recorded weight."""
     try:
         import pandas
@@ -41,15 +43,15 @@ def to_pandas(records: Sequence[Record], tokens: Sequence[str] | None, key_token
         frame = pandas.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
         for n, name in enumerate(("call", "layer", "name", "kind")):
             frame.insert(n, name, getattr(record, name))
-        for side, names in zip(("query", "key"), _tokens_of(record, tokens, key_tokens), strict=True):
+        for side, names in zip(("query", "key"), _tokens_of(record, tokens, key_tokens, produced), strict=True):
             if names is not None:
                 frame[f"{side}_token"] = [names[n] for n in frame[side]]
         frames.append(frame)
     return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
 
-def to_json(records: Sequence[Record], tokens: Sequence[str] | None, key_tokens: Sequence[str] | None) -> str:
-    """Return a JSON object: {"tokens", "key_tokens", "records": [{"name", ..., "top": {"weights", "keys"}, ...}]}."""
+def to_json(records: Sequence[Record], tokens: Tokens, key_tokens: Tokens, produced: Tokens) -> str:
+    """Return a JSON object: {"tokens", "key_tokens", "produced", "records": [{"name", ..., "top": {...}, ...}]}."""
 
     def to_list(tensor: Tensor) -> Any:
         return tensor.cpu().tolist()
@@ -62,29 +64,25 @@ def to_json(records: Sequence[Record], tokens: Sequence[str] | None, key_tokens:
         }
         for record in records
     ]
-    names = {
-        "tokens": None if tokens is None else list(tokens),
-        "key_tokens": None if key_tokens is None else list(key_tokens),
-    }
+    texts = {"tokens": tokens, "key_tokens": key_tokens, "produced": produced}
+    names = {name: None if text is None else list(text) for name, text in texts.items()}
     return json.dumps({**names, "records": entries})
 
 
-def _tokens_of(
-    record: Record, tokens: Sequence[str] | None, key_tokens: Sequence[str] | None
-) -> tuple[Sequence[str] | None, Sequence[str] | None]:
+def _tokens_of(record: Record, tokens: Tokens, key_tokens: Tokens, produced: Tokens) -> tuple[Tokens, Tokens]:
     """Return the tokens of a record's queries and of its keys; None where they are unknown or of another number.
 
-    Cross-attention takes the queries from `tokens` and the keys from `key_tokens`. Self-attention takes both from the
-    first of the two that has as many tokens as there are keys.
+    Cross-attention takes the queries from `produced`, or from `tokens`, and the keys from `key_tokens`. Self-attention
+    takes both from the first of the two that has as many tokens as there are keys.
     """
     if record.kind == "cross":
         sources = tokens if key_tokens is None else key_tokens
-        return _if_length(tokens, record.queries), _if_length(sources, record.keys)
+        return _if_length(tokens if produced is None else produced, record.queries), _if_length(sources, record.keys)
     for names in (tokens, key_tokens):
         if names is not None and len(names) == record.keys >= record.queries:
             return names[record.keys - record.queries :], names
     return None, None
 
 
-def _if_length(tokens: Sequence[str] | None, length: int) -> Sequence[str] | None:
+def _if_length(tokens: Tokens, length: int) -> Tokens:
     return tokens if tokens is not None and len(tokens) == length else None

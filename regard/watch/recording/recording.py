@@ -19,7 +19,9 @@ class Recording(Sequence[Record]):
     Args:
         records: the records.
         tokens: the tokens of the queries, if known.
-        key_tokens: the tokens of the keys of cross-attention, if known. Both are saved and exported with the records.
+        key_tokens: the tokens of the keys of cross-attention, if known.
+        produced: for a decoder that generates text, the token that is produced at the position of each of `tokens`. Queries
+            of cross-attention are named by it. All three are saved and exported with the records.
 
     >>> model = nn.MultiheadAttention(16, 4, batch_first=True)
     >>> with regard.watch(model, top=2) as recording:
@@ -34,6 +36,7 @@ class Recording(Sequence[Record]):
     records: list[Record] = field(default_factory=list)
     tokens: list[str] | None = None
     key_tokens: list[str] | None = None
+    produced: list[str] | None = None
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -54,15 +57,15 @@ class Recording(Sequence[Record]):
         The steps of generation with a key/value cache become one record, as if the text had been read in a single call.
         Joined records have no `rows`.
         """
-        return Recording(join(self.records), self.tokens, self.key_tokens)
+        return Recording(join(self.records), *self._texts)
 
     def text(self, n: int) -> Recording:
         """Return the recording of sequence n of the batch, cut to its own length (see `Record.text`)."""
-        return Recording([record.text(n) for record in self.records], self.tokens, self.key_tokens)
+        return Recording([record.text(n) for record in self.records], *self._texts)
 
     def save(self, path: str | Path) -> None:
         """Write the recording to a safetensors file, in the format documented in `regard.watch.recording.store`."""
-        store.write(path, self.records, self.tokens, self.key_tokens)
+        store.write(path, self.records, *self._texts)
 
     @staticmethod
     def load(path: str | Path) -> Recording:
@@ -84,11 +87,15 @@ class Recording(Sequence[Record]):
         Its columns are call, layer, name, kind, batch, head, query, key, weight, and query_token and key_token where
         the tokens are known.
         """
-        return export.to_pandas(self.records, self.tokens, self.key_tokens)
+        return export.to_pandas(self.records, *self._texts)
 
     def json(self) -> str:
         """Return the recording as JSON."""
-        return export.to_json(self.records, self.tokens, self.key_tokens)
+        return export.to_json(self.records, *self._texts)
+
+    @property
+    def _texts(self) -> tuple[list[str] | None, list[str] | None, list[str] | None]:
+        return self.tokens, self.key_tokens, self.produced
 
     def __repr__(self) -> str:
         if not self.records:

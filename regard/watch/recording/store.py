@@ -2,7 +2,7 @@
 
 Version 1 of the format. The header's metadata holds `format` ("regard.watch"), `version` ("1") and `content`, JSON of
 
-    {"tokens": [...] or null, "key_tokens": [...] or null,
+    {"tokens": [...] or null, "key_tokens": [...] or null, "produced": [...] or null,
      "records": [{"name", "layer", "call", "kind", "heads", "queries", "keys"}, ...]}
 
 and the file holds, for record n, the tensors `n.top.weights` and `n.top.keys` (B, H, L, k), `n.max` (B, H, L) and,
@@ -26,12 +26,19 @@ from regard.watch.recording.record import KINDS, Record
 FORMAT, VERSION = "regard.watch", "1"
 _INTEGERS = ("layer", "call", "heads", "queries", "keys")
 _TENSORS = ("top.weights", "top.keys", "max", "received", "entropy", "rows")
+_TEXTS = ("tokens", "key_tokens", "produced")
 _OPTIONAL = ("received", "entropy", "rows")
 
 Tokens = Sequence[str] | None
 
 
-def write(path: str | Path, records: Sequence[Record], tokens: Tokens = None, key_tokens: Tokens = None) -> None:
+def write(
+    path: str | Path,
+    records: Sequence[Record],
+    tokens: Tokens = None,
+    key_tokens: Tokens = None,
+    produced: Tokens = None,
+) -> None:
     """Write records and their tokens to a file."""
     safetensors = _import_safetensors()
     tensors: dict[str, Tensor] = {}
@@ -42,17 +49,14 @@ def write(path: str | Path, records: Sequence[Record], tokens: Tokens = None, ke
                 tensor = tensor.to(torch.int32) if name == "top.keys" else tensor
                 tensors[f"{n}.{name}"] = tensor.detach().cpu().contiguous()
     entries = [{key: getattr(record, key) for key in ("name", *_INTEGERS, "kind")} for record in records]
-    content = {
-        "tokens": None if tokens is None else list(tokens),
-        "key_tokens": None if key_tokens is None else list(key_tokens),
-        "records": entries,
-    }
+    texts = zip(_TEXTS, (tokens, key_tokens, produced), strict=True)
+    content = {**{name: None if text is None else list(text) for name, text in texts}, "records": entries}
     metadata = {"format": FORMAT, "version": VERSION, "content": json.dumps(content)}
     safetensors.torch.save_file(tensors, str(path), metadata)
 
 
-def read(path: str | Path) -> tuple[list[Record], list[str] | None, list[str] | None]:
-    """Read a file that `write` wrote: records, tokens and key tokens.
+def read(path: str | Path) -> tuple[list[Record], list[str] | None, list[str] | None, list[str] | None]:
+    """Read a file that `write` wrote: records, tokens, key tokens and produced tokens.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -78,11 +82,11 @@ def read(path: str | Path) -> tuple[list[Record], list[str] | None, list[str] | 
         raise ValueError(f"{path}: content is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("records"), list):
         raise ValueError(f"{path}: content has no list of records")
-    tokens, key_tokens = (_parse_tokens(path, content, name) for name in ("tokens", "key_tokens"))
+    tokens, key_tokens, produced = (_parse_tokens(path, content, name) for name in _TEXTS)
     records = [_parse_record(f"{path}: record {n}", n, entry, tensors) for n, entry in enumerate(content["records"])]
     if tensors:
         raise ValueError(f"{path}: {sorted(tensors)[0]!r} belongs to no record")
-    return records, tokens, key_tokens
+    return records, tokens, key_tokens, produced
 
 
 def _import_safetensors() -> Any:
