@@ -40,7 +40,7 @@ LAYERS = [
         "backends.machine",
     },
     {"check", "deprecated", "components.serialization"},
-    {"components.rotary", "components.predicate"},
+    {"components.rotary", "components.predicate", "components.learned_entmax"},
     {"components.score", "components.normalizer", "components.mask", "components.position"},
     {"components.statistic"},
     {"components.summary"},

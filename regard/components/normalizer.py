@@ -6,6 +6,7 @@ same shape, which are 0 where s is -inf. It normalizes over the last dimension. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from regard import check
+from regard.components.learned_entmax import entmax
 from regard.components.tensor_ops import log_sum_exp
 from regard.components.tile import Sizes, Tile
 from regard.tracing import has_values, is_tracing
@@ -117,27 +119,34 @@ class Sigmoid(Normalizer):
 class Entmax(Normalizer):
     """p_j = max(0, (alpha - 1) s_j - tau)^(1 / (alpha - 1)), with tau such that p sums to 1.
 
-    These weights maximize p.s plus the Tsallis entropy of order alpha over the simplex. They are sparse, and lie
-    between softmax (alpha -> 1) and sparsemax (alpha = 2).
+    These weights maximize p.s plus the Tsallis entropy of order alpha over the simplex. They are sparse, and sparser for
+    larger alpha: the limit alpha -> 1 is softmax, and alpha = 2 is sparsemax.
 
     Args:
-        alpha: a number with 1 < alpha <= 2.
+        alpha: a number > 1, or a tensor of shape () or (H,) of such numbers, which may be a parameter: the order is then
+            learned, as a whole or per head. Where a value of a tensor is not > 1, weights are NaN. Numbers up to 2 run on
+            the native kernels.
 
-    Source: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models" (2019), equation 4.
+    Source: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models" (2019), equation 4; learned alpha: Correia,
+    Niculae, Martins, "Adaptively Sparse Transformers" (2019), proposition 1.
 
     >>> q, k, v = torch.tensor([[1.0]]), torch.tensor([[1.0], [0.5], [-2.0]]), torch.eye(3)
     >>> regard.attention(q, k, v, normalizer=normalizer.Entmax(1.5))
     tensor([[0.6740, 0.3260, 0.0000]])
     """
 
-    alpha: float = 1.5
+    alpha: float | Tensor = 1.5
 
     def weights(self, s: Tensor, tile: Tile) -> Tensor:
-        return _simplex(s, self.alpha)
+        if isinstance(self.alpha, Tensor):
+            return entmax(s, tile.cut_heads(self.alpha))
+        return _simplex(s, self.alpha) if self.alpha <= 2.0 else entmax(s, s.new_full((), self.alpha))
 
     def check(self, sizes: Sizes) -> None:
-        if not check.is_number(self.alpha) or not 1.0 < self.alpha <= 2.0:
-            expected = "a number with 1 < alpha <= 2"
+        if isinstance(self.alpha, Tensor):
+            check.per_head("normalizer: alpha", self.alpha, sizes.H)
+        elif not check.is_number(self.alpha) or not 1.0 < self.alpha < math.inf:
+            expected = f"a number > 1, or a float tensor of shape () or (H,) = ({sizes.H},)"
             raise check.error("normalizer: alpha", self.alpha, expected, check.is_number(self.alpha))
 
 

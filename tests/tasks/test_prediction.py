@@ -72,7 +72,7 @@ def test_translate_evaluates_and_predicts(translator: str, folder: Path) -> None
     assert run("predict", translator, "ab") == f"{lines[0]}\n"
 
 
-def test_look_names_cross_attention_by_what_is_produced(translator: str, tmp_path: Path) -> None:
+def test_look_names_rows_of_cross_attention_by_produced_tokens(translator: str, tmp_path: Path) -> None:
     """The rows of `look` are those of `predict`: the token that a step produces, not the one that it reads."""
     prediction = json.loads(run("predict", translator, "abc", "--json"))
     result = look("abc", translator)

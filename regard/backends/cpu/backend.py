@@ -14,7 +14,8 @@ from regard.backends.cpu.encode_mask import MASKS
 from regard.backends.cpu.pack import DTYPES, NORMALIZERS, contiguous_rows, needed_grads, pack
 from regard.backends.relative import TensorOrRelative, refuse_bias, through_table
 from regard.backends.tiled import backend as tiled
-from regard.components.normalizer import Softmax
+from regard.components.component import Slot
+from regard.components.normalizer import Entmax, Softmax
 from regard.components.score import Additive, Product
 from regard.components.tile import Sizes
 from regard.plan.nonfinite import any_flagged
@@ -65,6 +66,8 @@ def refuse(plan: Plan, tensors: Sequence[Tensor]) -> str | None:
         return "queries, keys or values contain NaN or inf, under a mask"
     if reason := refuse_bias(plan, tensors):
         return reason
+    if isinstance(plan.normalizer, Entmax) and (isinstance(plan.normalizer.alpha, Slot) or plan.normalizer.alpha > 2.0):
+        return "it supports entmax with one number alpha <= 2"
     if plan.summary.top > _MAX_TOP:
         return f"it returns at most the {_MAX_TOP} largest weights"
     return None
