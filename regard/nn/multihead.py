@@ -27,6 +27,10 @@ from regard.nn.torch_masks import convert_masks, materialize_masks
 _NAME = "MultiheadAttention"
 
 
+def _keep_output(module: nn.Module, arguments: Any, output: Any) -> None:
+    """Do nothing, as a hook."""
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     """Multi-head attention: a drop-in replacement for `torch.nn.MultiheadAttention`, with the same arguments,
     parameters, defaults and results.
@@ -34,10 +38,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         head_h = attention(query W_h^Q, key W_h^K, value W_h^V)
         output = concat(head_1, ..., head_H) W^O
 
-    Differences: memory is linear in the sequence length unless weights are requested. Requesting them does not change
-        the
-    output, and they are the weights before dropout. The attention output of a query that may attend to no key is 0, not
-    NaN.
+    Differences: memory is linear in the sequence length unless weights are requested. Requesting them does not change the
+    output, and they are the weights before dropout. The attention output of a query that may attend to no key is 0, not NaN.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
@@ -130,8 +132,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.position = ComponentModule(position) if isinstance(position, Bias) else position
         self.softcap = softcap
         self.kv_heads = self.num_heads
-        # If this is True, the layers of nn.Transformer may bypass `forward` with a fused kernel of their own.
-        self._qkv_same_embed_dim = False
+        # The layers of nn.Transformer bypass `forward` with a fused kernel of their own, but not if a module has a hook.
+        self.register_forward_hook(_keep_output)
 
     def _resize_key_value_projections(self, kv_heads: int) -> None:
         """Resize the projections of keys and values to kv_heads heads."""
@@ -139,6 +141,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.num_heads % kv_heads:
             raise ValueError(f"{_NAME}: kv_heads is {kv_heads}; expected a divisor of num_heads, {self.num_heads}")
         self.kv_heads = kv_heads
+        self._qkv_same_embed_dim = self._qkv_same_embed_dim and kv_heads == self.num_heads
         _, width, _ = self._widths
         shapes: dict[str, tuple[int, ...]] = {
             "in_proj_weight": (sum(self._widths), self.embed_dim),
