@@ -8,6 +8,7 @@ from typing import Any
 from regard import deprecated, nn
 from regard.attention import attention, explain
 from regard.backends.choose import record_backends
+from regard.backends.flops import register_flops
 from regard.components import mask, normalizer, position, score, summary
 from regard.components.summary import AttentionSummary, Summary, Top
 from regard.merge import merge
@@ -46,4 +47,5 @@ def load() -> None:
         sys.modules[f"regard.{module.__name__.rpartition('.')[2]}"] = module
     deprecated.install()
     register_on_import()
+    register_flops()
     package.__getattr__ = deprecated.getter("regard")

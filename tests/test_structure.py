@@ -30,6 +30,7 @@ LAYERS = [
     {
         "version",
         "tracing",
+        "on_import",
         "components",
         "components.component",
         "components.tile",
@@ -55,7 +56,7 @@ LAYERS = [
     {"backends.autograd", "backends.registry", "backends.plan_text"},
     {"backends.functions"},
     {"backends.compiled_ops"},
-    {"backends.choose"},
+    {"backends.choose", "backends.flops"},
     {"attention"},
     {"nn.*", "watch.*", "view.*"},
     {"library"},

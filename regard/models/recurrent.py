@@ -57,8 +57,7 @@ class Recurrent(nn.Module):
             target embedding.
 
     Source: Bahdanau, Cho, Bengio, "Neural Machine Translation by Jointly Learning to Align and Translate" (2015), for
-        the
-    score; Luong, Pham, Manning, "Effective Approaches to Attention-based Neural Machine Translation" (2015), section 3,
+    the score; Luong, Pham, Manning, "Effective Approaches to Attention-based Neural Machine Translation" (2015), section 3,
     for the order; Wu et al., "Google's Neural Machine Translation System" (2016), section 3.1, for attention from the
     lowest layer; Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017), for the tables.
     """

@@ -43,8 +43,7 @@ class CharacterEncoder(nn.Module):
         dropout: dropout probability of the letter embeddings.
 
     Source: dos Santos and Zadrozny, "Learning Character-level Representations for Part-of-Speech Tagging" (2014),
-        section
-    2.1.2, with attention pooling instead of max pooling.
+    section 2.1.2, with attention pooling instead of max pooling.
     """
 
     def __init__(self, letters: int, width: int, dropout: float = 0.1) -> None:

@@ -103,8 +103,7 @@ class Transformer(nn.Module):
             target embedding.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017); pre-norm as in Xiong et al. (2020); shared embeddings as
-        in
-    Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017).
+    in Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017).
     """
 
     def __init__(

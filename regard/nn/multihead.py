@@ -27,7 +27,7 @@ from regard.nn.torch_masks import convert_masks, materialize_masks
 _NAME = "MultiheadAttention"
 
 
-def _keep_output(module: nn.Module, arguments: Any, output: Any) -> None:
+def _keep_output(*_: Any) -> None:
     """Do nothing, as a hook."""
 
 
@@ -53,8 +53,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             input projection then has embed_dim + 2 * kv_heads * head_dim rows.
 
     The tensors of score, normalizer and position are registered in the layer: an `nn.Parameter` as a parameter, any
-        other
-    tensor as a buffer.
+    other tensor as a buffer.
 
     >>> layer = regard.nn.MultiheadAttention(16, 4, batch_first=True, position=position.Rotary(4), kv_heads=2)
     >>> layer.in_proj_weight.shape
@@ -132,7 +131,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.position = ComponentModule(position) if isinstance(position, Bias) else position
         self.softcap = softcap
         self.kv_heads = self.num_heads
-        # The layers of nn.Transformer bypass `forward` with a fused kernel of their own, but not if a module has a hook.
+        # The layers of nn.Transformer bypass `forward` by a fused kernel, but not if a module has a hook.
         self.register_forward_hook(_keep_output)
 
     def _resize_key_value_projections(self, kv_heads: int) -> None:

@@ -6,11 +6,6 @@ and `model.set_attn_implementation("regard")` select it.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import sys
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +15,7 @@ from regard.components.mask import causal, dense
 from regard.components.normalizer import Softmax
 from regard.components.score import ScaledDot
 from regard.components.summary import Summary
+from regard.on_import import on_import
 
 _MODULE = "transformers.modeling_utils"  # the one that holds the table of implementations
 
@@ -45,31 +41,7 @@ def register() -> None:
 
 def register_on_import() -> None:
     """Register now if transformers are imported, otherwise as soon as they are."""
-    if _MODULE in sys.modules:
-        register()
-    elif not any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _ImportHook())
-
-
-class _ImportHook(importlib.abc.MetaPathFinder):
-    """Finds the module as Python does, and registers once it has been executed."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                register()
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
+    on_import(_MODULE, register)
 
 
 class Registered:

@@ -103,14 +103,15 @@ def _words() -> dict[str, dict[str, Any]]:
     return words
 
 
-# Those with a Python function. No operator can hold one: without a named backend, `reference` is traced.
-_FUNCTIONS = ("where", "function")
+# `reference`, whose operations are all traced, takes a second per call: `make test` compiles some.
+_QUICK = ("plain", "causal", "summaries", "score additive", "normalizer entmax", "bias t5", "where")
+_ONE_GRAPH = [("tiled", name) for name in _words()] + [
+    pytest.param("reference", name, marks=() if name in _QUICK else pytest.mark.slow) for name in _words()
+]
 
 
-@pytest.mark.parametrize("kernel", _KERNELS)
-@pytest.mark.parametrize("name", _words())
-def test_one_graph(kernel: str | None, name: str) -> None:
-    kernel = None if kernel == "tiled" and name in _FUNCTIONS else kernel
+@pytest.mark.parametrize(("kernel", "name"), _ONE_GRAPH)
+def test_one_graph(kernel: str, name: str) -> None:
     words = _words()[name]
 
     def eager(*x: Tensor) -> Any:
@@ -167,10 +168,9 @@ def test_compiled_layer(kernel: str, backend: str) -> None:
 def test_no_compilation_per_length(kernel: str, name: str) -> None:
     words = {"window": {"mask": mask.window(5, 3, "end") & mask.causal("end")}, **_words()}[name]
     words = {**words, "summary": Summary(lse=True, top=2, received=True)} if name == "summaries" else words
-    chosen = None if name in _FUNCTIONS else kernel
 
     def eager(*x: Tensor) -> Any:
-        return regard.attention(*x, backend=chosen, **words)
+        return regard.attention(*x, backend=kernel, **words)
 
     compiled = torch.compile(eager, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -215,7 +215,7 @@ class Matched(nn.Module):
         return regard.attention(*x, score=lambda q, k: torch.tanh(self.map(q)) @ k.mT, **words)
 
 
-@pytest.mark.parametrize("kernel", [None, "reference"])
+@pytest.mark.parametrize("kernel", [None, pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", _NORMALIZERS)
 def test_compiled_function_keeps_its_closure(kernel: str | None, name: str) -> None:
     layer = Matched(kernel, _NORMALIZERS[name].example(_H))

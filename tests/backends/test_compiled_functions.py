@@ -211,7 +211,7 @@ def _check(name: str, backend: str, dynamic: bool | None, most: int = 9) -> None
 
 @pytest.mark.parametrize("name", _CLOSURES)
 def test_closures_of_successive_calls(name: str) -> None:
-    _check(name, "eager", None)
+    _check(name, "eager", None, most=2)  # `make test-all` takes all values
 
 
 @pytest.mark.parametrize("name", ["mask of partial", "score over a leaf", "score over an attribute"])
@@ -273,7 +273,17 @@ def test_forced_fused_backend_raises(backend: str) -> None:
         torch.compile(eager, fullgraph=True, backend="eager")(q)
 
 
-@pytest.mark.parametrize("name", [name for name in _CLOSURES if name not in _MATERIALIZED])
+_QUICK = ("mask inside a mask", "score over a parameter", "score class", "bias over a table", "bias, mask and score")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in _QUICK else pytest.mark.slow)
+        for name in _CLOSURES
+        if name not in _MATERIALIZED
+    ],
+)
 def test_functions_are_compiled_in_linear_memory(name: str) -> None:
     """They run on `tiled`, by an operator that holds no matrix, and nothing warns."""
     make, values = _CLOSURES[name]

@@ -20,8 +20,7 @@ class PatchAttention(nn.Module):
     """Self-attention over patches of p x p positions: x + MSA(LayerNorm(patches of x, with positions)).
 
     The layer is initialized as the identity: the output projection starts at 0. A patch is one token of width C p^2. A
-        map whose
-    sides are not multiples of p is padded with zeros at the right and at the bottom.
+    map whose sides are not multiples of p is padded with zeros at the right and at the bottom.
 
     Args:
         channels: number of channels C of the map.
