@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from regard import check
 from regard.nn.multihead import MultiheadAttention
@@ -18,7 +20,8 @@ def replace_attention(model: M) -> M:
     """Replace all attention of a model by that of `regard`, in place. Outputs stay the same up to rounding.
 
     Every `nn.MultiheadAttention`, including those in `nn.Transformer`, becomes a `regard.nn.MultiheadAttention`: the
-    same object with the same parameters. Subclasses are not replaced. In Hugging Face models, the attention
+    same object with the same parameters. Subclasses, and layers with `torch.nn.utils.parametrize`, are left as they are; a
+    warning names them. In Hugging Face models, the attention
     implementation becomes "regard", as by `model.set_attn_implementation("regard")`.
     It supports grouped heads, sliding windows, softcaps, sinks, position biases and caches.
 
@@ -43,11 +46,15 @@ def replace_attention(model: M) -> M:
         raise check.error("replace_attention: model", model, "a torch.nn.Module", False)
     layers = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
     pretrained = _pretrained(model)
+    kept = _kept_layers(model)
     if not layers and not pretrained:
+        other = f" ({kept})" if kept else ""
         raise ValueError(
-            f"replace_attention: {type(model).__name__} has no attention that can be replaced; expected a "
+            f"replace_attention: {type(model).__name__} has no attention that can be replaced{other}; expected a "
             "torch.nn.MultiheadAttention or a Hugging Face model"
         )
+    if kept:
+        warnings.warn(f"replace_attention: {kept}", stacklevel=2)
     for layer in layers:
         layer.__class__ = MultiheadAttention
         cast(MultiheadAttention, layer)._set_components()
@@ -60,6 +67,20 @@ def replace_attention(model: M) -> M:
         part.set_attn_implementation("regard")
         part._regard = Registered()
     return model
+
+
+def _kept_layers(model: nn.Module) -> str:
+    """Return which layers of torch are not replaced, and why; an empty string if there are none."""
+    kept = [
+        f"{name or 'the model'} ({'parametrized' if is_parametrized(module) else f'of class {type(module).__name__}'})"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        and type(module) is not nn.MultiheadAttention
+        and not isinstance(module, MultiheadAttention)
+    ]
+    if not kept:
+        return ""
+    return f"{', '.join(kept)} {'is' if len(kept) == 1 else 'are'} not replaced"
 
 
 def _pretrained(model: nn.Module) -> list[Any]:

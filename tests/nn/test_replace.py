@@ -309,3 +309,23 @@ def test_models_without_replaceable_attention_raise(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="Linear has no attention"):
         replace_attention(nn.Linear(2, 3))
     assert "transformers" not in sys.modules
+
+
+class _Own(nn.MultiheadAttention):
+    """A subclass, which may compute something else."""
+
+
+def test_layers_that_are_not_replaced_are_named() -> None:
+    model = nn.ModuleDict({name: nn.MultiheadAttention(8, 2) for name in ("plain", "normed")})
+    model["own"] = _Own(8, 2)
+    torch.nn.utils.parametrizations.weight_norm(model["normed"], "in_proj_weight")
+    x = torch.randn(3, 1, 8)
+    before = model["normed"](x, x, x)[0]
+    with pytest.warns(UserWarning, match=r"normed \(parametrized\), own \(of class _Own\) are not replaced"):
+        replace_attention(model)
+    assert isinstance(model["plain"], MultiheadAttention) and type(model["own"]) is _Own
+    torch.testing.assert_close(model["normed"](x, x, x)[0], before)
+    with pytest.raises(
+        ValueError, match=r"no attention that can be replaced \(own \(of class _Own\) is not replaced\)"
+    ):
+        replace_attention(nn.ModuleDict({"own": _Own(8, 2)}))
