@@ -48,7 +48,9 @@ def translator() -> str:
     """A transformer trained on Multi30k by `regard train`, translating a sentence that is not in the data."""
     result = look("Two brown dogs are running across a green meadow.", os.environ["TRANSLATOR"])
     title, text = "translator", result.text
-    return page(result.recording, result.tokens, title=title, subtitle=text, key_tokens=result.source)
+    return page(
+        result.recording, result.tokens, title=title, subtitle=text, key_tokens=result.source, produced=result.produced
+    )
 
 
 def t5() -> str:
@@ -64,7 +66,8 @@ def t5() -> str:
     ids = [torch.randint(5, 90, (1, len(words))) for words in (source, target)]
     with torch.no_grad(), regard.watch(model, top=16) as recording:
         model(input_ids=ids[0], decoder_input_ids=ids[1])
-    return page(recording, target, key_tokens=source, title="T5 with random weights")
+    produced = [*target[1:], "</s>"]
+    return page(recording, target, key_tokens=source, produced=produced, title="T5 with random weights")
 
 
 def vit() -> str:

@@ -108,6 +108,9 @@ def test_invalid_arguments_are_named() -> None:
         page([cross], list("abcde"), key_tokens=["x", "y"])
     with pytest.raises(ValueError, match="tokens has 4 entries: expected 5"):
         page([cross], list("abcd"), key_tokens=list("xyz"))
+    for tokens in ({"produced": list("abcd"), "key_tokens": list("xyz")}, {"produced": list("abcde")}):
+        with pytest.raises(ValueError, match=r"produced has . entries: expected 5, one per token, beside key_tokens"):
+            page([cross], list("abcde"), **tokens)
 
 
 # In the browser
@@ -241,6 +244,27 @@ def test_cross_attention_and_cached_steps_use_their_texts(opened: Opener) -> Non
     assert tab.locator(".column.query .token").all_text_contents() == list("cde")
     tab.locator(".column.query li").nth(1).hover()
     assert_shows(figures(tab, "key")[:4], own[0, 0, 1, :4])
+
+
+def test_rows_of_cross_attention_are_named_by_produced_tokens(opened: Opener) -> None:
+    own, cross = random_weights(1, 2, 5, 5, seed=6, causal=True), random_weights(1, 2, 5, 7, seed=7)
+    document = page(
+        [make_record(own, causal=True), make_record(cross, kind="cross")], list("^abcd"),
+        key_tokens=[f"s{n}" for n in range(7)], produced=list("abcd$"),
+    )  # fmt: skip
+    tab = opened(document, at="#1.0")
+    assert tab.locator(".column.query .token").all_text_contents() == list("abcd$")
+    tab.locator(".column.query li").nth(2).hover()
+    assert_shows(figures(tab, "key"), cross[0, 0, 2])
+    notes = " ".join(tab.locator("#texts").all_text_contents() or tab.locator("body").all_text_contents())
+    assert "Shaded by the weights of “c” in Cross layer 0, head 0, produced after “b”." in notes.replace(
+        "cross layer", "Cross layer"
+    )
+    box = tab.locator("#matrix canvas").bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.7)
+    assert "produced after" in tab.locator("#matrix .tip").text_content()
+    tab.locator(".thumb").nth(0).click()
+    assert tab.locator(".column.query .token").all_text_contents() == list("^abcd")
 
 
 def test_thumbnails_patterns_views_and_theme(opened: Opener) -> None:
