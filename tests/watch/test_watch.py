@@ -319,3 +319,15 @@ def test_heads_folded_into_the_batch_are_split(function: str) -> None:
     assert (record.heads, record.queries, record.keys) == (4, 5, 5)
     torch.testing.assert_close(record.max, model.weights.amax(-1))
     torch.testing.assert_close(record.received, model.weights.sum(-2))
+
+
+def test_self_attention_over_a_memory_is_not_cross_attention() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=50, d_model=16, n_layer=2, n_head=2, d_inner=16, mem_len=8)
+    model, ids = transformers.XLNetModel(config).eval(), torch.randint(0, 50, (1, 6))
+    with torch.no_grad(), regard.watch(model) as recording:
+        model(ids, mems=model(ids).mems)
+    assert [(record.kind, record.queries, record.keys) for record in recording] == [("self", 6, 6)] * 2 + [
+        ("self", 6, 12)
+    ] * 2

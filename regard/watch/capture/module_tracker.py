@@ -100,7 +100,11 @@ class ModuleTracker:
             # A single query with a key/value cache has no causal mask: remember the module.
             self._causal.add(name)
             return "decoder"
-        return "self" if queries == keys else "cross"
+        return "self" if queries == keys or self._has_memory() else "cross"
+
+    def _has_memory(self) -> bool:
+        """Whether a running model keeps the states of earlier texts (XLNet), as further keys of its self-attention."""
+        return any(hasattr(getattr(module, "config", None), "mem_len") for module, _ in self._stack)
 
     def attention_module(self) -> str | None:
         """Return the name of the running module, or its class if it has none, if either speaks of attention."""
