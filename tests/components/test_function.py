@@ -83,10 +83,10 @@ def test_bias_function_broadcasts_over_leading_dimensions() -> None:
 def test_function_of_all_heads_gets_all_heads() -> None:
     """Also where one row of all keys and heads fills a block of `tiled`."""
     torch.manual_seed(0)
-    q, k = torch.randn(1, 8, 70, 4), torch.randn(1, 8, 9000, 4)
-    weight = torch.randn(8, 1, 4, requires_grad=True)
+    q, k = torch.randn(1, 8, 70, 4, dtype=torch.float64), torch.randn(1, 8, 9000, 4, dtype=torch.float64)
+    weight = torch.randn(8, 1, 4, dtype=torch.float64, requires_grad=True)
     out = regard.attention(q, k, k, score=lambda q, k: (q * weight) @ k.mT)
     expected = regard.attention(q * weight, k, k, score=score.Dot())
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     gradients = [torch.autograd.grad(x.square().sum(), weight)[0] for x in (out, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)

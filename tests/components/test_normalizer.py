@@ -36,8 +36,10 @@ def test_weights_of_any_order(alpha: float, size: float) -> None:
 
 
 def test_order_near_one_is_softmax() -> None:
-    s = torch.randn(20, 9, dtype=torch.float64)
-    torch.testing.assert_close(entmax(s, torch.tensor(1.0 + 1e-6)), s.softmax(-1), rtol=1e-4, atol=1e-5)
+    s, distance = torch.randn(20, 9, dtype=torch.float64), 1e-6
+    difference = entmax(s, torch.tensor(1.0 + distance, dtype=torch.float64)) - s.softmax(-1)
+    # The derivative by alpha at 1 is p_i (log^2 p_i - sum_j p_j log^2 p_j) / 2, which is below 2 in size for 9 scores.
+    assert float(difference.abs().max()) < 2 * distance
 
 
 def test_orders_that_are_not_above_one_are_nan() -> None:
