@@ -49,7 +49,7 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         p, alpha = ctx.saved_tensors
-        by_score = _times_score_jacobian(p, alpha, grad) if ctx.needs_input_grad[0] else None
+        by_score = times_score_jacobian(p, alpha, grad) if ctx.needs_input_grad[0] else None
         by_alpha = (_alpha_derivative(p, alpha) * grad).sum_to_size(alpha.shape) if ctx.needs_input_grad[1] else None
         return by_score, by_alpha
 
@@ -60,7 +60,7 @@ class _TransformedEntmax(_Entmax):
     @staticmethod
     def jvp(ctx: Any, s_tangent: Tensor | None, alpha_tangent: Tensor | None) -> Tensor:
         p, alpha = ctx.saved_tensors
-        tangent = torch.zeros_like(p) if s_tangent is None else _times_score_jacobian(p, alpha, s_tangent)
+        tangent = torch.zeros_like(p) if s_tangent is None else times_score_jacobian(p, alpha, s_tangent)
         return tangent if alpha_tangent is None else tangent + _alpha_derivative(p, alpha) * alpha_tangent
 
     @staticmethod
@@ -74,17 +74,18 @@ class _TransformedEntmax(_Entmax):
         return _TransformedEntmax.apply(*batched), 0  # type: ignore[no-untyped-call]
 
 
-def _on_support(p: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+def _on_support(p: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return p with 1 for weights of 0, and g."""
     support = p > 0
     positive = torch.where(support, p, 1.0)
     return positive, positive ** (2 - alpha) * support
 
 
-def _times_score_jacobian(p: Tensor, alpha: Tensor, direction: Tensor) -> Tensor:
+def times_score_jacobian(p: Tensor, alpha: float | Tensor, direction: Tensor) -> Tensor:
     """Return the product of a vector with the Jacobian by the scores, which is symmetric."""
     _, g = _on_support(p, alpha)
-    return g * (direction - (g * direction).sum(-1, keepdim=True) / g.sum(-1, keepdim=True))
+    product: Tensor = g * (direction - (g * direction).sum(-1, keepdim=True) / g.sum(-1, keepdim=True))
+    return product
 
 
 def _alpha_derivative(p: Tensor, alpha: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regard import check
-from regard.components.learned_entmax import entmax
+from regard.components.learned_entmax import entmax, times_score_jacobian
 from regard.components.tensor_ops import log_sum_exp
 from regard.components.tile import Sizes, Tile
 from regard.tracing import has_values, is_tracing
@@ -186,11 +186,7 @@ class _Simplex(torch.autograd.Function):
         if ctx.alpha == 1:
             gradient: Tensor = torch._softmax_backward_data(direction, p, -1, p.dtype)
             return gradient
-        support = p > 0
-        g = support.to(p.dtype) if ctx.alpha == 2 else torch.where(support, p, 1.0) ** (2 - ctx.alpha) * support
-        mean = (g * direction).sum(-1, keepdim=True) / g.sum(-1, keepdim=True)
-        product: Tensor = g * (direction - mean)
-        return product
+        return times_score_jacobian(p, ctx.alpha, direction)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
