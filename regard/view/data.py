@@ -97,9 +97,8 @@ class Data:
             layer["label"] = name + layer["label"]
             layer["queryText"] += base
             layer["keyText"] += base
-            layer["inputText"] = (
-                base if side.query_text == 2 else None
-            )  # what the queries read, where they are named otherwise
+            # What the queries read, where they are named by what is produced.
+            layer["inputText"] = base if side.query_text == 2 else None
             self.descriptions.append(descriptions)
             self._layers.append(layer)
 

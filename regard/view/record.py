@@ -140,7 +140,7 @@ def check(
         if text is not None and len(text) == 0:
             raise ValueError(f"{name} is empty: expected at least one token")
     if produced is not None and (key_tokens is None or len(produced) != len(tokens)):
-        expected = f"{len(tokens)}, one per token, beside key_tokens"
+        expected = f"{len(tokens)}, as many as tokens, and key_tokens"
         raise ValueError(f"produced has {len(produced)} entries: expected {expected}")
     for record in records:
         size, k = record.top.weights.shape[0], record.top.weights.shape[-1]

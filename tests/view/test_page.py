@@ -109,7 +109,7 @@ def test_invalid_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="tokens has 4 entries: expected 5"):
         page([cross], list("abcd"), key_tokens=list("xyz"))
     for tokens in ({"produced": list("abcd"), "key_tokens": list("xyz")}, {"produced": list("abcde")}):
-        with pytest.raises(ValueError, match=r"produced has . entries: expected 5, one per token, beside key_tokens"):
+        with pytest.raises(ValueError, match=r"produced has . entries: expected 5, as many as tokens, and key_tokens"):
             page([cross], list("abcde"), **tokens)
 
 

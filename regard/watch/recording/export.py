@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from regard.watch.recording.record import Record
+from regard.watch.recording.store import Tokens, named_texts
 
 _SUMMARIES = ("max", "received", "entropy", "rows")
-
-Tokens = Sequence[str] | None
 
 
 def to_numpy(record: Record) -> dict[str, Any]:
@@ -64,9 +63,7 @@ def to_json(records: Sequence[Record], tokens: Tokens, key_tokens: Tokens, produ
         }
         for record in records
     ]
-    texts = {"tokens": tokens, "key_tokens": key_tokens, "produced": produced}
-    names = {name: None if text is None else list(text) for name, text in texts.items()}
-    return json.dumps({**names, "records": entries})
+    return json.dumps({**named_texts(tokens, key_tokens, produced), "records": entries})
 
 
 def _tokens_of(record: Record, tokens: Tokens, key_tokens: Tokens, produced: Tokens) -> tuple[Tokens, Tokens]:

@@ -26,10 +26,15 @@ from regard.watch.recording.record import KINDS, Record
 FORMAT, VERSION = "regard.watch", "1"
 _INTEGERS = ("layer", "call", "heads", "queries", "keys")
 _TENSORS = ("top.weights", "top.keys", "max", "received", "entropy", "rows")
-_TEXTS = ("tokens", "key_tokens", "produced")
 _OPTIONAL = ("received", "entropy", "rows")
-
+# The texts of a recording; see `Recording`.
+TEXTS = ("tokens", "key_tokens", "produced")
 Tokens = Sequence[str] | None
+
+
+def named_texts(*texts: Tokens) -> dict[str, list[str] | None]:
+    """Return the texts of a recording by name, as JSON."""
+    return {name: None if text is None else list(text) for name, text in zip(TEXTS, texts, strict=True)}
 
 
 def write(
@@ -49,8 +54,7 @@ def write(
                 tensor = tensor.to(torch.int32) if name == "top.keys" else tensor
                 tensors[f"{n}.{name}"] = tensor.detach().cpu().contiguous()
     entries = [{key: getattr(record, key) for key in ("name", *_INTEGERS, "kind")} for record in records]
-    texts = zip(_TEXTS, (tokens, key_tokens, produced), strict=True)
-    content = {**{name: None if text is None else list(text) for name, text in texts}, "records": entries}
+    content = {**named_texts(tokens, key_tokens, produced), "records": entries}
     metadata = {"format": FORMAT, "version": VERSION, "content": json.dumps(content)}
     safetensors.torch.save_file(tensors, str(path), metadata)
 
@@ -82,7 +86,7 @@ def read(path: str | Path) -> tuple[list[Record], list[str] | None, list[str] | 
         raise ValueError(f"{path}: content is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("records"), list):
         raise ValueError(f"{path}: content has no list of records")
-    tokens, key_tokens, produced = (_parse_tokens(path, content, name) for name in _TEXTS)
+    tokens, key_tokens, produced = (_parse_tokens(path, content, name) for name in TEXTS)
     records = [_parse_record(f"{path}: record {n}", n, entry, tensors) for n, entry in enumerate(content["records"])]
     if tensors:
         raise ValueError(f"{path}: {sorted(tensors)[0]!r} belongs to no record")
