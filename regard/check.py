@@ -74,6 +74,14 @@ def is_integer_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and not other
 
 
+def result_for_tile(name: str, x: object, shape: Sequence[int], type_fits: bool, kind: str) -> None:
+    """Raise unless what a function returned for a tile of this shape is a tensor of the right kind that broadcasts to it."""
+    if not type_fits or not isinstance(x, Tensor) or not broadcasts(x.shape, shape):
+        raise error(
+            f"{name} for a tile (b, h, l, s) = {tuple(shape)}", x, f"a {kind} tensor that broadcasts to it", type_fits
+        )
+
+
 def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
     """Return whether a tensor of this shape broadcasts to the shape `full`."""
     missing = len(full) - len(shape)

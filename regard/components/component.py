@@ -25,6 +25,13 @@ class Slot:
     index: int
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """The placeholder of a Python function in a component that a compiler records: its index among the recorded ones."""
+
+    index: int
+
+
 def split(component: C, tensors: list[Tensor]) -> C:
     """Return the component with a `Slot` for each tensor, and append the tensors to `tensors`."""
 
@@ -129,5 +136,5 @@ def _fields(kind: type) -> tuple[str, ...] | None:
         return ()
     # Neither `dataclasses.fields`, which torch.compile cannot trace for a class, nor a cache, which would make compiled
     # graphs recompile as it grows.
-    fields = None if kind is Slot else getattr(kind, "__dataclass_fields__", None)
+    fields = None if kind is Slot or kind is Recorded else getattr(kind, "__dataclass_fields__", None)
     return None if fields is None else tuple(fields)

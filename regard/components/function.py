@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,7 @@ class FunctionScore(Score):
 
     def _call(self, q: Tensor, k: Tensor) -> Tensor:
         out = self.function(q, k)
-        expected = (*q.shape[:-1], k.shape[-2])
-        name = f"score: the result of the function for parts q {tuple(q.shape)} and k {tuple(k.shape)}"
-        check.float_tensor(name, out, (expected,), f"{expected}")
+        check_scores(out, q, k)
         return out
 
     @staticmethod
@@ -81,10 +79,7 @@ class FunctionBias(Bias):
 
     def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
         out = self.function(tile.batch, tile.head, tile.query, tile.key)
-        shape = tuple(stop - start for start, stop in (tile.b, tile.h, tile.q, tile.k))
-        if not check.is_float_tensor(out) or not check.broadcasts(out.shape, shape):
-            name = f"bias: the result of the function for a tile (b, h, l, s) = {shape}"
-            raise check.error(name, out, "a float tensor that broadcasts to it", check.is_float_tensor(out))
+        check_bias(out, tile.shape)
         return out.to(dtype)
 
     @staticmethod
@@ -103,6 +98,18 @@ class FunctionBias(Bias):
         if captured and isinstance(score, FunctionScore):
             captured = tuple([x for x in captured if all(x is not other for other in score.captured or ())])
         return FunctionBias(function, captured)
+
+
+def check_scores(out: object, q: Tensor, k: Tensor) -> None:
+    """Raise unless a function's result for q (b, H, l, D) and k (b, H, s, D) has the shape (b, H, l, s)."""
+    expected = (*q.shape[:-1], k.shape[-2])
+    name = f"score: the result of the function for parts q {tuple(q.shape)} and k {tuple(k.shape)}"
+    check.float_tensor(name, out, (expected,), f"{expected}")
+
+
+def check_bias(out: object, shape: Sequence[int]) -> None:
+    """Raise unless the result of the function for a tile of this shape fits it."""
+    check.result_for_tile("bias: the result of the function", out, shape, check.is_float_tensor(out), "float")
 
 
 def captured_slots(score: Any, bias: Any) -> list[int]:

@@ -64,13 +64,6 @@ _CONSTANTS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """The placeholder of a function in a plan, before it is a graph."""
-
-    index: int
-
-
-@dataclass(frozen=True)
 class Graph:
     """A Python function as the operations that a compiler recorded for a tile.
 

@@ -5,7 +5,7 @@ Backends match on these classes: the native and Triton kernels evaluate most of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -335,11 +335,14 @@ class Where(Mask):
 
     def allowed(self, tile: Tile) -> Tensor:
         out = self.predicate(tile.batch, tile.head, tile.query, tile.key)
-        shape = tuple(stop - start for start, stop in (tile.b, tile.h, tile.q, tile.k))
-        if not check.is_bool_tensor(out) or not check.broadcasts(out.shape, shape):
-            name = f"mask: the result of the predicate of where for a tile (b, h, l, s) = {shape}"
-            raise check.error(name, out, "a bool tensor that broadcasts to it", check.is_bool_tensor(out))
+        check_allowed(out, tile.shape)
         return out
+
+
+def check_allowed(out: object, shape: Sequence[int]) -> None:
+    """Raise unless the result of the predicate for a tile of this shape fits it."""
+    name = "mask: the result of the predicate of where"
+    check.result_for_tile(name, out, shape, check.is_bool_tensor(out), "bool")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ class Tile:
         return self.h[0] // repeats, -(-self.h[1] // repeats)
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The numbers of batch rows, heads, queries and keys."""
+        b, h, q, k = [stop - start for start, stop in (self.b, self.h, self.q, self.k)]
+        return b, h, q, k
+
+    @property
     def batch(self) -> Tensor:
         return torch.arange(*self.b, device=self.device).view(-1, 1, 1, 1)
 
