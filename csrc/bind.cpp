@@ -13,10 +13,10 @@
 #include <optional>
 #include <string>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "arguments.h"
+#include "statistics.h"
 
 namespace regard {
 
@@ -111,9 +111,6 @@ Pool pool() {
 }
 #endif
 
-Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
-}
 float* data(Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 // Returns, in this order:
@@ -129,14 +126,10 @@ std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Tensor> te
   const Arguments arguments = unpack(tensors, present_mask, packed, seed);
   const Call call(q, k, v, arguments);
   const Problem& p = call.problem;
-  const auto is_requested = [&](Summary summary) { return (requested >> (1 + static_cast<int>(summary)) & 1) != 0; };
-  STD_TORCH_CHECK(
-      top >= 0 && (top > 0) == is_requested(Summary::top_weights) && (top > 0) == is_requested(Summary::top_keys) &&
-          row_indices.empty() != is_requested(Summary::rows) && member.has_value() == is_requested(Summary::mass),
-      "top, row_indices and member must be given if, and only if, they are requested");
+  check_requested(requested, top, row_indices.size(), member.has_value());
   std::vector<Tensor> results;
-  const auto next = [&](std::vector<int64_t> shape, ScalarType type = ScalarType::Float) -> Tensor& {
-    results.push_back(empty(q, std::move(shape), type));
+  const auto next = [&](const std::vector<int64_t>& shape, ScalarType type = ScalarType::Float) -> Tensor& {
+    results.push_back(empty(shape, type));
     return results.back();
   };
   Outputs o;
@@ -165,55 +158,37 @@ std::vector<Tensor> forward(Tensor q, Tensor k, Tensor v, std::vector<Tensor> te
     o.member_key = member->stride(2);
     o.groups = member->size(1);
   }
-  const auto size = [&](char axis) {
-    switch (axis) {
-      case 'B': return p.B;
-      case 'H': return p.H;
-      case 'L': return p.L;
-      case 'S': return p.S;
-      case 'K': return o.top;
-      case 'R': return o.row_count;
-      default: return o.groups;
-    }
-  };
-  const auto allocate = [&](Summary summary, auto*& to, const char* axes, bool is_final) {
-    if (!is_requested(summary)) return;
-    using Element = std::remove_reference_t<decltype(*to)>;
-    const ScalarType type = std::is_same_v<Element, float> ? ScalarType::Float : ScalarType::Long;
-    std::vector<int64_t> shape;
-    for (; *axes; axes++) shape.push_back(size(*axes));
-    results.push_back(is_final ? torch::stable::new_zeros(q, shape, type) : empty(q, shape, type));
-    to = static_cast<Element*>(results.back().data_ptr());
-  };
-#define REGARD_ALLOCATE(name, type, axes, is_final) allocate(Summary::name, o.name, axes, is_final);
-  REGARD_SUMMARIES(REGARD_ALLOCATE)
-#undef REGARD_ALLOCATE
+  allocate_statistics(p, o, q, requested, results);
   STD_TORCH_CHECK(kernels().forward(p, o, pool()), "out of memory");
   return results;
 }
 
-// Returns the output of a call with default arguments (scale 1/sqrt(D), softmax), with minimal overhead; None if the
-// tensors need anything else.
-MaybeTensor plain(Tensor q, Tensor k, Tensor v) {
+// Returns the output of a call with default arguments (scale 1/sqrt(D), softmax) without a backward pass, and the
+// statistics that the bits of `requested` name, as `forward` does, with minimal overhead: those that take no argument
+// but `top`. Returns nothing if the tensors need anything else.
+std::vector<Tensor> plain(Tensor q, Tensor k, Tensor v, int64_t top, int64_t requested) {
   const auto type = q.scalar_type();
   if (q.dim() != 4 || k.dim() != 4 || v.dim() != 4 || k.scalar_type() != type || v.scalar_type() != type ||
       type == ScalarType::Double)
-    return std::nullopt;
+    return {};
   Problem p;
   p.B = q.size(0), p.H = q.size(1), p.L = q.size(2), p.D = q.size(3), p.G = k.size(1), p.S = k.size(2), p.E = v.size(3);
   const bool fit = k.size(0) == p.B && v.size(0) == p.B && v.size(1) == p.G && v.size(2) == p.S && k.size(3) == p.D;
   if (!fit || !p.B || !p.G || !p.L || !p.S || !p.D || !p.E || p.H % p.G || q.stride(3) != 1 || k.stride(3) != 1 ||
       v.stride(3) != 1)
-    return std::nullopt;
+    return {};
+  check_requested(requested, top, 0, false);
   p.q = rows(q, "q", p.B, p.H, p.L, p.D);
   p.k = rows(k, "k", p.B, p.G, p.S, p.D);
   p.v = rows(v, "v", p.B, p.G, p.S, p.E);
   p.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.D)));
-  Tensor out = empty(q, {p.B, p.H, p.L, p.E}, type);
+  std::vector<Tensor> results{empty({p.B, p.H, p.L, p.E}, type)};
   Outputs o;
-  o.out = rows(out, "out", p.B, p.H, p.L, p.E);
+  o.out = rows(results[0], "out", p.B, p.H, p.L, p.E);
+  o.top = top;
+  allocate_statistics(p, o, q, requested, results);
   STD_TORCH_CHECK(kernels().forward(p, o, pool()), "out of memory");
-  return out;
+  return results;
 }
 
 // Returns the requested gradients: of q, k, v (bits 1, 2, 4), key_bias, query_bias (8, 16), bias (32), relative (64),
@@ -238,7 +213,7 @@ std::vector<Tensor> backward(Tensor out, Tensor dout, Tensor stats, MaybeTensor 
     return data(results.back());
   };
   const auto like = [&](const Tensor& x, bool want, Rows& to, int64_t H, int64_t R, int64_t W) {
-    results.push_back(want ? empty(x, {p.B, H, R, W}, x.scalar_type()) : empty(x, {0}, x.scalar_type()));
+    results.push_back(want ? empty({p.B, H, R, W}, x.scalar_type()) : empty({0}, x.scalar_type()));
     if (want) to = rows(results.back(), "a gradient", p.B, H, R, W);
   };
   like(q, requested & 1, g.dq, p.H, p.L, p.D);
@@ -356,7 +331,7 @@ int64_t decode_count() { return __atomic_load_n(kernels().decode_count, __ATOMIC
 
 STABLE_TORCH_LIBRARY(regard_native, m) {
   m.def("forward(" REGARD_ARGUMENTS "int top, Tensor? member, int[] row_indices, int requested) -> Tensor[]");
-  m.def("plain(Tensor q, Tensor k, Tensor v) -> Tensor?");
+  m.def("plain(Tensor q, Tensor k, Tensor v, int top, int requested) -> Tensor[]");
   m.def("backward(Tensor out, Tensor dout, Tensor stats, Tensor? dlse, " REGARD_ARGUMENTS "int requested) -> Tensor[]");
   m.def("finite(Tensor q, Tensor k, Tensor v) -> bool");
   m.def("peak(Tensor buffer, int kind, int rounds) -> float");

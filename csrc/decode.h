@@ -8,63 +8,41 @@
 //   the thread that finishes the last split of a group merges all of them, in order, by their maxima and sums
 #pragma once
 
+#include "decode_partition.h"
 #include "gemv.h"
 #include "score.h"
 #include "scratch.h"
-#include "topk.h"
+#include "weight_summaries.h"
 
 namespace regard::REGARD_SET {
 
-// Rows per task: with more, reading no longer dominates.
-constexpr int64_t kMaxRows = 32;
-// Keys per split: the partial sums of a split are 1/512 of the size of 512 keys and values, per row.
-constexpr int64_t kKeysPerSplit = 512;
 // Keys per step. All rows process them before the next keys, which are prefetched meanwhile, 4 to 16 KB ahead. Without
 // it memory and arithmetic wait for each other: 10 GB/s on a core that reads 20 GB/s; with it, 18 GB/s.
 constexpr int64_t kKeysPerStep = 32;
 
 class Decode {
  public:
-  // How a problem is divided into tasks. It depends on the sizes only, so results are bitwise identical for any number
-  // of threads.
-  struct Partition {
-    int64_t rows, row_blocks, keys, num_splits, groups, tasks, q_width, v_width, floats;
-
-    Partition(const Problem& p, int64_t top) {
-      rows = p.repeats() * p.L;
-      row_blocks = (rows + kMaxRows - 1) / kMaxRows;
-      const int64_t count = (p.S + kKeysPerSplit - 1) / kKeysPerSplit;
-      keys = ((p.S + count - 1) / count + kTile - 1) / kTile * kTile;
-      num_splits = (p.S + keys - 1) / keys;
-      groups = p.B * p.G * row_blocks;
-      tasks = groups * num_splits;
-      q_width = whole_vectors(p.D) * kWidth, v_width = whole_vectors(p.E) * kWidth;
-      floats = (min64(rows, kMaxRows) * (v_width + kStatistics + 2 * top) + kLine - 1) / kLine * kLine;
-    }
-    int64_t partials() const { return tasks * floats; }
-  };
-
   // Whether this is faster than tiles, which depends on how many of their lanes L queries fill. Measured with vectors
   // of 16: 12x as fast for 1 query of each of 4 heads and 8,192 keys, 4x for 1 head; 3x for 4 queries; 1.6x for 8, and
   // 0.8x for 16. With few keys, merging dominates: 8 queries take 0.7x with 16 keys, 1.3x with 128 keys.
   //
-  // Not used if a backward pass or weight summaries follow: they recompute the scores in tiles, which round
-  // differently. The mismatch between their weights and the sums of this pass made gradient errors up to seven times as
-  // large for scores in the hundreds.
+  // Not used if a backward pass follows: it recomputes the scores in tiles, which round differently. The mismatch
+  // between its weights and the sums of this pass made gradient errors up to seven times as large for scores in the
+  // hundreds. Statistics that need all weights are those of single rows, so they are computed for one query per head.
   static bool can_serve(const Problem& p, const Outputs& o) {
     const bool few = 4 * p.L <= kWidth || (2 * p.L <= kWidth && p.S >= kTile);
     const bool is_supported =
         p.normalizer == Normalizer::Softmax || (p.normalizer == Normalizer::Sigmoid && !o.lse && !o.entropy);
-    return few && is_supported && !o.row_max && !o.needs_weights() && !p.weight && !p.has_dropout;
+    return few && is_supported && !o.row_max && (!o.needs_weights() || p.L == 1) && !p.weight && !p.has_dropout;
   }
 
-  static int64_t scratch(const Partition& partition, int64_t top) {
+  static int64_t scratch(const DecodePartition& partition) {
     return kMaxRows * (partition.q_width + kKeysPerSplit) + kKeysPerStep * max64(partition.q_width, partition.v_width) +
-           partition.v_width + 2 * top;
+           partition.v_width + 2 * partition.top;
   }
 
   // `done`: the number of finished splits per group, initially 0.
-  Decode(const Problem& p, const Outputs& o, const Partition& partition, Scratch& scratch, float* partials,
+  Decode(const Problem& p, const Outputs& o, const DecodePartition& partition, Scratch& scratch, float* partials,
          int32_t* done)
       : p_(p),
         o_(o),
@@ -92,23 +70,16 @@ class Decode {
   }
 
  private:
-  // Statistics of a row in a split, stored after its sums: the maximum score, the sum of 2^x with x = unit * (score -
-  // maximum), and the sum of x 2^x; then the top-k scores and their keys.
-  struct Statistics {
-    float max, total, moment;
-  };
-  static constexpr int64_t kStatistics = sizeof(Statistics) / sizeof(float), kLine = 16;
   struct Row {
     int64_t h, i;
   };
+  struct RowScale {
+    float high, inverse_sum;
+  };
 
-  Statistics* statistics(float* partial) const {
-    return reinterpret_cast<Statistics*>(partial + count_ * partition_.v_width);
-  }
-  RowTopK top(float* partial, int n) const {
-    float* scores = partial + count_ * (partition_.v_width + kStatistics) + 2 * n * o_.top;
-    return {o_.top, scores, reinterpret_cast<int32_t*>(scores + o_.top)};
-  }
+  SplitStatistics* statistics(float* partial) const { return partition_.statistics(partial, count_); }
+  RowTopK top(float* partial, int n) const { return partition_.top_of(partial, count_, n); }
+  float* all_weights(float* partial, int n) const { return partition_.weights(partial, count_, n); }
   Row row(int64_t n) const { return {g_ * p_.repeats() + (first_ + n) / p_.L, (first_ + n) % p_.L}; }
 
   // Rows whose width is not a multiple of the read step are copied as floats, padded with 0.
@@ -160,14 +131,9 @@ class Decode {
     for (int n = 0; n < num_runs; n++) score(runs[n], weights_ + runs[n].first - first);
     bool any = false;
     for (int n = 0; n < count_; n++) {
-      if (o_.top) {
-        RowTopK largest = top(partial, n);
-        largest.clear();
-        for (int r = 0; r < num_runs; r++)
-          largest.add(weights_ + n * kKeysPerSplit + runs[r].first - first, runs[r].first, runs[r].count);
-      }
-      const Statistics row = compute_weights(n, runs, num_runs, first);
+      const SplitStatistics row = compute_weights(n, runs, num_runs, first, top(partial, n));
       statistics(partial)[n] = row;
+      if (o_.needs_weights()) keep_weights(n, runs, num_runs, first, count, all_weights(partial, n));
       any |= row.max > -kInfinity || row.total != 0.0f;
     }
     if (!any) return;
@@ -233,8 +199,8 @@ class Decode {
     }
   }
 
-  // Replaces the scores of a row by its weights.
-  Statistics compute_weights(int n, const KeyBlock* runs, int count, int64_t first) {
+  // Replaces the scores of a row by its weights, and keeps the largest scores.
+  SplitStatistics compute_weights(int n, const KeyBlock* runs, int count, int64_t first, RowTopK top) {
     float* s = weights_ + n * kKeysPerSplit - first;
     const auto each = [&](auto work) __attribute__((always_inline)) {
       for (int r = 0; r < count; r++)
@@ -248,6 +214,11 @@ class Decode {
     });
     float best = -kInfinity;
     for (int i = 0; i < kWidth; i++) best = highest[i] > best ? highest[i] : best;
+    if (o_.top) {
+      const float bound = has_nan ? -kInfinity : top.bound(highest);
+      top.clear();
+      for (int r = 0; r < count; r++) top.add(s + runs[r].first, runs[r].first, runs[r].count, bound);
+    }
     // Propagate NaN.
     const float nan_or_zero = has_nan ? __builtin_nanf("") : 0.0f;
     if (p_.normalizer == Normalizer::Sigmoid) {
@@ -264,6 +235,13 @@ class Decode {
       store(at, weight);
     });
     return {best, sum(total) + nan_or_zero, sum(moment)};
+  }
+
+  void keep_weights(int n, const KeyBlock* runs, int num_runs, int64_t first, int64_t count, float* to) const {
+    const float* from = weights_ + n * kKeysPerSplit;
+    for (int64_t j = 0; j < count; j++) to[j] = 0.0f;
+    for (int r = 0; r < num_runs; r++)
+      for (int64_t j = runs[r].first - first; j < runs[r].first - first + runs[r].count; j++) to[j] = from[j];
   }
 
   void aggregate(const KeyBlock& keys, const float* weights, float* sums) {
@@ -298,7 +276,7 @@ class Decode {
     double total = 0.0, moment = 0.0;
     for (int64_t c = 0; c < partition_.v_width; c += kWidth) store(total_out_ + c, Vec{});
     for (int64_t split = 0; split < partition_.num_splits; split++) {
-      const Statistics own = statistics(part(split))[n];
+      const SplitStatistics own = statistics(part(split))[n];
       if (own.max == -kInfinity && own.total == 0.0f) continue;  // its sums may be unset
       const float step = softmax && best > -kInfinity ? own.max - best : 0.0f, factor = exp2_scalar(step * unit);
       moment += factor * (own.moment + static_cast<double>(step) * unit * own.total),
@@ -309,10 +287,19 @@ class Decode {
     }
     top_.clear();
     for (int64_t split = 0; split < partition_.num_splits && o_.top; split++) top_.add(top(part(split), n));
-    write_row(row(n), best, total, moment);
+    const RowScale scale = write_row(row(n), best, total, moment);
+    for (int64_t split = 0; split < partition_.num_splits && o_.needs_weights(); split++) {
+      const SplitStatistics own = statistics(part(split))[n];
+      if (own.max == -kInfinity && own.total == 0.0f) continue;
+      const float factor = softmax ? exp2_scalar((own.max - scale.high) * unit) * scale.inverse_sum : 1.0f;
+      const int64_t first = split * partition_.keys;
+      add_weights(p_, o_, b_, row(n).h, all_weights(part(split), n), factor, first,
+                  min64(partition_.keys, p_.S - first));
+    }
   }
 
-  void write_row(Row row, float best, double total, double moment) {
+  // Returns the maximum score or sink, and the inverse sum of the weights relative to it.
+  RowScale write_row(Row row, float best, double total, double moment) {
     const bool softmax = p_.normalizer == Normalizer::Softmax;
     float high = 0.0f, inverse_sum = 1.0f, max_weight = 1.0f;
     if (softmax) {
@@ -353,13 +340,14 @@ class Decode {
                      : sigmoid(broadcast(score * unit_[0] + bias))[0];
     };
     if (o_.top) top_.write(to_weight, o_.top_weights + at * o_.top, o_.top_keys + at * o_.top);
+    return {high, inverse_sum};
   }
 
   static float exp2_scalar(float x) { return exp2_full_range(broadcast(x), broadcast(1.0f))[0]; }
 
   const Problem& p_;
   const Outputs& o_;
-  const Partition& partition_;
+  const DecodePartition& partition_;
   Scores scores_;
   float* queries_;  // (rows, q_width), permuted as keys are read
   float* weights_;  // (rows, kKeysPerSplit)

@@ -45,11 +45,11 @@ bool decode(const Problem& p, const Outputs& o, const Pool& pool) {
   struct Work {
     const Problem& p;
     const Outputs& o;
-    Decode::Partition partition;
+    DecodePartition partition;
     float* partials;
     int32_t* done;
     Queue queue;
-  } work{p, o, Decode::Partition(p, o.top), nullptr, nullptr, {}};
+  } work{p, o, DecodePartition(p, o), nullptr, nullptr, {}};
   __atomic_fetch_add(&decode_count, 1, __ATOMIC_RELAXED);
   Scratch partials(work.partition.partials() + work.partition.groups);
   if (!partials) return false;
@@ -58,7 +58,7 @@ bool decode(const Problem& p, const Outputs& o, const Pool& pool) {
   for (int64_t n = 0; n < work.partition.groups; n++) work.done[n] = 0;
   const auto task = [](void* context, int64_t) {
     Work& w = *static_cast<Work*>(context);
-    Scratch scratch(Decode::scratch(w.partition, w.o.top));
+    Scratch scratch(Decode::scratch(w.partition));
     if (!scratch) return w.queue.fail();
     Decode decode(w.p, w.o, w.partition, scratch, w.partials, w.done);
     // Take the next task first, so that its keys can be prefetched while the last values are read.

@@ -75,13 +75,26 @@ class RowTopK {
     for (int64_t t = 0; t < count_; t++) scores_[t] = -kInfinity, keys_[t] = -1;
   }
 
-  // Whole vectors of scores, of the keys from `first` on.
-  void add(const float* s, int64_t first, int64_t keys) {
-    for (int64_t n = 0; n < keys; n += kWidth)
-      for (LaneMask left = greater(load(s + n), broadcast(scores_[count_ - 1])); left; left &= left - 1) {
+  // Whole vectors of scores, of the keys from `first` on. Those below `least` are skipped.
+  void add(const float* s, int64_t first, int64_t keys, float least) {
+    for (int64_t n = 0; n < keys; n += kWidth) {
+      const Vec x = load(s + n);
+      LaneMask left = lane_mask(x >= broadcast(least)) & greater(x, broadcast(scores_[count_ - 1]));
+      for (; left; left &= left - 1) {
         const int lane = __builtin_ctz(left);
         insert(s[n + lane], static_cast<int32_t>(first + n + lane));
       }
+    }
+  }
+
+  // Returns a lower bound of the k largest scores of a row, from the largest score of each lane, of which k belong to
+  // different keys. Without it, k ln(keys / k) scores are inserted only to be displaced: 15 % of the time of 512 keys.
+  // What was added before is lost.
+  float bound(Vec largest_of_lanes) {
+    if (count_ > kWidth) return -kInfinity;
+    clear();
+    for (int lane = 0; lane < kWidth; lane++) insert(largest_of_lanes[lane], lane);
+    return scores_[count_ - 1];
   }
 
   // Merges the result of later keys.

@@ -109,4 +109,22 @@ class WeightSummaries {
   float* mass_;      // (groups, lanes)
 };
 
+// Adds the weights of some keys, each times a factor, to the statistics of the only query of a head.
+inline void add_weights(const Problem& p, const Outputs& o, int64_t b, int64_t h, const float* weights, float factor,
+                        int64_t first, int64_t count) {
+  const int64_t head = b * p.H + h;
+  const auto copy = [&](float* row) {
+    for (int64_t j = 0; j < count; j++) row[first + j] = weights[j] * factor;
+  };
+  if (o.received) copy(o.received + head * p.S);
+  if (o.full) copy(o.full + head * p.S);
+  for (int64_t n = 0; n < o.row_count; n++) copy(o.rows + (head * o.row_count + n) * p.S);
+  for (int64_t n = 0; n < o.groups; n++) {
+    const char* member = o.member + b * o.member_batch + n * o.member_group + first * o.member_key;
+    float total = 0.0f;
+    for (int64_t j = 0; j < count; j++) total += member[j * o.member_key] ? weights[j] * factor : 0.0f;
+    o.mass[head * o.groups + n] += total;
+  }
+}
+
 }  // namespace regard::REGARD_SET

@@ -131,7 +131,8 @@ def attention(
     >>> torch.allclose(out, expected, atol=1e-5)
     True
     """
-    if not torch.compiler.is_compiling() and torch._C._is_torch_function_mode_enabled():
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and torch._C._is_torch_function_mode_enabled():
         # Report this call to active modes of `__torch_function__`, like a function of torch.
         arguments: dict[str, Any] = {
             "score": score, "normalizer": normalizer, "mask": mask, "bias": bias, "softcap": softcap, "dropout": dropout,
@@ -143,13 +144,13 @@ def attention(
         # Autocast determines the dtype of q, k and v only; sums are accumulated in float32.
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
         precision = torch.autocast(q.device.type, enabled=False)
-    elif (
+    elif not is_compiling and (
         score is None and normalizer is None and mask is None and bias is None and softcap is None and seed is None
-        and summary is None and backend is None and kernel is None and dropout == 0.0
+        and backend is None and kernel is None and dropout == 0.0
     ):  # fmt: skip
-        out = choose.run_plain(q, k, v)
-        if out is not None:
-            return out
+        plain = choose.run_plain(q, k, v, summary)
+        if plain is not None:
+            return plain[0] if summary is None else (plain[0], AttentionSummary.of(summary, plain[1:]))
     if backend is not None or kernel is not None:
         backend = resolve_backend(backend, kernel)
     with_summary = summary is not None

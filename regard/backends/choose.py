@@ -17,6 +17,7 @@ from torch import Tensor
 from regard import check
 from regard.backends import autograd, compiled_ops, reference
 from regard.backends.registry import BACKENDS, LAST_RESORT, PLAIN
+from regard.components.summary import Summary
 from regard.plan.cache import derived
 from regard.plan.nonfinite import flag_nonfinite
 from regard.plan.problem import Plan, Problem
@@ -75,24 +76,27 @@ def _find_order(device_type: str, dtype: torch.dtype) -> list[str]:
 _cached_order = derived(_find_order)
 
 
-def run_plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """Return the output of a call with q, k and v alone, by one operator; None where it is not served.
+def run_plain(q: Tensor, k: Tensor, v: Tensor, summary: Summary | None) -> Sequence[Tensor] | None:
+    """Return the outputs of a call with q, k, v and a summary alone, by one operator; None where it is not served. Not for
+    calls that torch.compile traces.
 
     For a short sequence, assembling a problem takes longer than computing it.
     """
     if not (type(q) is type(k) is type(v) is Tensor) or _is_observed(q, k, v):
         return None
     name, plain = PLAIN
-    out = plain(q, k, v)
+    outputs = plain(q, k, v, summary)
+    if not outputs:
+        return None
     ran = _ran.get()
-    if ran is not None and out is not None:
+    if ran is not None:
         ran.append(name)
-    return out
+    return outputs
 
 
 def _is_observed(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a call is recorded or differentiated."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or autograd.is_differentiated((q, k, v))
+    return torch._C._is_tracing() or autograd.is_differentiated((q, k, v))
 
 
 def _choose(problem: Problem) -> str:

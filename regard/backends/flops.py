@@ -43,7 +43,7 @@ def _register() -> None:
         regard.backward: lambda gradients, tensors, *_, **__: backward_flops(*tensors[:3]),
     }
     if not extension.missing:
-        formulas[native.plain] = lambda q, k, v, **_: forward_flops(q, k, v)
+        formulas[native.plain] = lambda q, k, v, *_, **__: forward_flops(q, k, v)
         formulas[native.forward] = lambda q, k, v, *_, **__: forward_flops(q, k, v)
         formulas[native.backward] = lambda out, dout, stats, dlse, q, k, v, *_, **__: backward_flops(q, k, v)
     for operator, formula in formulas.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from regard.backends.backend import Backend
 from regard.backends.cpu import backend as cpu
 from regard.backends.tiled import backend as tiled
 from regard.backends.triton import backend as triton
+from regard.components.summary import Summary
 
 BACKENDS: dict[str, Backend] = {
     "cpu": cpu,
@@ -21,7 +22,8 @@ BACKENDS: dict[str, Backend] = {
 }
 # The one that serves what no other serves; choosing it warns.
 LAST_RESORT = "reference"
-# The backend, and its function, that serves calls of q, k and v alone without a plan: it returns None where it does not.
-PLAIN: tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor | None]] = ("cpu", cpu.plain)
+# The backend, and its function, that serves calls of q, k, v and a summary alone without a plan: it returns None or nothing
+# where it does not.
+PLAIN: tuple[str, Callable[[Tensor, Tensor, Tensor, Summary | None], Sequence[Tensor] | None]] = ("cpu", cpu.plain)
 # A function that returns True if q, k and v contain neither NaN nor inf, and False if it cannot tell quickly.
 are_finite = cpu.are_finite

@@ -93,6 +93,72 @@ def measure(cases: Sequence[WatchCase], threads: int, rounds: int = 7) -> Iterat
         )
 
 
+@dataclass(frozen=True)
+class StepCase:
+    """A step of decoding: one query, and the keys of a cache. `model` is "llama", or "layer": one call of SDPA."""
+
+    model: str
+    keys: int
+    goal: float = 2.0
+
+
+STEPS = [StepCase("layer", 512), StepCase("layer", 2048), StepCase("llama", 512), StepCase("llama", 4096)]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Microseconds per step; `ratio`: watched / unwatched, the median over the rounds."""
+
+    case: StepCase
+    unwatched_us: float
+    watched_us: float
+    ratio: float
+
+
+def measure_steps(cases: Sequence[StepCase], threads: int, rounds: int = 15, steps: int = 40) -> Iterator[StepResult]:
+    """Measure steps of decoding, with and without a watch around all of them, interleaved."""
+    torch.set_num_threads(threads)
+    for case in cases:
+        model, step = _decoder(case)
+        calls = [partial(_decode, model, step, steps, is_watched) for is_watched in (False, True)]
+        with torch.no_grad():
+            unwatched, watched = time_interleaved(calls, rounds=(rounds, rounds), burst=0.0)
+        yield StepResult(
+            case=case,
+            unwatched_us=statistics.median(unwatched) / steps * 1e6,
+            watched_us=statistics.median(watched) / steps * 1e6,
+            ratio=statistics.median(b / a for a, b in zip(unwatched, watched, strict=True)),
+        )
+
+
+class _SingleCall(torch.nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def _decoder(case: StepCase) -> tuple[torch.nn.Module, Callable[[], object]]:
+    """Return a model, and a function that runs one step of it."""
+    if case.model == "layer":
+        layer = _SingleCall()
+        q, k, v = (torch.randn(1, 8, length, 64) for length in (1, case.keys, case.keys))
+        return layer, lambda: layer(q, k, v)
+    model, ids = _model(WatchCase("llama", case.keys, 0.0))
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+
+    def step() -> None:
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return model, step
+
+
+def _decode(model: torch.nn.Module, step: Callable[[], object], steps: int, is_watched: bool) -> None:
+    with watch(model) if is_watched else nullcontext():
+        for _ in range(steps):
+            step()
+
+
 def _model(case: WatchCase) -> tuple[Any, Tensor]:
     """Return a model with random parameters, and token ids."""
     try:

@@ -160,15 +160,16 @@ def watch(
     longest: Annotated[int, typer.Option(min=512, help="Skip texts with more tokens than this.")] = 16384,
 ) -> None:
     """Measure the time and memory that `regard.watch` adds to a model, and those of returning all weights."""
-    from regard.bench.watch import CASES, measure
+    from regard.bench.watch import CASES, STEPS, measure, measure_steps
 
     cases = [case for case in CASES if case.tokens <= longest]
+    steps = [case for case in STEPS if case.keys <= longest]
     table = Table(box=box.SIMPLE_HEAD, title=f"{threads} threads; ms, and MiB in addition to the model")
     for name in ("model", "tokens", "plain", "watched", "eager", "watched : plain", "MiB", "plain"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     notes = []
     with progress(not console.is_terminal) as bar:
-        row = bar.add_task("measuring", total=len(cases))
+        row = bar.add_task("measuring", total=len(cases) + len(steps))
         for result in measure(cases, threads):
             case = result.case
             style = "green" if result.ratio <= case.goal else "yellow"
@@ -184,9 +185,20 @@ def watch(
                 f"  [dim]{case.model}, {case.tokens:,} tokens: error of the output {result.error:.0e}{weights}[/]"
             )
             bar.advance(row)
+        decoding = Table(box=box.SIMPLE_HEAD, title=f"One step of decoding; {threads} threads, microseconds")
+        for name in ("model", "keys", "plain", "watched", "watched : plain"):
+            decoding.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+        for step in measure_steps(steps, threads):
+            style = "green" if step.ratio <= step.case.goal else "yellow"
+            decoding.add_row(
+                step.case.model, f"{step.case.keys:,}", f"{step.unwatched_us:.0f}", f"{step.watched_us:.0f}",
+                Text(f"{step.ratio:.2f}x (≤ {step.case.goal})", style=style),
+            )  # fmt: skip
+            bar.advance(row)
     console.print(table)
     for note in notes:
         console.print(note)
+    console.print(decoding)
 
 
 def compare(

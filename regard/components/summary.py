@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
+from itertools import product
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -136,11 +138,20 @@ class Summary:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The names of the tensors that a backend returns for this summary, in order."""
+        if self.mass is None and self.rows == () and self.other == ():
+            names = _NAMES[_flags_of(self)]
+            return (*names, TopWeights.name, TopKeys.name) if self.top else names
         return tuple([statistic.name for statistic in self.statistics])
 
 
 # The statistics without parameters: a field of the same name, True or False, requests each of them.
 _FLAGS = [kind() for kind in BUILT_IN if not is_dataclass(kind)]
+_flags_of = attrgetter(*[statistic.name for statistic in _FLAGS])
+# The names that each combination of them requests. Finding them in a call takes longer than computing a short one.
+_NAMES: dict[tuple[bool, ...], tuple[str, ...]] = {
+    flags: tuple(statistic.name for statistic, flag in zip(_FLAGS, flags, strict=True) if flag)
+    for flags in product((False, True), repeat=len(_FLAGS))
+}
 
 
 class Top(NamedTuple):
@@ -184,7 +195,7 @@ class AttentionSummary(NamedTuple):
     @classmethod
     def of(cls, summary: Summary, results: Iterable[Tensor]) -> AttentionSummary:
         """Return the results of a summary's statistics, given in order, by name."""
-        named: dict[str, Any] = {statistic.name: x for statistic, x in zip(summary.statistics, results, strict=True)}
+        named: dict[str, Any] = dict(zip(summary.outputs, results, strict=True))
         if summary.other:
             named["other"] = {statistic.name: named.pop(statistic.name) for statistic in summary.other}
         if summary.top:

@@ -20,9 +20,12 @@ from regard.plan.problem import Plan
 from regard.tracing import is_symbolic, is_tracing
 
 _MAX_ENTRIES = 1024
+_MAX_IDENTITIES = 64
 _TENSORS = (Tensor, torch.nn.Parameter)
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Entry(NamedTuple):
@@ -90,6 +93,23 @@ def derived(function: F, max_entries: int = _MAX_ENTRIES) -> F:
     cached = lru_cache(max_entries)(function)
     _derived.append(cached)
     return cached  # type: ignore[return-value]
+
+
+def by_identity(function: Callable[[T], R]) -> Callable[[T], R]:
+    """Decorate a function of one immutable object to cache its results, by the object itself: comparing it with others
+    would take longer.
+    """
+    kept: dict[int, tuple[T, R]] = {}
+
+    def get(x: T) -> R:
+        entry = kept.get(id(x))
+        if entry is None or entry[0] is not x:
+            if len(kept) >= _MAX_IDENTITIES:
+                kept.clear()
+            entry = kept[id(x)] = x, function(x)
+        return entry[1]
+
+    return get
 
 
 def clear() -> None:

@@ -162,7 +162,7 @@ _FREE: dict[str, dict[str, Any]] = {
     "lengths": {"mask": mask.lengths([3, 2]) | mask.prefix(1)},
     "alibi": {"bias": position.ALiBi(align="end")},
     "t5": {"bias": position.T5(_random(8, _H), align=-2)},
-    "summary": {"summary": Summary(lse=True, top=2, received=True)},
+    "summary": {"summary": Summary(lse=True, top=2, received=True), "softcap": 2.0},
     "sink": {"normalizer": normalizer.Softmax(_random(_H)), "score": score.Cosine(_random(_H).exp())},
 }
 _BOUND: dict[str, Callable[[int, int], dict[str, Any]]] = {

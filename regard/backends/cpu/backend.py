@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from regard.backends.tiled import backend as tiled
 from regard.components.component import Slot
 from regard.components.normalizer import Entmax, Softmax
 from regard.components.score import Additive, Product
+from regard.components.summary import Summary
 from regard.components.tile import Sizes
+from regard.plan.cache import by_identity
 from regard.plan.nonfinite import any_flagged
 from regard.plan.problem import Plan, sizes
 from regard.tracing import has_values
@@ -90,18 +93,49 @@ def forward(plan: Plan, tensors: Sequence[Tensor], is_last: bool = False) -> tup
     return out, *[rest[index] for index in packed.order], stats, exact
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """Return the output of a call with q, k and v alone; None where one operator does not serve it."""
-    if (
-        extension.missing or not (q.is_cpu and k.is_cpu and v.is_cpu)
-        or (q.dtype != torch.float32 and (machine.HAS_MATRIX_UNITS or not q.is_floating_point()))
-    ):  # fmt: skip
+def plain(q: Tensor, k: Tensor, v: Tensor, summary: Summary | None) -> Sequence[Tensor] | None:
+    """Return the outputs of a call with q, k, v and a summary alone; None where one operator does not serve it."""
+    if extension.missing or not (q.is_cpu and k.is_cpu and v.is_cpu):
+        return None
+    if q.dtype != torch.float32 and (not q.is_floating_point() or (machine.HAS_MATRIX_UNITS and summary is None)):
+        return None
+    if summary is not None and (type(summary) is not Summary or summary.mass is not None or summary.other):
+        return None
+    request = _OUTPUT_ONLY if summary is None else _plain_request(summary)
+    if request is None:
         return None
     try:
-        out: Tensor | None = extension.ops.plain(q, k, v)
+        outputs: list[Tensor] = extension.ops.plain.default(q, k, v, request.top, request.bits)
     except NotImplementedError:  # a sparse tensor, or one on another device: the checks of a call raise
         return None
-    return out
+    return [outputs[index] for index in request.order] if outputs else None
+
+
+class PlainRequest(NamedTuple):
+    """A summary as arguments of the operator `plain`, and the indices of the output and the statistics in its results."""
+
+    top: int
+    bits: int
+    order: tuple[int, ...]
+
+
+_OUTPUT_ONLY = PlainRequest(0, 0, (0,))
+_ANY_SIZES = Sizes(1, 1, 1, 1, 1)
+
+
+@by_identity
+def _plain_request(summary: Summary) -> PlainRequest | None:
+    """Return the request of a valid summary of statistics without arguments but `top`; None for others."""
+    try:
+        summary.check(_ANY_SIZES)
+    except (TypeError, ValueError):  # the checks of a call raise
+        return None
+    if summary.depends_on_lengths or summary.top > _MAX_TOP:
+        return None
+    names = summary.outputs
+    returned = [name for name in extension.STATISTICS if name in names]
+    order = (0, *[1 + returned.index(name) for name in names])
+    return PlainRequest(summary.top, extension.request(names, is_last=False), order)
 
 
 def are_finite(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -76,12 +76,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> list[Tensor]:
     return results
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+def _plain(q: Tensor, k: Tensor, v: Tensor, top: int, requested: int) -> list[Tensor]:
     if not q.dim() == k.dim() == v.dim() == 4 or not q.dtype == k.dtype == v.dtype or q.dtype == torch.float64:
-        return None
+        return []
     (B, H, L, D), (G, S), E = q.shape, k.shape[1:3], v.shape[-1]
     fit = k.shape == (B, G, S, D) and v.shape == (B, G, S, E) and all((B, G, L, S, D, E)) and not H % G
-    return q.new_empty(B, H, L, E) if fit and all(x.stride(3) == 1 for x in (q, k, v)) else None
+    if not fit or any(x.stride(3) != 1 for x in (q, k, v)):
+        return []
+    out, _, *rest = _forward(q, k, v, top, None, [], requested | request((), is_last=True))
+    return [out, *rest[v.dtype != torch.float32 :]]
 
 
 def _backward(

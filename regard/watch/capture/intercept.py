@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from regard.components.score import ScaledDot
 from regard.watch.capture import fast_path, flex, nested, torch_layers
 from regard.watch.capture.recorder import Recorder, has_saved_tensor_hooks, untracked
 from regard.watch.capture.softmax import (
+    SOFTMAX,
     SoftmaxTracker,
     has_causal_weights,
     is_causal_mask,
@@ -32,6 +34,8 @@ _NAMES: dict[Any, str] = {
     getattr(owner, attribute): name for name, (owner, attribute) in torch_layers.FUNCTIONS.items()
 }
 _NAMES[attention] = "attention"
+# Functions of these types are never patched: a model calls hundreds in a short step.
+_OPERATORS = frozenset({BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType})
 
 
 class AttentionMode(TorchFunctionMode):
@@ -47,13 +51,16 @@ class AttentionMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        func = torch_layers.unpatched(func)
+        if type(func) not in _OPERATORS:
+            func = torch_layers.unpatched(func)
+            if flex.is_flex(func):
+                return self._flex(func, *args, **kwargs)
         name = _NAMES.get(func)
         if name is not None and name != "softmax":
             return self.handle(name, func, args, kwargs)
-        if flex.is_flex(func):
-            return self._flex(func, *args, **kwargs)
         out = func(*args, **kwargs)
+        if not self.softmax.has_weights and func not in SOFTMAX:
+            return out
         weights = self.softmax.track(func, args, kwargs, out)
         if weights is not None and weights.is_nested:
             padded = nested.to_padded(weights)
@@ -98,26 +105,23 @@ class AttentionMode(TorchFunctionMode):
         q, k, v = _broadcast(query, key, value, enable_gqa)
         mask, bias = _mask_and_bias(attn_mask, is_causal, query.dim(), q.shape[:-3])
         lead = q.shape[:-2] if query.dim() > 3 else q.shape[: query.dim() - 2]  # without the dimensions added above
-        q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
+        if q.dim() > 4:
+            q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
         packed = self._recorder.packed_heads(q.shape[1], q.shape[2]) if q.shape[1] == k.shape[1] else None
         if packed is not None:
             q = q.reshape(q.shape[0], packed, 1, q.shape[3])
             mask, bias = _unpack_mask(attn_mask, q)
-        components: dict[str, Any] = {
-            "score": None if scale is None else ScaledDot(float(scale)),
-            "mask": mask,
-            "bias": bias,
-            "summary": self._recorder.summary,
-        }
+        score, wanted = _score(scale, q.shape[-1]), self._recorder.summary
         if dropout_p or has_saved_tensor_hooks():
             # Torch applies dropout with the model's random state; the summaries describe the weights before dropout.
             out = function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
             with untracked():
-                _, summary = attention(q, k, v, **components)
+                _, summary = attention(q, k, v, score=score, mask=mask, bias=bias, summary=wanted)
         else:
-            result, summary = attention(q, k, v, **components)
-            rows = (result.shape[1] // k.shape[1],) if packed else result.shape[-2:-1]
-            out = result.reshape(*lead, *rows, result.shape[-1])
+            out, summary = attention(q, k, v, score=score, mask=mask, bias=bias, summary=wanted)
+            if packed or query.dim() != 4:
+                rows = (out.shape[1] // k.shape[1],) if packed else out.shape[-2:-1]
+                out = out.reshape(*lead, *rows, out.shape[-1])
         if query.dim() == 3:
             summary = split_batch(summary, self._recorder.num_heads())
         assert summary.max is not None
@@ -139,7 +143,7 @@ class AttentionMode(TorchFunctionMode):
                 q,
                 k,
                 k,
-                score=None if scale is None else ScaledDot(float(scale)),
+                score=_score(scale, q.shape[-1]),
                 mask=mask & masks.causal("start") if is_causal else mask,
                 summary=self._recorder.summary,
             )
@@ -201,11 +205,19 @@ class AttentionMode(TorchFunctionMode):
 
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Broadcast queries, keys and values (..., H, L, D) over the dimensions before H, as torch does."""
+    fits = query.dim() == key.dim() == value.dim() == 4 and query.size(0) == key.size(0) == value.size(0)
+    if fits and (enable_gqa or query.size(1) == key.size(1) == value.size(1)):
+        return query, key, value
     tensors = [x[None, None] if x.dim() == 2 else x[:, None] if x.dim() == 3 else x for x in (query, key, value)]
     end = -3 if enable_gqa else -2
     lead = torch.broadcast_shapes(*(x.shape[:end] for x in tensors))  # type: ignore[no-untyped-call]
     q, k, v = (x.expand(*lead, *x.shape[end:]) for x in tensors)
     return q, k, v
+
+
+def _score(scale: float | None, width: int) -> ScaledDot | None:
+    """Convert torch's scale. None, the default, takes the shortest path of a call."""
+    return None if scale is None or scale == width**-0.5 else ScaledDot(float(scale))
 
 
 def _mask_and_bias(

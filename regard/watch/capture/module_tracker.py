@@ -30,7 +30,9 @@ class ModuleTracker:
         self._roots: set[str] = set()  # those of them that were called from outside of the model
         self._counts: Counter[str] = Counter()  # attention calls in this pass, by name
         self._layers: dict[tuple[str, int], int] = {}
-        self._causal: set[str] = set()
+        # The kinds of a module's calls with as many queries as keys, and with other numbers.
+        self._kinds: dict[str, tuple[str, str]] = {}
+        self._groups: dict[int, int] = {}
         self._owner = threading.get_ident()
 
     @property
@@ -77,7 +79,8 @@ class ModuleTracker:
 
     def name(self, submodule: str = "") -> str:
         """Return the name of the running module, followed by that of a submodule."""
-        return ".".join(part for part in (self._stack[-1][1], submodule) if part)
+        name = self._stack[-1][1]
+        return f"{name}.{submodule}" if name and submodule else name or submodule
 
     def layer_index(self, name: str) -> int:
         """Count one more attention call of a module, and return which of the model's attention layers it is.
@@ -91,16 +94,13 @@ class ModuleTracker:
 
     def kind(self, name: str, is_causal: bool, queries: int, keys: int) -> str:
         """Return "cross", "decoder" or "self", from the attributes of the module, its name, and the mask."""
-        module = self._stack[-1][0]
-        last = name.rsplit(".", 1)[-1].lower()
-        if getattr(module, "is_cross_attention", None) is True or any(part in last for part in _CROSS):
-            return "cross"
-        declared = getattr(module, "is_causal", None) is True or getattr(module, "is_decoder", None) is True
-        if is_causal or declared or name in self._causal:
+        if name not in self._kinds:
+            declared = _declared_kind(self._stack[-1][0], name)
+            self._kinds[name] = declared or "self", declared or ("self" if self._has_memory() else "cross")
+        if is_causal and self._kinds[name][0] == "self":
             # A single query with a key/value cache has no causal mask: remember the module.
-            self._causal.add(name)
-            return "decoder"
-        return "self" if queries == keys or self._has_memory() else "cross"
+            self._kinds[name] = "decoder", "decoder"
+        return self._kinds[name][queries != keys]
 
     def _has_memory(self) -> bool:
         """Whether a running model keeps the states of earlier texts (XLNet), as further keys of its self-attention."""
@@ -124,11 +124,23 @@ class ModuleTracker:
 
     def queries_per_key_head(self) -> int:
         """Return how many query heads share a key/value head in the running module of transformers; 1 if unknown."""
-        groups = getattr(self._stack[-1][0], "num_key_value_groups", 1)
-        return groups if isinstance(groups, int) and groups > 0 else 1
+        module = self._stack[-1][0]
+        if id(module) not in self._groups:
+            groups = getattr(module, "num_key_value_groups", 1)
+            self._groups[id(module)] = groups if isinstance(groups, int) and groups > 0 else 1
+        return self._groups[id(module)]
 
 
 _CROSS = ("cross", "encdec", "encoder_attn", "multihead_attn")
+
+
+def _declared_kind(module: nn.Module, name: str) -> str | None:
+    """Return "cross" or "decoder" where the attributes of a module, or its name, say so."""
+    last = name.rsplit(".", 1)[-1].lower()
+    if getattr(module, "is_cross_attention", None) is True or any(part in last for part in _CROSS):
+        return "cross"
+    is_decoder = getattr(module, "is_causal", None) is True or getattr(module, "is_decoder", None) is True
+    return "decoder" if is_decoder else None
 
 
 def _is_submodule(name: str, root: str) -> bool:

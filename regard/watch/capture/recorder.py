@@ -50,11 +50,12 @@ class Recorder:
         summary: its statistics. shape: (B, H, L, S). is_causal: no query may attend to a later key.
         """
         _, heads, queries, keys = shape
-        summary = summary.each(Tensor.detach)
+        if summary.max is not None and summary.max.requires_grad:
+            summary = summary.each(Tensor.detach)
         assert summary.top is not None and summary.max is not None
         kind = self._tracker.kind(self._name, is_causal, queries, keys)
         top = summary.top
-        if is_causal and kind == "decoder":
+        if is_causal and kind == "decoder" and queries > 1:
             # Masks of large negative numbers leave later keys in the list, with weight 0.
             positions = torch.arange(queries, device=top.keys.device) + keys - queries
             top = Top(top.weights, top.keys.masked_fill((top.keys > positions[:, None]) & (top.weights == 0), -1))

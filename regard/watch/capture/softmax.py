@@ -12,7 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from regard.components.summary import AttentionSummary, Summary, Top
 
-_SOFTMAX: set[Any] = {F.softmax, torch.softmax, Tensor.softmax}
+# The functions whose results are weights.
+SOFTMAX: set[Any] = {F.softmax, torch.softmax, Tensor.softmax}
 # Functions after which the weights are still those of the argument: with another dtype, or before dropout.
 _SAME_WEIGHTS: set[Any] = {
     F.dropout, torch.dropout, torch.dropout_, Tensor.to, Tensor.type_as, Tensor.type, Tensor.float, Tensor.half,
@@ -62,6 +63,11 @@ class SoftmaxTracker:
         self._pending: dict[int, str] = {}  # the modules of softmax functions whose weights reached no values yet
 
     @property
+    def has_weights(self) -> bool:
+        """Whether a tensor that holds weights is alive."""
+        return bool(self._tracked.data)
+
+    @property
     def unseen(self) -> list[str]:
         """The names of attention modules with weights that were not followed to a product with values."""
         return list(dict.fromkeys(self._pending.values()))
@@ -74,12 +80,12 @@ class SoftmaxTracker:
         Returns:
             The weights (..., L, S) that the function multiplied by values, before dropout; None if it did not do that.
         """
-        if function in _SOFTMAX:
+        if function in SOFTMAX:
             axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if isinstance(out, Tensor) and out.dim() > 1 and axis in (-1, out.dim() - 1):
                 self._start(out)
             return None
-        if not self._tracked:
+        if not self.has_weights:
             return None
         if function in _MATMULS or function is Tensor.__rmatmul__ or function is torch.einsum:
             return self._weights_in_product(function, args, kwargs)

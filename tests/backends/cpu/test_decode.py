@@ -34,7 +34,7 @@ def instructions(request: Any) -> Iterator[str]:
 # One or several splits, with partial last splits; rows read in place and rows that are copied; more rows than a task has.
 _AMONG = {
     **NATIVE,
-    "summary": (None, "lse", "max", "entropy", "top"),
+    "summary": (None, "lse", "max", "entropy", "top", "received", "mass", "rows", "full", "all"),
     "dropout": (0.0,),
     "L": (1, 1, 2, 4, 7, 8),
     "S": (5, 67, 131, 515, 1301),
@@ -97,13 +97,15 @@ def _decode_count() -> int:
 @pytest.mark.parametrize("L", [1, 2, 4, 8, 9])
 @pytest.mark.parametrize("S", [16, 700])
 def test_decode_kernel_is_selected(L: int, S: int, instructions: str) -> None:
-    """Up to a quarter of the lanes, or half of them with enough keys; never with dropout or weight summaries."""
+    """Up to a quarter of the lanes, or half of them with enough keys; never with dropout. Statistics that need all weights:
+    one query.
+    """
     q, k, v = _qkv(1, L, S, (4, 2))
     lanes = _LANES[instructions]
     for arguments, expected in (
         ({}, lanes >= 4 * L or (lanes >= 2 * L and S >= 64)),
         ({"dropout": 0.5, "seed": 1}, False),
-        ({"summary": Summary(received=True)}, False),
+        ({"summary": Summary(received=True)}, L == 1),
     ):
         before = _decode_count()
         regard.attention(q, k, v, **arguments, backend="cpu")
@@ -151,12 +153,49 @@ def test_all_components_over_many_splits(name: str, heads: tuple[int, int], thre
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in _ARGUMENTS if name not in ("bias", "bias, keys last", "documents")])
+def test_all_weights_of_one_query_over_many_splits(name: str, threads: int) -> None:
+    arguments, tensors = _ARGUMENTS[name], _qkv(3, 1, _S, (6, 2))
+    if name == "of the heads":
+        arguments = {"mask": mask.blocks(torch.arange(6 * 4).view(6, 1, 4) % 5 > 1, (1, 750))}
+    member = torch.arange(_S) % torch.tensor([[2], [7], [5000]]) == 1
+    summary = Summary(received=True, full=True, rows=(0, -1), mass=member)
+    before, results = _decode_count(), []
+    for backend in ("cpu", "tiled"):
+        _, got = regard.attention(*tensors, **arguments, summary=summary, backend=backend)
+        results.append([got.received, got.full, got.rows, got.mass])
+    assert _decode_count() == before + 1
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-7)
+    received, full, rows, mass = results[0]
+    assert torch.equal(received, full[:, :, 0])
+    assert torch.equal(rows, full.expand(-1, -1, 2, -1))
+    torch.testing.assert_close(mass, full @ member.T.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("top", [1, 4, 15, 16, 17, 40])
+def test_largest_weights_among_equal_and_masked_scores(top: int, instructions: str) -> None:
+    """The bound from the largest score of each lane keeps ties, and does not count masked keys."""
+    q = torch.ones(1, 1, 1, 1)
+    for values in (torch.zeros(600), torch.arange(600) % 3, torch.arange(600), -torch.arange(600)):
+        k = values.float().view(1, 1, -1, 1) / 100
+        for n in (600, 20, 3):
+            _, got = regard.attention(
+                q, k, k, mask=mask.lengths(torch.tensor([n])), summary=Summary(top=top), backend="cpu"
+            )
+            expected = torch.nn.functional.pad(k[..., :n, 0].softmax(-1), (0, max(top - n, 0))).sort(-1, True)[0]
+            torch.testing.assert_close(got.top.weights[:, :, 0], expected[..., :top], rtol=1e-5, atol=0)
+            keys = got.top.keys[0, 0, 0]
+            assert len(set(keys[: min(top, n)].tolist())) == min(top, n)
+            assert bool((keys[:n] >= 0).all()) and bool((keys[:n] < n).all()) and bool((keys[n:] == -1).all())
+
+
 def _outputs(q: Tensor, k: Tensor, v: Tensor, summary: Summary | None, **arguments: Any) -> list[Tensor]:
     result = regard.attention(q, k, v, **arguments, summary=summary, backend="cpu")
     if summary is None:
         return [result]
     out, got = result
-    return [out, got.lse, got.max, got.entropy, *got.top]
+    return [out, got.lse, got.max, got.entropy, *got.top, got.received]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -164,7 +203,7 @@ def test_results_are_bitwise_reproducible(dtype: torch.dtype) -> None:
     """For any number of threads, batch and summary: splits depend on sizes only, and are merged in order."""
     q, k, v = (x.to(dtype) for x in _qkv(5, 1, 9000, (8, 2)))
     arguments: dict[str, Any] = {"mask": mask.prefix(8500), "softcap": 4.0}
-    summary = Summary(lse=True, max=True, entropy=True, top=4)
+    summary = Summary(lse=True, max=True, entropy=True, top=4, received=True)
     before, count = _decode_count(), torch.get_num_threads()
     first = _outputs(q, k, v, summary, **arguments)
     try:

@@ -238,12 +238,17 @@ def test_finite_checks_every_element(dtype: torch.dtype, nonfinite: float) -> No
 @pytest.mark.parametrize("dtype", _DTYPES)
 def test_plain_passes_opcheck(dtype: torch.dtype) -> None:
     q, k, v = _qkv(dtype).values()
-    assert extension.ops.plain(q, k, v) is not None
-    _check("plain", q, k, v)
-    # Other arguments return None, and so does the fake.
+    statistics = extension.request(("max", "top_weights", "top_keys", "received"), is_last=False)
+    assert len(extension.ops.plain(q, k, v, 0, 0)) == 1
+    assert len(extension.ops.plain(q, k, v, 3, statistics)) == 5
+    _check("plain", q, k, v, 0, 0)
+    _check("plain", q, k, v, 3, statistics)
+    # For other arguments it returns nothing, and so does the fake.
     for others in ((q[0], k, v), (q, k[:1], v), (q.mT.contiguous().mT, k, v), (q, k.double(), v), (q[:, :3], k, v)):
-        assert extension.ops.plain(*others) is None
-        _check("plain", *others)
+        assert extension.ops.plain(*others, 0, 0) == []
+        _check("plain", *others, 0, 0)
+    with pytest.raises(RuntimeError, match="top, row_indices and member"):
+        extension.ops.plain(q, k, v, 2, 0)
 
 
 def test_every_operator_that_returns_tensors_has_a_fake() -> None:
