@@ -97,15 +97,18 @@ def watch(
         mode = AttentionMode(recorder)
         stack.enter_context(mode)
         yield recording
-    if mode.softmax.unseen:
-        names = mode.softmax.unseen
-        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} others" if len(names) > 8 else "")
-        warnings.warn(
-            f"attention was not recorded in {listed}: weights of a softmax there reach no matrix product with values by "
-            "operations that can be followed",
-            stacklevel=3,
-        )
-    elif not recording.records and tracker.call >= 0 and layers is None:
+    reasons = (
+        (mode.softmax.unseen, "weights of a softmax there reach no matrix product with values by operations that can be "
+         "followed"),
+        (list(recorder.fragmented), "it is computed in blocks, whose queries are not the positions of the layer"),
+    )  # fmt: skip
+    for names, reason in reasons:
+        if names:
+            listed = ", ".join(names[:8]) + (f" and {len(names) - 8} others" if len(names) > 8 else "")
+            warnings.warn(f"attention was not recorded in {listed}: {reason}", stacklevel=3)
+    if any(names for names, _ in reasons):
+        return
+    if not recording.records and tracker.call >= 0 and layers is None:
         warnings.warn(
             f"no attention was recorded in {type(model).__name__}: it calls no attention function of torch or regard, and "
             "multiplies no values by the result of a softmax",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,13 @@ from regard.watch.capture import torch_layers
 class ModuleTracker:
     """The stack of running modules of a model, in the thread that created the tracker.
 
-    call: index of the forward pass of the model; -1 before the first.
+    call: index of the forward pass of the model; -1 before the first. on_exit: called with the arguments and the output of a
+    module that ends, while it is still the running one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.call = -1
+        self.on_exit: Callable[[Any, Any], None] | None = None
         self._stack: list[tuple[nn.Module, str]] = []
         self._names = {id(module): _strip_compiled(name) for name, module in model.named_modules()}
         self._torch_layers = {id(module) for module in model.modules() if torch_layers.is_torch_layer(module)}
@@ -73,6 +75,8 @@ class ModuleTracker:
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
         # If a hook before `_enter` raises, this one is called for a module that was never entered.
         if self._stack and self._stack[-1][0] is module and threading.get_ident() == self._owner:
+            if self.on_exit is not None:
+                self.on_exit(args, output)
             self._stack.pop()
             if id(module) in self._torch_layers:
                 torch_layers.exit_layer()
@@ -91,6 +95,11 @@ class ModuleTracker:
         key = name, self._counts[name]
         self._counts[name] += 1
         return self._layers.setdefault(key, len(self._layers))
+
+    def forget_layers(self, name: str) -> None:
+        """Take back the indices that the last run of a module was given."""
+        while self._layers and next(reversed(self._layers))[0] == name:
+            self._layers.popitem()
 
     def kind(self, name: str, is_causal: bool, queries: int, keys: int) -> str:
         """Return "cross", "decoder" or "self", from the attributes of the module, its name, and the mask."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.components.summary import AttentionSummary, Summary, Top
+from regard.watch.capture.fragments import are_fragments
 from regard.watch.capture.module_tracker import ModuleTracker
 from regard.watch.recording.record import Record
 from regard.watch.recording.recording import Recording
@@ -32,6 +34,9 @@ class Recorder:
         self.summary = summary
         self._recording, self._tracker, self._layers = recording, tracker, layers
         self._name, self._layer = "", 0
+        self._unchecked: list[Record] = []
+        self.fragmented: dict[str, None] = {}  # the names of modules whose calls were fragments
+        tracker.on_exit = self._check_records
 
     def should_record(self, submodule: str = "") -> bool:
         """Count an attention call of the current module, and return whether to record it.
@@ -59,22 +64,25 @@ class Recorder:
             # Masks of large negative numbers leave later keys in the list, with weight 0.
             positions = torch.arange(queries, device=top.keys.device) + keys - queries
             top = Top(top.weights, top.keys.masked_fill((top.keys > positions[:, None]) & (top.weights == 0), -1))
-        self._recording.records.append(
-            Record(
-                name=self._name,
-                layer=self._layer,
-                call=self._tracker.call,
-                kind=kind,
-                heads=heads,
-                queries=queries,
-                keys=keys,
-                top=top,
-                max=summary.max,
-                received=summary.received,
-                entropy=summary.entropy,
-                rows=summary.rows,
-            )
-        )
+        record = Record(
+            name=self._name, layer=self._layer, call=self._tracker.call, kind=kind, heads=heads, queries=queries, keys=keys,
+            top=top, max=summary.max, received=summary.received, entropy=summary.entropy, rows=summary.rows,
+        )  # fmt: skip
+        self._recording.records.append(record)
+        self._unchecked.append(record)
+
+    def _check_records(self, args: Any, output: Any) -> None:
+        """Remove the records of the module that ends if they are fragments of its attention."""
+        if not self._unchecked:
+            return
+        name = self._tracker.name()
+        records = [record for record in self._unchecked if record.name == name]
+        self._unchecked = [record for record in self._unchecked if record.name != name]
+        if records and self._tracker.attention_module() and are_fragments(records, args, output):
+            self.fragmented[name] = None
+            dropped = {id(record) for record in records}
+            self._recording.records[:] = [x for x in self._recording.records if id(x) not in dropped]
+            self._tracker.forget_layers(name)
 
     def num_heads(self) -> int | None:
         """Return the number of heads that the current module declares."""
