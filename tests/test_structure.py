@@ -47,7 +47,7 @@ LAYERS = [
     {"components.summary"},
     {"components.function"},
     {"plan.arguments", "plan.problem"},
-    {"plan.nonfinite", "plan.cache", "merge"},
+    {"plan.nonfinite", "plan.cache", "merge", "nested"},
     {"plan.assemble"},
     {"backends.backend", "backends.dropout", "backends.relative"},
     {"backends.equation"},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regard import check
 from regard.attention import AnyScore, attention
-from regard.components.mask import Band, Mask, dense, documents
+from regard.components.mask import Band, Mask, dense
 from regard.components.normalizer import Normalizer
 from regard.components.position import Bias, Rotary
 from regard.components.score import Score
@@ -22,6 +22,7 @@ from regard.components.summary import Summary
 from regard.components.tile import Sizes
 from regard.nn.cache import KeyValueCache
 from regard.nn.component import ComponentModule
+from regard.nn.nested import attend_nested
 from regard.nn.torch_masks import convert_masks, materialize_masks
 
 _NAME = "MultiheadAttention"
@@ -192,7 +193,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         Args:
             query: (L, B, embed_dim), or (B, L, embed_dim) with batch_first, which also accepts several batch
-                dimensions; or (L, embed_dim) for one sequence.
+                dimensions; or (L, embed_dim) for one sequence. With batch_first, query, key and value may be nested
+                tensors.
             key: (S, B, kdim), or as for `query`; `query` by default (self-attention).
             value: (S, B, vdim), or as for `query`; `key` by default.
             key_padding_mask: (B, S), or (S,) for one sequence: bool, True = may not be attended to, or float, added to
@@ -212,10 +214,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             need_weights the weights (B, L, S), or (B, num_heads, L, S) if not averaged; otherwise None. There is no
             batch dimension for one sequence.
         """
-        if getattr(query, "is_nested", False):
-            if key_padding_mask is not None or attn_mask is not None or cache is not None:
-                raise ValueError(f"{_NAME}: query is nested; expected no key_padding_mask, attn_mask or cache with it")
-            return self._attend_nested(query, key, value, need_weights, average_attn_weights, mask, summary)
+        if any(getattr(x, "is_nested", False) for x in (query, key, value)):
+            if key_padding_mask is not None or attn_mask is not None or cache is not None or not self.batch_first:
+                expected = "batch_first=True, and no key_padding_mask, attn_mask or cache"
+                raise ValueError(f"{_NAME}: query, key or value is nested; expected {expected}")
+            return attend_nested(
+                self.forward, query, key, value, mask, is_causal, need_weights=need_weights,
+                average_attn_weights=average_attn_weights, summary=summary,
+            )  # fmt: skip
         q, k, v = self._project(query, key, value, cache)
         past = 0 if cache is None or cache.fixed else cache.length
         size = Sizes(math.prod(q.shape[:-3]), self.num_heads, self.kv_heads, q.shape[-2], past + k.shape[-2])
@@ -366,31 +372,6 @@ class MultiheadAttention(nn.MultiheadAttention):
             v = torch.cat([v, extra_v.expand(*v.shape[:-2], 1, -1)], -2)
         mask = None if table is None else dense(F.pad(table, (0, len(extra)), value=True))
         return k, v, mask, None if added is None else F.pad(added, (0, len(extra)))
-
-    def _attend_nested(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-        need_weights: bool,
-        average_attn_weights: bool,
-        mask: Mask | None,
-        summary: Summary | None,
-    ) -> tuple[Tensor, Any]:
-        """Attend within the sequences of a nested tensor, which nn.TransformerEncoder creates in eval mode."""
-        if not self.batch_first or any(x is not None and x is not query for x in (key, value)):
-            raise ValueError(f"{_NAME}: query is nested; expected batch_first=True and self-attention")
-        lengths = torch.tensor([len(x) for x in query.unbind()], device=query.device)
-        # Real tokens have query and key id 0. Padding has query id 2 and key id 1, so it matches nothing.
-        padded = (torch.arange(int(lengths.max()), device=lengths.device) >= lengths[:, None]).long()
-        real = documents((2 * padded, padded))
-        real = real if mask is None else real & mask
-        out, second = self.forward(
-            query.to_padded_tensor(0.0), None, None, None, need_weights, None, average_attn_weights, mask=real,
-            summary=summary,
-        )  # fmt: skip
-        rows = [row[:end] for row, end in zip(out, lengths.tolist(), strict=True)]
-        return torch.nested.as_nested_tensor(rows, layout=query.layout), second
 
 
 def _squeeze_batch(x: Any) -> Any:

@@ -29,6 +29,8 @@ def same(got: Tensor, expected: Tensor, relative: float = 1e-12) -> None:
     assert got.shape == expected.shape
     assert not expected.isnan().any()
     got, expected = got.detach(), expected.detach()
+    if not expected.numel():
+        return
     assert float((got - expected).abs().max()) <= relative * max(1.0, float(expected.abs().max()))
 
 
@@ -223,11 +225,66 @@ def test_nested_tensors_match_single_sequences() -> None:
         alone, reference = layer(row, mask=mask.causal())
         same(got, alone)
         same(attended[: len(row), : len(row)], reference)
-    with pytest.raises(ValueError, match=r"^MultiheadAttention: query is nested; expected no key_padding_mask"):
-        layer(nested, key_padding_mask=torch.zeros(3, 5, dtype=torch.bool))
-    with pytest.raises(
-        ValueError, match=r"^MultiheadAttention: query is nested; expected batch_first=True and self-attention"
-    ):
+    causal, _ = layer(nested, nested, nested, is_causal=True)
+    for got, expected in zip(causal.unbind(), out.unbind(), strict=True):
+        same(got, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize(
+    "lengths", [((5, 1, 3), (2, 4, 6)), ((5, 0, 3), (2, 4, 0)), ((0, 0), (3, 1)), ((2, 3), (0, 0))]
+)
+def test_nested_cross_attention_matches_single_sequences(
+    lengths: tuple[tuple[int, ...], tuple[int, ...]], layout: torch.layout
+) -> None:
+    layer = pair(batch_first=True)[1]
+    sides = [[randn(n, E, seed=10 * n + side).requires_grad_() for n in lengths[side]] for side in (0, 1)]
+    query, memory = (torch.nested.as_nested_tensor(rows, layout=layout) for rows in sides)
+    out, weights = layer(query, memory, memory)
+    assert out.is_nested
+    assert out.layout == layout
+    rows = [*zip(*sides, strict=True)]
+    expected = [layer(x[None], y[None], y[None]) for x, y in rows]
+    for got, attended, (alone, reference) in zip(out.unbind(), weights, expected, strict=True):
+        same(got, alone[0])
+        same(attended[: reference.shape[1], : reference.shape[2]], reference[0])
+        assert not bool(attended[reference.shape[1] :].any())
+        assert not bool(attended[:, reference.shape[2] :].any())
+    leaves = [x for rows in sides for x in rows]
+    found = torch.autograd.grad(sum(x.square().sum() for x in out.unbind()), leaves)  # type: ignore[arg-type]
+    alone = torch.autograd.grad(sum(x.square().sum() for x, _ in expected), leaves)  # type: ignore[arg-type]
+    for x, y in zip(found, alone, strict=True):
+        same(x, y)
+
+
+def test_nested_keys_of_dense_queries() -> None:
+    layer = pair(batch_first=True)[1]
+    query, rows = randn(3, 4, E), [randn(n, E, seed=n) for n in (5, 1, 3)]
+    out, _ = layer(query, torch.nested.nested_tensor(rows))
+    for got, x, y in zip(out, query, rows, strict=True):
+        same(got, layer(x, y)[0])
+
+
+def test_unsupported_nested_arguments_raise() -> None:
+    layer = pair(batch_first=True)[1]
+    rows = [randn(n, E, seed=n) for n in (5, 1, 3)]
+    nested, other = torch.nested.nested_tensor(rows), torch.nested.nested_tensor([x[:1] for x in rows])
+    words: dict[str, Any]
+    for words in ({"key_padding_mask": torch.zeros(3, 5, dtype=torch.bool)}, {"attn_mask": torch.zeros(5, 5)}):
+        with pytest.raises(
+            ValueError, match=r"^MultiheadAttention: query, key or value is nested; expected batch_first"
+        ):
+            layer(nested, **words)
+    with pytest.raises(ValueError, match="query, key or value is nested; expected batch_first=True"):
+        pair()[1](nested)
+    with pytest.raises(ValueError, match="key has 2 sequences; expected 3"):
+        layer(nested, torch.nested.nested_tensor(rows[:2]))
+    with pytest.raises(ValueError, match="the sequences of value are not as long as those of key"):
+        layer(nested, nested, other)
+    for words in ({"is_causal": True}, {"mask": mask.causal("end")}):
+        with pytest.raises(ValueError, match="different lengths and a mask is given; expected no mask"):
+            layer(nested, other, **words)
+    with pytest.raises(ValueError, match="key has another form; expected sequences of vectors"):
         layer(nested, rows[0])
 
 

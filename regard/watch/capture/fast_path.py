@@ -7,10 +7,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard import nested
 from regard.attention import attention
 from regard.components import mask as masks
 from regard.components.mask import Mask
-from regard.watch.capture import nested
 from regard.watch.capture.recorder import Recorder, untracked
 from regard.watch.capture.softmax import is_causal_mask
 

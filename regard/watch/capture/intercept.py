@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from regard import nested
 from regard.attention import attention
 from regard.components import mask as masks
 from regard.components.mask import Mask
 from regard.components.predicate import conjuncts
 from regard.components.score import ScaledDot
-from regard.watch.capture import fast_path, flex, nested, torch_layers
+from regard.watch.capture import fast_path, flex, torch_layers
 from regard.watch.capture.recorder import Recorder, has_saved_tensor_hooks, untracked
 from regard.watch.capture.softmax import (
     SOFTMAX,

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import regard
 from regard.view.page import page
 from regard.watch import Recording, flow, heads, rollout, share
-from regard.watch.capture import nested
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 LENGTHS = (7, 4, 6)
@@ -132,20 +131,6 @@ def test_cross_attention_keeps_keys_of_longest_sequence() -> None:
         expected = (0.3 * q @ k.transpose(-1, -2)).softmax(-1)
         torch.testing.assert_close(dense_weights(one)[..., : len(source)], expected.detach())
         assert bool((dense_weights(one)[..., len(source) :] == 0).all())
-
-
-def test_length_mask_and_unsupported_ragged_dimension() -> None:
-    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 6, 8)
-    mask = nested.length_mask(torch.tensor([5, 2]), torch.tensor([4, 6]), 5, 6)
-    full = regard.attention(q, k, k, mask=mask, summary=regard.Summary(full=True))[1].full
-    assert full is not None
-    allowed = (full > 0).any(1)
-    assert bool(allowed[0, :, :4].all()) and not bool(allowed[0, :, 4:].any())
-    assert bool(allowed[1, :2].all()) and not bool(allowed[1, 2:].any())
-    sequences = [torch.randn(n, 3, 8) for n in (2, 4)]
-    assert nested.to_padded(torch.nested.nested_tensor(sequences)) is None, (
-        "another dimension than the length is ragged"
-    )
 
 
 def test_text_of_dense_batch() -> None:
