@@ -1,4 +1,4 @@
-"""Python functions of users in compiled and exported graphs.
+"""Python functions, and masks and biases of classes, of users in compiled and exported graphs.
 
 The compiler records a function for one tile, and lifts what it closes over into operands, as it does for FlexAttention. From
 then on the function is a `Graph`, which `tiled` calls tile by tile: in linear memory, with gradients of everything lifted.
@@ -17,14 +17,15 @@ from torch import Tensor
 from torch._higher_order_ops.base_hop import BaseHOP
 from torch._higher_order_ops.utils import _maybe_compile_and_run_fn
 
-from regard.backends.plan_text import from_text, to_text
+from regard.backends.plan_text import from_text, has_text, to_text
 from regard.components.component import Recorded, Slot, fill, map_leaves
-from regard.components.function import FunctionScore, check_bias, check_scores
+from regard.components.function import FunctionBias, FunctionScore, check_bias, check_scores
 from regard.components.graph import COLUMNS, COLUMNS_OF_VECTORS, ROWS, Graph, IndexGraph, VectorGraph, encode
-from regard.components.predicate import check_allowed
+from regard.components.predicate import Mask, Where, check_allowed, map_masks
 from regard.components.score import Score
 from regard.components.tensor_ops import widen
-from regard.plan.problem import Plan, empty_outputs
+from regard.components.tile import IndexTile, Sizes
+from regard.plan.problem import Plan, empty_outputs, sizes
 
 
 class Function(NamedTuple):
@@ -49,12 +50,26 @@ def take(plan: Plan, tensors: Sequence[Tensor]) -> tuple[Plan, list[Function]]:
 
         return map_leaves(component, placeholder)
 
-    score = plan.score
+    score, mask, bias = plan.score, plan.mask, plan.bias
+    size = sizes(*tensors[:2])
     if type(score).scores is Score.scores:  # a score of the user, which defines `pair`
         pairwise: Any = fill(score, tensors)
         score = FunctionScore(lambda q, k: pairwise.scores(q, k, None))
-    score, mask, bias = (take_from(name, x) for name, x in (("score", score), ("mask", plan.mask), ("bias", plan.bias)))
+    if bias is not None and not has_text(type(bias)):
+        own_bias: Any = fill(bias, tensors)
+        dtype = widen(tensors[0][:0]).dtype
+        bias = FunctionBias(lambda b, h, i, j: own_bias.bias(IndexTile(b, h, i, j, size), dtype))
+    mask = None if mask is None else map_masks(mask, lambda leaf: _as_function(leaf, tensors, size))
+    score, mask, bias = (take_from(name, x) for name, x in (("score", score), ("mask", mask), ("bias", bias)))
     return (replace(plan, score=score, mask=mask, bias=bias), found) if found else (plan, found)
+
+
+def _as_function(mask: Mask, tensors: Sequence[Tensor], size: Sizes) -> Mask:
+    """Return a mask of a class of the user as one of a function of indices, and other masks as they are."""
+    if has_text(type(mask)):
+        return mask
+    own: Any = fill(mask, tensors)
+    return Where(lambda b, h, i, j: own.allowed(IndexTile(b, h, i, j, size)))
 
 
 def run(backend: str, plan: Plan, tensors: Sequence[Tensor], functions: Sequence[Function]) -> tuple[Tensor, ...]:

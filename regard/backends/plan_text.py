@@ -31,6 +31,11 @@ def from_text(text: str, ints: list[Any], floats: list[Any]) -> Plan:
     return plan
 
 
+def has_text(kind: type[Any]) -> bool:
+    """Return whether a class of components is one of the package: those of users have no text."""
+    return _CLASSES.get(kind.__name__) is kind
+
+
 def has_no_text(plan: Plan) -> str | None:
     """Return the name of a part of a plan that has no text; None if there is none."""
     return unserializable(plan, _CLASSES)

@@ -1,7 +1,7 @@
 """The equation, materialized: all scores at once. Any device, any score, derivatives of every order and direction.
 
 Memory is L x S. This kernel serves where `backend="reference"` asks for it, second derivatives of the others, and what no
-other serves: classes of the user in graphs that are compiled, and functions whose tensors `torch.func` hides. Then it warns.
+other serves: normalizers and statistics of the user in compiled graphs, and functions whose tensors `torch.func` hides. Then it warns.
 """
 
 from __future__ import annotations

@@ -130,6 +130,13 @@ def leaves(mask: Mask | None) -> list[Mask]:
     return [] if mask is None else [mask]
 
 
+def map_masks(mask: Mask, change: Callable[[Mask], Mask]) -> Mask:
+    """Return a combination of masks with each of them changed."""
+    if isinstance(mask, BinaryMask):
+        return type(mask)(map_masks(mask.left, change), map_masks(mask.right, change))
+    return Not(map_masks(mask.inner, change)) if isinstance(mask, Not) else change(mask)
+
+
 def conjuncts(mask: Mask | None) -> list[Mask]:
     """Return the masks that the outermost `&` combine, in order."""
     if isinstance(mask, And):

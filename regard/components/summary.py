@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from itertools import product
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -139,17 +138,17 @@ class Summary:
     def outputs(self) -> tuple[str, ...]:
         """The names of the tensors that a backend returns for this summary, in order."""
         if self.mass is None and self.rows == () and self.other == ():
-            names = _NAMES[_flags_of(self)]
+            names = _NAMES[tuple([getattr(self, name) for name in _FLAG_NAMES])]
             return (*names, TopWeights.name, TopKeys.name) if self.top else names
         return tuple([statistic.name for statistic in self.statistics])
 
 
 # The statistics without parameters: a field of the same name, True or False, requests each of them.
 _FLAGS = [kind() for kind in BUILT_IN if not is_dataclass(kind)]
-_flags_of = attrgetter(*[statistic.name for statistic in _FLAGS])
+_FLAG_NAMES = tuple(statistic.name for statistic in _FLAGS)
 # The names that each combination of them requests. Finding them in a call takes longer than computing a short one.
 _NAMES: dict[tuple[bool, ...], tuple[str, ...]] = {
-    flags: tuple(statistic.name for statistic, flag in zip(_FLAGS, flags, strict=True) if flag)
+    flags: tuple(name for name, flag in zip(_FLAG_NAMES, flags, strict=True) if flag)
     for flags in product((False, True), repeat=len(_FLAGS))
 }
 

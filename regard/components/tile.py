@@ -87,6 +87,40 @@ class Tile:
         return tensor if tensor.dim() == 0 else tensor[slice(*self.h)].view(1, -1, 1, 1)
 
 
+class IndexTile:
+    """A tile of one batch row and head, given by index tensors (1, 1, l, s) of any values: what `Mask.allowed` and
+    `Bias.bias` receive where a compiler records them.
+    """
+
+    def __init__(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor, sizes: Sizes) -> None:
+        self.batch, self.head, self.query, self.key = batch, head, query, key
+        self.sizes, self.device = sizes, query.device
+
+    def __getattr__(self, name: str) -> None:
+        raise AttributeError(
+            f"attention: `tile.{name}` is unknown while a compiler records a mask or bias; expected batch, head, query, key, "
+            "shape, sizes, behind, cut or cut_heads (backend='reference' compiles it, in memory L x S)"
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """See `Tile`."""
+        return 1, 1, self.query.shape[2], self.key.shape[3]
+
+    def behind(self, align: Align) -> Tensor:
+        """See `Tile`."""
+        return self.query + self.sizes.offset(align) - self.key
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """See `Tile`."""
+        indices = (self.batch, self.head, self.query, self.key)
+        return tensor[tuple([i if n > 1 else torch.zeros_like(i) for i, n in zip(indices, tensor.shape, strict=True)])]
+
+    def cut_heads(self, tensor: Tensor) -> Tensor:
+        """See `Tile`."""
+        return tensor if tensor.dim() == 0 else tensor[self.head]
+
+
 @dataclass(frozen=True)
 class Grid:
     """The edges of all tiles of a problem.

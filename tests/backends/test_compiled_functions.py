@@ -116,6 +116,29 @@ class Decay(position.Bias):
         return (-(tile.query - tile.key).abs() * self.rate).to(dtype)
 
 
+@dataclass(frozen=True)
+class Tabled(position.Bias):
+    """A table per head and pair, a slope per head, and a function."""
+
+    table: Tensor
+    slopes: Tensor
+    function: Callable[[Tensor], Tensor]
+
+    def bias(self, tile: Any, dtype: torch.dtype) -> Tensor:
+        return (tile.cut(self.table) - tile.cut_heads(self.slopes) * self.function(tile.behind("end"))).to(dtype)
+
+
+@dataclass(frozen=True)
+class Listed(mask.Mask):
+    """Pairs that a table of tensors allows, in the first `count` positions."""
+
+    allow: Tensor
+    count: int
+
+    def allowed(self, tile: Any) -> Tensor:
+        return tile.cut(self.allow) & (tile.behind(0) < self.count * (tile.batch + 1)) | (tile.key == 0)
+
+
 def _learned(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, requires_grad=True)
 
@@ -171,11 +194,19 @@ _CLOSURES: dict[str, tuple[Callable[[Any], dict[str, Any]], Sequence[Any]]] = {
         [_learned(x) for x in (0.1, 0.5)],
     ),
     "bias class": (lambda x: {"bias": Decay(x)}, [_learned(x) for x in (0.1, 0.5, 2.0)]),
+    "bias class of tensors and a function": (
+        lambda x: {"bias": Tabled(x, torch.arange(_H) / 10, lambda n: n.abs() * 0.5)},
+        [torch.linspace(0, x, _H * _L, dtype=torch.float64).view(1, _H, 1, _L).requires_grad_() for x in (1.0, 2.0)],
+    ),
+    "mask classes": (
+        lambda n: {"mask": (Listed(torch.arange(_L * _L).view(1, 1, _L, _L) % n > 0, n) | ~Dilated(n)) & mask.causal()},
+        (2, 3, 5),
+    ),
 }
 
 
-# Methods of classes of the user: `reference` serves them, and warns.
-_MATERIALIZED = ("mask class", "normalizer class of a closure", "normalizer over a function", "bias class")
+# Normalizers compute complete rows, of which there is no tile to record: `reference` serves them, and warns.
+_MATERIALIZED = ("normalizer class of a closure", "normalizer over a function")
 
 
 def _leaves(value: Any) -> list[Tensor]:
@@ -273,7 +304,10 @@ def test_forced_fused_backend_raises(backend: str) -> None:
         torch.compile(eager, fullgraph=True, backend="eager")(q)
 
 
-_QUICK = ("mask inside a mask", "score over a parameter", "score class", "bias over a table", "bias, mask and score")
+_QUICK = (
+    "mask inside a mask", "score over a parameter", "score class", "bias over a table", "bias, mask and score",
+    "mask classes", "bias class of tensors and a function",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
