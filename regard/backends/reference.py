@@ -1,7 +1,8 @@
 """The equation, materialized: all scores at once. Any device, any score, derivatives of every order and direction.
 
-Memory is L x S. This kernel serves where `backend="reference"` asks for it, second derivatives of the others, and what no
-other serves: normalizers and statistics of the user in compiled graphs, and functions whose tensors `torch.func` hides. Then it warns.
+Memory is L x S. This backend serves where `backend="reference"` asks for it, second derivatives of the others, and what no
+other serves: normalizers and statistics of the user in compiled graphs, and functions whose tensors `torch.func` hides. Then
+it warns.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ class IndexTile:
 
     def __getattr__(self, name: str) -> None:
         raise AttributeError(
-            f"attention: `tile.{name}` is unknown while a compiler records a mask or bias; expected batch, head, query, key, "
-            "shape, sizes, behind, cut or cut_heads (backend='reference' compiles it, in memory L x S)"
+            f"attention: `tile.{name}` is unknown while a compiler records a mask or bias; expected batch, head, query, "
+            "key, shape, sizes, behind, cut or cut_heads (backend='reference' compiles it, in memory L x S)"
         )
 
     @property
