@@ -210,6 +210,10 @@ class Forward {
     total_[i] = fma(total_[i], exp2(before - base_[i], unit_), total);
   }
 
+  // min(x, 0). Before a row has a key, its base is 0, which may be far above its maximum, and its weights are 0:
+  // without the limit, these would be 0 times inf.
+  static Vec below_zero(Vec x) { return where(greater(x, Vec{}), Vec{}, x); }
+
   // Computes the weight summaries of the tile from the stored weights, the row maxima and the inverse sums.
   void summarize(const QueryTile& q, const float* row_max, const float* inverse_sum) {
     const float* weights = stored_weights_;
@@ -218,7 +222,7 @@ class Forward {
       Vec factor[kMaxVectors];
       for (int i = stored_block.keys.from; i < stored_block.keys.until; i++)
         factor[i] = p_.normalizer == Normalizer::Softmax
-                        ? exp2_full_range(stored_block.base[i] - load(row_max + i * kWidth), unit_) *
+                        ? exp2_full_range(below_zero(stored_block.base[i] - load(row_max + i * kWidth)), unit_) *
                               load(inverse_sum + i * kWidth)
                         : broadcast(1.0f);
       summaries_.add(q, stored_block.keys, weights, factor);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +14,9 @@ from support.paths import ROOT
 
 
 def _run(*arguments: object, cwd: Path = ROOT) -> str:
-    done = subprocess.run(list(map(str, arguments)), cwd=cwd, capture_output=True, text=True)
+    # What is installed runs, not what the environment adds.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, arguments)), cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

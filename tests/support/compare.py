@@ -129,17 +129,19 @@ def evaluate_oracle(
 ) -> tuple[Tensors, Tensors]:
     """Return the results of the oracle in a precision, and the leaf tensors of its graph.
 
-    With a `noise_generator`, the inputs are perturbed by up to one unit in the last place.
+    With a `noise_generator`, the inputs and the scores are perturbed by up to one unit in the last place: inputs alone
+    change nothing where a softcap or a bias rounds the scores to the same values.
     """
+
+    def perturb(x: Tensor) -> Tensor:
+        noise = (torch.rand(x.shape, generator=noise_generator, dtype=dtype) - 0.5) * torch.finfo(dtype).eps
+        return torch.where(x.isfinite(), x + x.detach() * noise, x)
+
     leaves = {name: x.detach().to(dtype) for name, x in problem.clean.items()}
     if noise_generator is not None:
-        noise = {
-            n: (torch.rand(x.shape, generator=noise_generator, dtype=dtype) - 0.5) * torch.finfo(dtype).eps
-            for n, x in leaves.items()
-        }
-        leaves = {name: torch.where(x.isfinite(), x + x * noise[name], x) for name, x in leaves.items()}
+        leaves = {name: perturb(x) for name, x in leaves.items()}
     leaves = {name: x.requires_grad_() for name, x in leaves.items()}
-    return problem.solve(leaves), leaves
+    return problem.solve(leaves, None if noise_generator is None else perturb), leaves
 
 
 def _cotangents(problem: Problem, exact: Tensors) -> Tensors:

@@ -295,11 +295,12 @@ def attend(
     top: int = 0,
     member: Tensor | None = None,
     rows: Sequence[int] = (),
+    noise: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return the output and all summaries by name, and the masked `scores` (B, H, L, S) and `bias` (B, H, L, S).
 
     `bias` broadcasts to (B, H, L, S). `keep_mask` (B, H, L, S) are the weights that dropout keeps. `sink` is that of
-    the normalizer, for the log-sum-exp. `member` (B, N, S) are groups of keys.
+    the normalizer, for the log-sum-exp. `member` (B, N, S) are groups of keys. `noise` perturbs the scores.
     """
     (B, H, L, _), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
     allowed = torch.ones(B, H, L, S, dtype=torch.bool) if allowed is None else allowed
@@ -311,6 +312,7 @@ def attend(
             s = score(q[b, h], k[b, g], h, g)
             s = s if softcap is None else softcap * torch.tanh(s / softcap)
             s = s if bias is None else s + bias[b, h]
+            s = s if noise is None else noise(s)
             s = torch.where(allowed[b, h], s, -math.inf)
             present = s > -math.inf
             any_present = present.any(-1, keepdim=True)

@@ -47,7 +47,8 @@ class Problem:
         tensors: q, k, v and the parameters of the components, for the library.
         clean: the same with NaN and inf replaced by 0, for the oracle.
         arguments: builds the arguments of `regard.attention` from the tensors.
-        solve: computes the outputs of the oracle from the tensors, in their precision.
+        solve: computes the outputs of the oracle from the tensors, in their precision, and from a function that perturbs
+            the scores.
         reached: bool (B, H, L, S), pairs that may attend and whose query, key or value contains NaN or inf.
         allowed: bool (B, H, L, S), pairs that may attend.
         alpha: alpha of entmax, or None.
@@ -57,7 +58,7 @@ class Problem:
     tensors: Tensors
     clean: Tensors
     arguments: Callable[[Tensors], dict[str, Any]]
-    solve: Callable[[Tensors], dict[str, Tensor]]
+    solve: Callable[..., dict[str, Tensor]]
     reached: Tensor
     allowed: Tensor
     alpha: float | None
@@ -145,7 +146,7 @@ def make_problem(pick: Pick) -> Problem:
         }
         return {**{n: tensors[n] for n in "qkv"}, **{n: x for n, x in arguments.items() if x is not None}}
 
-    def solve(tensors: Tensors) -> dict[str, Tensor]:
+    def solve(tensors: Tensors, noise: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         return oracle.attend(
             tensors["q"],
             tensors["k"],
@@ -161,6 +162,7 @@ def make_problem(pick: Pick) -> Problem:
             member=member,
             top=summary.top if summary else 0,
             rows=summary.row_numbers if summary else (),
+            noise=noise,
         )
 
     return Problem(tensors, clean, make_arguments, solve, reached, allowed, normalizer.alpha, summary, choices)

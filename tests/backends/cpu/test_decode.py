@@ -24,13 +24,6 @@ from regard.plan.assemble import make_problem
 _LANES = {"avx512_bf16": 16, "avx512": 16, "avx2": 8, "baseline": 4}
 
 
-@pytest.fixture(params=SETS)
-def instructions(request: Any) -> Iterator[str]:
-    extension.ops.use(request.param)
-    yield request.param
-    extension.ops.use("")
-
-
 # One or several splits, with partial last splits; rows read in place and rows that are copied; more rows than a task has.
 _AMONG = {
     **NATIVE,
