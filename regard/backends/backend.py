@@ -85,6 +85,11 @@ class Backend(Protocol):
         derivatives; the second ones are those of `reference`."""
 
     @property
+    def is_dispatched(self) -> bool:
+        """Whether it computes by operators of torch, which dispatch modes such as `FlopCounterMode` see. For the others, one
+        operator stands in while such a mode is active: see `backends.compiled_ops`."""
+
+    @property
     def saved(self) -> int:
         """How many tensors `forward` returns after the outputs, for `backward` to take."""
 

@@ -21,7 +21,7 @@ from regard.components.summary import Summary
 from regard.plan.cache import derived
 from regard.plan.nonfinite import flag_nonfinite
 from regard.plan.problem import Plan, Problem
-from regard.tracing import is_forward_mode, is_symbolic, is_tracing
+from regard.tracing import is_forward_mode, is_symbolic, is_tracing, is_transformed
 
 _ran: ContextVar[list[str] | None] = ContextVar("ran", default=None)
 
@@ -45,7 +45,8 @@ def run(problem: Problem, name: str | None) -> tuple[Tensor, ...]:
         plan, tensors = flag_nonfinite(plan, tensors)
     if backend.is_differentiable and (backend.has_all_derivatives or is_graph or is_tracing()):
         return backend.forward(plan, tensors)
-    if is_graph:
+    is_observed = not problem.is_eager and torch._C._len_torch_dispatch_stack() and not is_transformed()
+    if is_graph or (is_observed and not backend.is_dispatched and compiled_ops.refuse(plan, tensors) is None):
         return compiled_ops.run(name, plan, tensors)
     return autograd.run(backend, plan, tensors)
 

@@ -31,6 +31,7 @@ masks_nonfinite = False
 supported = None
 is_differentiable = True
 has_all_derivatives = True
+is_dispatched = True
 saved = 0
 
 

@@ -27,6 +27,7 @@ masks_nonfinite = False
 supported = Supported(scores={Product}, normalizers={Softmax}, masks={Band}, biases=(), statistics=())
 is_differentiable = True
 has_all_derivatives = False
+is_dispatched = True
 saved = 0
 
 

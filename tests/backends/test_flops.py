@@ -52,6 +52,19 @@ def test_flops_of_forward_and_backward(name: str, backend: str | None) -> None:
     assert _count(call, backward=True) == forward + again + 2 * _PAIRS * (2 * _D + 2 * _E)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+def test_flops_of_triton_launches() -> None:
+    """They are no operators of torch: one stands in for them while a mode counts."""
+    pytest.importorskip("triton")
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return regard.attention(q, k, v, backend="triton", mask=mask.causal("end"), bias=position.ALiBi(align="end"))
+
+    forward = 2 * _PAIRS * (_D + _E)
+    assert _count(call) == forward
+    assert _count(call, backward=True) == forward + 2 * _PAIRS * (3 * _D + 2 * _E)
+
+
 def test_flops_are_those_of_the_formulas_of_torch() -> None:
     shapes = (_B, _H, _L, _D), (_B, _G, _S, _D), (_B, _G, _S, _E)
     assert forward_flops(*shapes) == sdpa_flop_count(*shapes)

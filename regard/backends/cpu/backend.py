@@ -39,6 +39,7 @@ supported = Supported(
 )
 is_differentiable = False
 has_all_derivatives = False
+is_dispatched = True
 # The maximum score and the inverse sum of each row, in one tensor; and the output in float32, empty if it already is.
 saved = 2
 

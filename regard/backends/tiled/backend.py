@@ -36,6 +36,7 @@ masks_nonfinite = False
 supported = None
 is_differentiable = False
 has_all_derivatives = False
+is_dispatched = True
 saved = 0
 
 

@@ -69,6 +69,7 @@ supported = Supported(
 )
 is_differentiable = False
 has_all_derivatives = False
+is_dispatched = False
 # The row sums, and the output in float32, which is empty if the output is float32 itself.
 saved = 2
 
