@@ -89,6 +89,14 @@ def test_steps_agree_between_both_attentions(monkeypatch: pytest.MonkeyPatch) ->
         assert _error(ours, reference) <= 8 * _error(theirs, reference)
 
 
+def test_watch_benchmark_measures_decode_steps() -> None:
+    pytest.importorskip("transformers")
+    cases = [bench_watch.StepCase(model, 40) for model in ("layer", "llama")]
+    for case, result in zip(cases, bench_watch.measure_steps(cases, torch.get_num_threads(), 3, 4), strict=True):
+        assert result.case == case
+        assert min(result.unwatched_us, result.watched_us, result.ratio) > 0
+
+
 def test_watch_benchmark_measures_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time is measured in this process, memory in a separate one."""
     case = bench_watch.WatchCase("llama", 40, 9.0)

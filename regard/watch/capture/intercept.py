@@ -46,6 +46,7 @@ class AttentionMode(TorchFunctionMode):
         super().__init__()
         self._recorder = recorder
         self.softmax = SoftmaxTracker(recorder.attention_module)
+        self._handlers = {name: getattr(self, f"_{name}") for name in _NAMES.values() if name != "softmax"}
         self._mha_heads: list[int] = []  # number of heads of the running calls of torch's multi-head attention
 
     def __torch_function__(
@@ -72,7 +73,7 @@ class AttentionMode(TorchFunctionMode):
 
     def handle(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of `function`, and record its attention."""
-        return getattr(self, f"_{name}")(function, *args, **kwargs)
+        return self._handlers[name](function, *args, **kwargs)
 
     def on_softmax(self, weights: Tensor) -> None:
         """Record the weights that torch's multi-head attention computes when it is asked to return them."""

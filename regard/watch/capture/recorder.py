@@ -75,10 +75,12 @@ class Recorder:
         """Remove the records of the module that ends if they are fragments of its attention."""
         if not self._unchecked:
             return
-        name = self._tracker.name()
-        records = [record for record in self._unchecked if record.name == name]
-        self._unchecked = [record for record in self._unchecked if record.name != name]
-        if records and self._tracker.attention_module() and are_fragments(records, args, output):
+        name, unchecked = self._tracker.name(), self._unchecked
+        records = [record for record in unchecked if record.name == name]
+        if not records:
+            return
+        self._unchecked = [] if len(records) == len(unchecked) else [x for x in unchecked if x.name != name]
+        if are_fragments(records, args, output) and self._tracker.attention_module():
             self.fragmented[name] = None
             dropped = {id(record) for record in records}
             self._recording.records[:] = [x for x in self._recording.records if id(x) not in dropped]
