@@ -31,6 +31,7 @@ LAYERS = [
         "version",
         "tracing",
         "on_import",
+        "files",
         "components",
         "components.component",
         "components.tile",

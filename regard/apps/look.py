@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from regard.deprecated import attribute, getter
+from regard.tasks.classify import Classify
 from regard.tasks.open import is_task, open_task
 from regard.tasks.translate import Translate
 from regard.tasks.words import spell, words_of
@@ -133,14 +134,23 @@ def _look_at_task(text: str, folder: Path, top: int | None) -> LookResult:
         tokens, source, produced = ["<s>", *made.target], made.source, [*made.target, "</s>"]
         inputs = task.inputs(text, made.numbers)
     else:
-        tokens = words_of(text)
-        if not tokens:
+        words = words_of(text)
+        if not words:
             raise ValueError(f"text: {text!r} has no words")
-        inputs = (spell([tokens], task.tokens),)
+        tokens, inputs = words, (spell([words], task.tokens),)
+        if isinstance(task, Classify):
+            # The query of the pooling is no word: its row is named by the label that comes of it.
+            tokens, source = [task.predict([text])[0].label], words
     with watch(task.model, top=top or max(len(tokens), len(source or []))) as recording:
         task.model(*inputs)
     # Attention over the letters of words has another text.
     recording.records = [record for record in recording if ".spelling" not in record.name]
+    if isinstance(task, Classify):  # a text of one word looks as if it attended to itself
+        is_pooling = [record.name.endswith("pooling") for record in recording]
+        recording.records = [
+            replace(record, kind="cross") if pools else record
+            for record, pools in zip(recording.records, is_pooling, strict=True)
+        ]
     if not recording.records:
         raise ValueError(f"model: {folder} shows no attention between words; train one with --model transformer")
     recording.tokens, recording.key_tokens, recording.produced = tokens, source, produced

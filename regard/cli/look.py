@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from regard.cli.app import app, console
+from regard.cli.app import app, console, read_input
 
 if TYPE_CHECKING:
     from regard.apps.look import LookResult
@@ -36,7 +36,10 @@ def look(
             help="A local path, or a name on the Hugging Face Hub.", show_default="all-MiniLM-L6-v2, works offline"
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("attention.html"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The HTML page to write.", show_default="attention.html, or the next free attention-2.html"),
+    ] = None,
     top: Annotated[
         int | None, typer.Option(min=1, help="Number of weights to keep per query.", show_default="all that fit")
     ] = None,
@@ -51,21 +54,59 @@ def look(
     from regard.apps.look import look_at_record
     from regard.apps.look_at_image import look_at_image
 
-    text = text or []
-    if image is None and len(text) == 2 and model is None:
+    text, out = text or [], out or free_path("attention.html")
+    if image is None and len(text) == 2 and model is None and Path(text[0]).is_dir():
         model = text.pop(0)
     if image is not None:
         if text:
             raise ValueError("--image: TEXT is given too; expected a picture or a text (use --model for the model)")
         show(lambda: look_at_image(image, model, top=top), out, save)
     elif len(text) != 1:
-        raise ValueError(f"TEXT: got {len(text)} arguments; expected one text, in quotes, or --image PICTURE")
+        quoted = f": regard look {shlex.quote(' '.join(text))}" if text else ""
+        raise ValueError(
+            f"TEXT: got {len(text)} arguments; expected one text, in quotes{quoted}, or --image PICTURE; before the text, "
+            "only a directory written by `train`"
+        )
     elif text[0].endswith(".safetensors") and Path(text[0]).is_file():
         show(lambda: look_at_record(Path(text[0])), out, None)
     else:
-        show(lambda: run(sys.stdin.read() if text == ["-"] else text[0], model, top=top), out, save)
+        show(lambda: run(read_input() if text == ["-"] else not_a_path(text[0]), model, top=top), out, save)
     if open_page:
         webbrowser.open(out.resolve().as_uri())
+
+
+def free_path(name: str) -> Path:
+    """Return a path of this name, or with a number behind its stem, that does not exist yet."""
+    path, number = Path(name), 2
+    while path.exists():
+        path = Path(name).with_stem(f"{Path(name).stem}-{number}")
+        number += 1
+    return path
+
+
+# The endings of files that are no texts, and the beginnings of paths.
+_ENDINGS = (".safetensors", ".gguf", ".html", ".json", ".md", ".txt", ".tsv", ".csv", ".png", ".jpg", ".jpeg", ".webp")
+_BEGINNINGS = ("/", "./", "../", "~/")
+
+
+def not_a_path(text: str) -> str:
+    """Return a text.
+
+    Raises:
+        ValueError: it is the path of a file that does not exist, or is no recording.
+    """
+    try:
+        is_file = Path(text).expanduser().is_file()
+    except (OSError, ValueError):  # too long for a name
+        return text
+    if is_file:
+        raise ValueError(
+            f"TEXT: {text} is a file, but no recording; expected a text in quotes, a file written by --save, or --image "
+            f"PICTURE (for the text in a file: regard look - < {shlex.quote(text)})"
+        )
+    if len(text.split()) == 1 and (text.lower().endswith(_ENDINGS) or text.startswith(_BEGINNINGS)):
+        raise ValueError(f"TEXT: there is no file {text}; expected a text in quotes, or a file written by --save")
+    return text
 
 
 def show(run: Callable[[], LookResult], out: Path, save: Path | None = None) -> None:

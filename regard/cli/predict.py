@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from regard.cli.app import app, console, progress
+from regard.cli.app import app, console, progress, read_input
 
 # Tags of a higher probability are shown as certain.
 _CERTAIN = 0.9
@@ -33,7 +32,7 @@ def predict(
     task = open_task(folder)
     single = text is not None and not _is_file(text)
     if text is None:
-        texts = [line.rstrip("\n") for line in sys.stdin]
+        texts = read_input().splitlines()
     else:
         texts = [text] if single else [line for _, line in read_lines(Path(text))]
     options = {"beams": beams} if task.kind == "translate" else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,8 +161,12 @@ def train(
     console.print(
         Text.assemble(f"\n{size:.2f} M parameters; epoch {best.number}: {metrics}; saved in ", (str(out), "bold"))
     )
-    for command in (f"evaluate {out} DATA", f"predict {out} TEXT", f"look {out} TEXT"):
-        console.print(f"[dim]  regard {command}[/]", soft_wrap=True)
+    folder = shlex.quote(str(out))
+    commands = [f"evaluate {folder} DATA", f"predict {folder} TEXT"]
+    if trained.attends_to_words:
+        commands.append(f"look {folder} TEXT")
+    for command in commands:
+        console.print(Text(f"  regard {command}", style="dim"), soft_wrap=True)
 
 
 def _override(preset: Any, options: dict[str, Any], task: str) -> Any:

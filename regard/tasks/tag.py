@@ -83,6 +83,11 @@ class Tag(Task):
         """The metric that selects the best epoch."""
         return "accuracy"
 
+    @property
+    def attends_to_words(self) -> bool:
+        """Whether the model is a transformer. The others attend to the letters of unknown words only."""
+        return self.settings.model == "transformer"
+
     @classmethod
     def learn_tokens(cls, settings: TagSettings, examples: Sequence[Tagged]) -> tuple[dict[str, Tokens], list[str]]:
         """Return the vocabularies of words and letters, and the tags."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regard import deprecated
+from regard.files import write_atomically
 from regard.tasks.data import DataError
 from regard.tasks.tokens import Tokens
 from regard.version import __version__
@@ -86,6 +87,11 @@ class Task(ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(settings, tokens, labels)
+
+    @property
+    def attends_to_words(self) -> bool:
+        """Whether the model attends to words, which `regard look` shows."""
+        return True
 
     def better(self, measured: dict[str, float], than: dict[str, float] | None) -> bool:
         """Return whether the metrics `measured` are better than `than`. If `metric` is equal, as BLEU is in the first epochs
@@ -172,13 +178,6 @@ def _tied_state(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tenso
     for name, x in model.state_dict(keep_vars=True).items():
         first.setdefault(id(x), name)
     return {name: weights[first[id(x)]] for name, x in model.state_dict(keep_vars=True).items()}
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, and rename it when it is complete."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    part.replace(path)
 
 
 __getattr__ = deprecated.getter("regard.tasks.task")

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from regard import check
+from regard.files import write_atomically
 from regard.tasks.batch import make_batches
 from regard.tasks.data import DataError
-from regard.tasks.task import CONFIG, Task, write_atomically
+from regard.tasks.task import CONFIG, Task
 from regard.tasks.workers import Workers
 
 METRICS, CURVES, _CHECKPOINT = "metrics.json", "curves.png", "checkpoint.pt"

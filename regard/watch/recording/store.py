@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from regard.components.summary import Top
+from regard.files import write_atomically
 from regard.watch.recording.record import KINDS, Record
 
 FORMAT, VERSION = "regard.watch", "1"
@@ -56,7 +57,7 @@ def write(
     entries = [{key: getattr(record, key) for key in ("name", *_INTEGERS, "kind")} for record in records]
     content = {**named_texts(tokens, key_tokens, produced), "records": entries}
     metadata = {"format": FORMAT, "version": VERSION, "content": json.dumps(content)}
-    safetensors.torch.save_file(tensors, str(path), metadata)
+    write_atomically(Path(path), lambda part: safetensors.torch.save_file(tensors, str(part), metadata))
 
 
 def read(path: str | Path) -> tuple[list[Record], list[str] | None, list[str] | None, list[str] | None]:
