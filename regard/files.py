@@ -9,6 +9,9 @@ from pathlib import Path
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under a temporary name, and rename it when it is complete. It gets the permissions of a new file.
 
+    Raises:
+        OSError: it cannot be written; the message names the file and the cause.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "notes.txt"
@@ -24,6 +27,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         # safetensors makes files that only their owner can read.
         part.chmod(mode)
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        # Full disks, as torch and safetensors report them.
+        if isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError":
+            cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+            raise OSError(f"{path}: cannot be written ({cause})") from error
         raise

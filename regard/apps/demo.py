@@ -18,6 +18,7 @@ from regard.attention import attention
 from regard.components import normalizer
 from regard.components.summary import Summary
 from regard.tasks.data import split
+from regard.tasks.fit import Start
 from regard.tasks.pronounce import pronunciations
 from regard.tasks.train import Epoch, Step, Training, train
 from regard.tasks.translate import Translate, TranslateSettings
@@ -76,7 +77,7 @@ _EXAMPLES = 40_000  # words; six epochs take about a minute on two cores
 _LIMIT = 60.0  # seconds after which no epoch starts, for slower machines
 
 
-def pronounce(folder: Path, on_progress: Callable[[Step | Epoch], None]) -> Translate:
+def pronounce(folder: Path, on_progress: Callable[[Start | Step | Epoch], None]) -> Translate:
     """Train a small recurrent model from letters to sounds for about a minute, and save it in the folder."""
     words = [pair for pair in pronunciations() if pair.source.isalpha() and pair.source not in SPOKEN]
     examples, dev = split(words, [0.005])

@@ -72,3 +72,5 @@ def main(arguments: list[str] | None = None) -> None:
         line = Text.assemble(("regard: ", "bold red"), str(error))
         Console(stderr=True, highlight=False).print(line, soft_wrap=True)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -52,7 +52,7 @@ def _pronounce(folder: Path) -> None:
         "\nA recurrent network maps letters to sounds. For every sound, it attends to the letters by additive attention,\n"
         "v . tanh(W q + U k).\n"
     )
-    with TrainingDisplay(None) as display:
+    with TrainingDisplay() as display:
         task = pronounce(folder, display.update)
     for prediction in task.predict(SPOKEN):
         word = "".join(prediction.source[:-1])

@@ -20,6 +20,8 @@ DEFAULTS = {
     "epochs": "translate 20 (recurrent 19); tag 30; classify 15; pronounce 10",
     "batch": "translate 2048; tag 512; classify 1024; pronounce 2048",
     "rate": "translate 0.002; tag 0.001; classify 0.001; pronounce 0.003 (transformer 0.001)",
+    "warmup": "400",
+    "average": "0.998",
     "patience": "5",
     "width": "translate 256; tag 256; classify 256; pronounce 128",
     "hidden": "translate 512; pronounce 256",
@@ -64,15 +66,34 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Maximum number of epochs.", show_default=DEFAULTS["epochs"])
+        int | None, typer.Option(help="Maximum number of epochs; more for small data.", show_default=DEFAULTS["epochs"])
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Number of tokens per batch, padding included.", show_default=DEFAULTS["batch"])
+        int | None,
+        typer.Option(
+            help="Number of tokens per batch, padding included; fewer for small data.", show_default=DEFAULTS["batch"]
+        ),
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Maximum learning rate.", show_default=DEFAULTS["rate"])] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of steps in which the learning rate rises; fewer for small data.",
+            show_default=DEFAULTS["warmup"],
+        ),
+    ] = None,
+    average: Annotated[
+        float | None,
+        typer.Option(
+            help="Decay of the moving average of the weights; smaller for small data.", show_default=DEFAULTS["average"]
+        ),
+    ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(help="Stop after this many epochs without improvement.", show_default=DEFAULTS["patience"]),
+        typer.Option(
+            help="Stop after this many epochs without improvement; more for small data.",
+            show_default=DEFAULTS["patience"],
+        ),
     ] = None,
     width: Annotated[int | None, typer.Option(help="Embedding dimension.", show_default=DEFAULTS["width"])] = None,
     hidden: Annotated[
@@ -129,10 +150,11 @@ def train(
     }  # fmt: skip
     settings = _override(preset.settings[model], model_options, task.value)
     training_options = {
-        "epochs": epochs, "batch": batch, "rate": rate, "patience": patience, "seed": seed, "bf16": bf16,
-        "workers": workers if nproc is None else nproc,
+        "epochs": epochs, "batch": batch, "rate": rate, "warmup": warmup, "average": average, "patience": patience,
     }  # fmt: skip
-    training = _override(preset.training[model], training_options, task.value)
+    fixed = {name for name, value in training_options.items() if value is not None}
+    others = {"seed": seed, "bf16": bf16, "workers": workers if nproc is None else nproc}
+    training = _override(preset.training[model], {**training_options, **others}, task.value)
     test: list[Any] = []
     if data:
         examples = list(preset.read(data))
@@ -144,12 +166,24 @@ def train(
         raise ValueError(f"DATA: is missing; expected at least one file of examples for {task.value}")
     else:
         examples, dev_examples, test = split(list(preset.built_in()), [0.05, 0.05])
-    with TrainingDisplay(training.epochs) as display:
+    with TrainingDisplay() as display:
         display.print(f"{len(examples):,} training examples, {len(dev_examples):,} dev examples; {model} model")
         limit = math.inf if minutes is None else 60 * minutes
-        trained, history = run(
-            preset.task, settings, training, examples, dev_examples, out, tell=display.update, limit=limit
-        )
+        try:
+            trained, history = run(
+                preset.task,
+                settings,
+                training,
+                examples,
+                dev_examples,
+                out,
+                tell=display.update,
+                limit=limit,
+                fixed=fixed,
+            )
+        except KeyboardInterrupt:
+            display.print("\ninterrupted; the same command goes on after the last complete epoch")
+            raise typer.Exit(130) from None
     best = history.best
     assert best is not None
     if test:
@@ -161,6 +195,10 @@ def train(
     console.print(
         Text.assemble(f"\n{size:.2f} M parameters; epoch {best.number}: {metrics}; saved in ", (str(out), "bold"))
     )
+    chance = trained.chance(dev_examples)
+    if chance is not None and best.dev[trained.metric] <= chance[0]:
+        remark = f"{trained.metric} {chance[0]:.2f} is that of always answering {chance[1]!r}: nothing was learned. "
+        console.print(Text(f"{remark}More epochs, more data or another --rate may help.", style="yellow"))
     folder = shlex.quote(str(out))
     commands = [f"evaluate {folder} DATA", f"predict {folder} TEXT"]
     if trained.attends_to_words:
@@ -181,8 +219,8 @@ def _override(preset: Any, options: dict[str, Any], task: str) -> Any:
 class TrainingDisplay:
     """A progress bar of the current epoch, and one line per finished epoch."""
 
-    def __init__(self, epochs: int | None) -> None:
-        self.total = f"/{epochs}" if epochs else ""
+    def __init__(self) -> None:
+        self.total = ""
         self.bar = Progress(
             SpinnerColumn(), TextColumn("epoch {task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"), TimeRemainingColumn(),
@@ -202,9 +240,18 @@ class TrainingDisplay:
         self.bar.console.print(text)
 
     def update(self, event: Any) -> None:
-        """Show a `Step` or an `Epoch`."""
+        """Show a `Start`, a `Step` or an `Epoch`."""
+        from regard.tasks.fit import Start
         from regard.tasks.train import Step
 
+        if isinstance(event, Start):
+            t = event.training
+            self.total = f"/{t.epochs}"
+            self.print(
+                f"[dim]at most {t.epochs} epochs of {event.steps} steps, batches of {t.batch:,} tokens, learning rate "
+                f"{t.rate:g} after {t.warmup} steps, average {t.average:.4g}, patience {t.patience}[/]"
+            )
+            return
         if isinstance(event, Step):
             self.bar.update(
                 self.task,

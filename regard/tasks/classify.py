@@ -16,7 +16,7 @@ from regard.models.classifier import Classifier
 from regard.tasks.batch import make_batches
 from regard.tasks.data import DataError, Labeled
 from regard.tasks.tag import TagSettings
-from regard.tasks.task import ProgressCallback, Task, ignore_progress
+from regard.tasks.task import ProgressCallback, Task, ignore_progress, most_frequent
 from regard.tasks.tokens import Tokens
 from regard.tasks.words import learn_tokens, spell, words_of
 
@@ -69,6 +69,10 @@ class Classify(Task):
     def metric(self) -> str:
         """The metric that selects the best epoch."""
         return "accuracy"
+
+    def chance(self, examples: Sequence[Labeled]) -> tuple[float, str]:
+        """Return the accuracy of the most frequent label, and this label."""
+        return most_frequent(example.label for example in examples)
 
     @classmethod
     def learn_tokens(

@@ -15,7 +15,7 @@ from regard.models.sentence_encoder import KINDS
 from regard.models.tagger import Tagger
 from regard.tasks.batch import make_batches
 from regard.tasks.data import DataError, Tagged
-from regard.tasks.task import ProgressCallback, Task, ignore_progress
+from regard.tasks.task import ProgressCallback, Task, ignore_progress, most_frequent
 from regard.tasks.tokens import Tokens
 from regard.tasks.words import learn_tokens, spell, words_of
 
@@ -87,6 +87,10 @@ class Tag(Task):
     def attends_to_words(self) -> bool:
         """Whether the model is a transformer. The others attend to the letters of unknown words only."""
         return self.settings.model == "transformer"
+
+    def chance(self, examples: Sequence[Tagged]) -> tuple[float, str]:
+        """Return the accuracy of the most frequent tag, and this tag."""
+        return most_frequent(tag for example in examples for tag in example.tags)
 
     @classmethod
     def learn_tokens(cls, settings: TagSettings, examples: Sequence[Tagged]) -> tuple[dict[str, Tokens], list[str]]:

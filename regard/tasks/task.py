@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +94,10 @@ class Task(ABC):
         """Whether the model attends to words, which `regard look` shows."""
         return True
 
+    def chance(self, examples: Sequence[Any]) -> tuple[float, str] | None:
+        """Return the `metric` of the best answer that is always the same, and this answer; None if there is none."""
+        return None
+
     def better(self, measured: dict[str, float], than: dict[str, float] | None) -> bool:
         """Return whether the metrics `measured` are better than `than`. If `metric` is equal, as BLEU is in the first epochs
         (0), the other metrics decide.
@@ -159,6 +164,17 @@ class Task(ABC):
         model.load_state_dict({**weights, **_tied_state(model, weights)}, assign=True)
         model.eval()
         return task
+
+
+def most_frequent(labels: Iterable[str]) -> tuple[float, str]:
+    """Return the share of the most frequent label, in percent, and this label.
+
+    >>> most_frequent(["+", "-", "+", "+"])
+    (75.0, '+')
+    """
+    counts = Counter(labels)
+    [(label, count)] = counts.most_common(1)
+    return 100.0 * count / counts.total(), label
 
 
 def _unique_state(model: nn.Module) -> dict[str, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,13 @@ from regard import check
 from regard.files import write_atomically
 from regard.tasks.batch import make_batches
 from regard.tasks.data import DataError
+from regard.tasks.fit import Start, fit_to_data
 from regard.tasks.task import CONFIG, Task
 from regard.tasks.workers import Workers
 
 METRICS, CURVES, _CHECKPOINT = "metrics.json", "curves.png", "checkpoint.pt"
+# While it exists, the other files may be incomplete: a run that was killed during its first save starts anew.
+_UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,9 @@ def train(
     dev: Sequence[Any],
     out: Path,
     *,
-    tell: Callable[[Step | Epoch], None] = lambda _: None,
+    tell: Callable[[Start | Step | Epoch], None] = lambda _: None,
     limit: float = math.inf,
+    fixed: Collection[str] | None = None,
 ) -> tuple[Task, History]:
     """Train a task, and save it in a directory. An interrupted run resumes after its last epoch, with the same results.
 
@@ -120,8 +125,10 @@ def train(
         training: the configuration of training.
         examples, dev: training examples, and the examples that select the best epoch.
         out: the directory; created if it does not exist.
-        tell: callback that receives every `Step` and `Epoch`.
+        tell: callback that receives the `Start`, and every `Step` and `Epoch`.
         limit: time in seconds after which no epoch starts.
+        fixed: the names of the fields of `training` that stay; the others follow the number of steps, see `fit_to_data`.
+            By default all stay.
 
     Returns:
         The task with the model of the best epoch, and the results of all epochs.
@@ -148,19 +155,28 @@ def train(
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"training needs the package {package}: pip install 'regard[tasks]'")
     start = time.monotonic()
-    config = {"task": kind.kind, "settings": dataclasses.asdict(settings), "training": dataclasses.asdict(training)}
-    saved = _load_checkpoint(out, config)
+    _check_out(out)
     task: Task = kind.begin(settings, examples, training.seed)
     encoded = task.encode(examples)
     sizes = [task.size(example) for example in encoded]
+    if fixed is not None:
+        training = fit_to_data(training, sizes, fixed)
+    config = {
+        "task": kind.kind, "settings": dataclasses.asdict(settings), "training": dataclasses.asdict(training),
+        "data": _fingerprint(examples, dev),
+    }  # fmt: skip
+    saved = _load_checkpoint(out, config)
     history = History()
-    run = _Run(task, encoded, training, steps=len(make_batches(sizes, training.batch)) * training.epochs)
+    steps = len(make_batches(sizes, training.batch))
+    tell(Start(training, steps))
+    run = _Run(task, encoded, training, steps=steps * training.epochs)
     if saved is not None:
         history.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
         run.load(saved)
     with closing(run.workers):
         _train_epochs(run, history, sizes, dev, out, config, start + limit, tell)
-    (out / _CHECKPOINT).unlink(missing_ok=True)
+    for name in (_CHECKPOINT, _UNFINISHED):
+        (out / name).unlink(missing_ok=True)
     return kind.load(out, json.loads((out / CONFIG).read_text(encoding="utf-8"))), history
 
 
@@ -276,17 +292,40 @@ def _rate_factor(step: int, warmup: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0)))
 
 
-def _load_checkpoint(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the checkpoint of an interrupted run, or None if the directory is new or empty."""
+def _check_out(out: Path) -> None:
+    """Create the directory. Raise if it is a file, or holds something else than an interrupted run."""
     if out.exists() and not out.is_dir():
         raise DataError(f"--out: {out} is a file; expected a directory, or the name of a new one")
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / _CHECKPOINT).exists() and not (out / _UNFINISHED).exists():
+        raise DataError(f"--out: {out} is not empty; expected a new directory, or one with an interrupted run")
+    (out / _UNFINISHED).touch()
+
+
+def _fingerprint(*parts: Sequence[Any]) -> str:
+    """Return a hash of the contents of examples."""
+    digest = hashlib.sha256()
+    for examples in parts:
+        for example in examples:
+            fields = example._asdict() if hasattr(example, "_asdict") else {"example": example}
+            digest.update(repr([value for name, value in fields.items() if name != "place"]).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _load_checkpoint(out: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the checkpoint of an interrupted run, or None if the directory is new or empty."""
     path = out / _CHECKPOINT
     if path.exists():
         try:
             saved: dict[str, Any] = torch.load(path, weights_only=True)
         except Exception as error:  # a damaged file can raise anything
             raise DataError(f"{path}: is not a valid checkpoint ({error}); remove it to start over") from error
+        if saved.get("data", config["data"]) != config["data"]:  # version 0.1 saved none
+            raise DataError(
+                f"--out: {out} contains an interrupted run on other data; use the same files to resume it, or another "
+                f"directory, or remove {path.name} to start over"
+            )
         for name in ("task", "settings", "training"):
             if saved.get(name) != config[name]:
                 difference = _describe_difference(saved.get(name), config[name])
@@ -295,8 +334,6 @@ def _load_checkpoint(out: Path, config: dict[str, Any]) -> dict[str, Any] | None
                     f"to resume it, or another directory, or remove {path.name} to start over"
                 )
         return saved
-    if any(out.iterdir()):
-        raise DataError(f"--out: {out} is not empty; expected a new directory, or one with an interrupted run")
     return None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 
@@ -11,21 +13,39 @@ from regard.models.sentence_encoder import SentenceBatch
 from regard.tasks.batch import pad
 from regard.tasks.tokens import UNKNOWN, Tokens
 
-# A word ("well-known", "O'Neill"), an English clitic, which corpora treat as a word ("do|n't", "it|'s"), or another symbol.
-_CLITIC = r"['’](?:s|re|ve|ll|d|m)\b"
-_WORD = re.compile(rf"\w+?(?=n['’]t\b)|n['’]t\b|{_CLITIC}|\w+(?:(?!{_CLITIC})['’-]\w+)*|[^\w\s]", re.IGNORECASE)
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese kana and Chinese characters.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 # Longer words are truncated.
 _MAX_LETTERS = 40
 
 
+@cache
+def _pattern() -> re.Pattern[str]:
+    """Return the pattern of a character of a script without spaces; of a word ("well-known", "O'Neill"); of an English
+    clitic, which corpora treat as a word ("do|n't", "it|'s"); or of another symbol. Combining marks belong to their letters.
+    """
+    marks = "".join(chr(n) for n in range(0x10000) if unicodedata.category(chr(n)) in ("Mn", "Mc"))
+    letter = rf"(?:(?![{_UNSPACED}])[\w{marks}])"
+    clitic = rf"['’](?:s|re|ve|ll|d|m)(?!{letter})"
+    end = rf"n['’]t(?!{letter})"
+    return re.compile(
+        rf"[{_UNSPACED}][{marks}]*|{letter}+?(?={end})|{end}|{clitic}|{letter}+(?:(?!{clitic})['’-]{letter}+)*|[^\w\s]",
+        re.IGNORECASE,
+    )
+
+
 def words_of(text: str) -> list[str]:
-    """Split a text into words and symbols.
+    """Split a text into words and symbols. Where a script has no spaces, each character is a word.
 
     >>> from regard.tasks.words import words_of
     >>> words_of("It's well-known, isn't it?")
     ['It', "'s", 'well-known', ',', 'is', "n't", 'it', '?']
+    >>> words_of("我爱PyTorch。")
+    ['我', '爱', 'PyTorch', '。']
     """
-    return _WORD.findall(text)
+    return _pattern().findall(text)
 
 
 def learn_tokens(sentences: Iterable[Sequence[str]], most: int, lowercase: bool) -> dict[str, Tokens]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,10 @@ from support.paths import ROOT
 
 from regard.apps.look import look, look_at_record
 from regard.cli import main
+from regard.cli.look import free_path
 from regard.cli.train import DEFAULTS
 from regard.tasks.presets import PRESETS
+from regard.version import __version__
 from regard.watch import Recording
 
 
@@ -203,3 +207,69 @@ def test_train_reports_missing_package_before_training(
     assert stop.value.code
     assert f"needs the package {package}: pip install 'regard[tasks]'" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a new user does.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (
+            ["/nonexistent/seen.safetensors"],
+            "there is no file /nonexistent/seen.safetensors; expected a text in quotes",
+        ),
+        (["notes.txt"], "there is no file notes.txt"),
+        (["README.md"], "README.md is a file, but no recording; .* regard look - < README.md"),
+        (["The", "cat"], "got 2 arguments; expected one text, in quotes: regard look 'The cat'"),
+        (["The", "cat's", "hat"], "got 3 arguments; expected one text, in quotes: regard look "),
+    ],
+)
+def test_look_recognizes_paths_and_missing_quotes(arguments: list[str], error: str) -> None:
+    done = run("look", *arguments, expect=2)
+    assert re.search(error, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_version() -> None:
+    assert run("--version").stdout == f"regard {__version__}\n"
+    assert run("look", "-h").stdout == run("look", "--help").stdout
+    assert "--install-completion" in run("-h").stdout
+
+
+def test_pages_are_not_overwritten_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert free_path("attention.html") == Path("attention.html")
+    Path("attention.html").touch()
+    Path("attention-2.html").touch()
+    assert free_path("attention.html") == Path("attention-3.html")
+
+
+@pytest.mark.parametrize("task", ["classify", "tag", "translate"])
+def test_commands_that_training_prints_run(task: str, tmp_path: Path) -> None:
+    """Also where the output is no UTF-8, and the directory has a space in its name."""
+    lines = {
+        "classify": ["a good film\tpos", "an awful film\tneg"],
+        "translate": ["a dog\tein Hund", "a cat\teine Katze"],
+        "tag": ["1\ta\t_\tDET" + "\t_" * 6, "2\tdog\t_\tNOUN" + "\t_" * 6, ""],
+    }[task]
+    data, out = tmp_path / "data.txt", tmp_path / "the model"
+    data.write_text("\n".join(lines * 30) + "\n", encoding="utf-8")
+    options = ["--epochs", "1", "--width", "16", "--heads", "2"]
+    done = run("train", task, str(data), "--out", str(out), *options, environment={"PYTHONIOENCODING": "ascii"})
+    assert "at most 1 epochs of" in done.stdout
+    commands = [line.strip() for line in done.stdout.splitlines() if line.startswith("  regard ")]
+    assert len(commands) == (2 if task == "tag" else 3)
+    for command in commands:
+        words = shlex.split(command.replace("DATA", shlex.quote(str(data))).replace("TEXT", "'a dog'"))[1:]
+        if words[0] == "look":
+            words += ["--out", str(tmp_path / "page.html")]
+        run(*words, environment={"PYTHONIOENCODING": "latin-1"})
+
+
+def test_closed_standard_input_is_empty() -> None:
+    code = "import sys; sys.stdin = None\nfrom regard.cli import main\nmain(['look', '-'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2
+    assert "text: is empty; expected some words" in done.stderr

@@ -31,6 +31,12 @@ def test_split_words_and_punctuation() -> None:
     for text in ("ca n't , it 's . we 'LL n't", "the 1990s ' s"):
         assert words_of(text) == text.split()
     assert words_of(" \n") == []
+    # Scripts without spaces: a word per character, with its marks. Marks do not end a word elsewhere, either.
+    assert words_of("我爱PyTorch，真的。") == ["我", "爱", "PyTorch", "，", "真", "的", "。"]
+    assert words_of("タワーへ") == ["タ", "ワ", "ー", "へ"]
+    assert words_of("ที่นี่") == ["ที่", "นี่"]
+    assert words_of("हिन्दी में") == ["हिन्दी", "में"]
+    assert words_of("cafe\u0301 e\u0301te\u0301") == ["cafe\u0301", "e\u0301te\u0301"]
 
 
 def test_spell_returns_words_and_letters() -> None:

@@ -153,11 +153,54 @@ def test_run_with_other_settings_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(DataError, match=r"checkpoint\.pt: is not a valid checkpoint"):
         train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path)
-    (tmp_path / "checkpoint.pt").unlink()
+    (tmp_path / "checkpoint.pt").unlink()  # to start over, as the messages say
+    _, history = train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path)
+    assert [epoch.number for epoch in history.epochs] == [1, 2]
     with pytest.raises(DataError, match="is not empty; expected a new directory, or one with an interrupted run"):
         train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path)
     with pytest.raises(DataError, match="is a file; expected a directory"):
         train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path / "config.json")
+
+
+def test_run_on_other_data_is_not_resumed(tmp_path: Path) -> None:
+    kind, settings, make, _, _ = TASKS["transformer"]
+
+    def stop(event: Any) -> None:
+        if isinstance(event, Step) and event.epoch == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(kind, settings, _QUICK, make(100), make(20, 1), tmp_path, tell=stop)
+    for examples, dev in ((make(99), make(20, 1)), (make(100), make(20, 2)), (make(100)[::-1], make(20, 1))):
+        with pytest.raises(DataError, match="contains an interrupted run on other data; use the same files"):
+            train(kind, settings, _QUICK, examples, dev, tmp_path)
+    moved = [example._replace(place=Location(Path("elsewhere.tsv"), 7)) for example in make(100)]
+    train(kind, settings, _QUICK, moved, make(20, 1), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["words.json", "config.json", "model.safetensors", "checkpoint.pt"])
+def test_run_that_ends_in_its_first_save_starts_anew(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, settings, make, _, _ = TASKS["classify, recurrent"]
+    out, replace_file = tmp_path / "out", Path.replace
+
+    def fill_disk(part: Path, target: Path) -> Path:
+        if target.name == name:
+            raise OSError(28, "No space left on device")
+        return replace_file(part, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fill_disk)
+        with pytest.raises(OSError, match=rf"{name}: cannot be written \(No space left on device\)"):
+            train(kind, settings, _QUICK, make(60), make(20, 1), out)
+    assert not [path for path in out.iterdir() if path.suffix == ".part"]
+    again, _ = train(kind, settings, _QUICK, make(60), make(20, 1), out)
+    expected, _ = train(kind, settings, _QUICK, make(60), make(20, 1), tmp_path / "other")
+    for x, y in zip(again.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "other").iterdir())
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {(out / "config.json").stat().st_mode & 0o777}
 
 
 def test_training_stops_without_improvement(tmp_path: Path) -> None:
