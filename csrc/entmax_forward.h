@@ -69,9 +69,9 @@ class EntmaxForward {
     const Vec base = where(greater(best_[i], broadcast(-kInfinity)), best_[i], Vec{}), unit = broadcast(scores_.unit());
     total_[i] = Vec{};
     for (int64_t n = 0; n < panel_.count();) {
-      // Per block: a sum of partial sums rounds less than one long sum.
+      // A sum of partial sums rounds less than one long sum.
       Vec part{};
-      for (const int64_t end = min64(n + kKeysPerBlock, panel_.count()); n < end; n++)
+      for (const int64_t end = min64(n + kSumBlock, panel_.count()); n < end; n++)
         part += exp2(load(panel_.row(n) + i * kWidth) - base, unit);
       total_[i] += part;
     }
