@@ -22,9 +22,10 @@ def are_fragments(records: Sequence[Record], args: Any, output: Any) -> bool:
         args, output: what the module was called with, and what it returned.
     """
     out = output[0] if isinstance(output, tuple) and output else output
-    is_hidden = len(records) == 1 and isinstance(out, Tensor) and out.dim() == 3
-    if is_hidden and out.shape[:2] == (len(records[0].max), records[0].queries):
-        return False  # the common case, in a fraction of the time
+    if len(records) == 1 and isinstance(out, Tensor) and out.dim() > 2:
+        shape, record = out.shape, records[0]
+        if shape[0] == len(record.max) and record.queries in (shape[1], shape[-2]):
+            return False  # the common case, in a fraction of the time
     # Further arguments are masks, which may have the shapes of blocks.
     first = [next(_tensors(value), None) for value in (args, output)]
     shapes = [tuple(x.shape) for x in first if x is not None and not x.is_nested and x.dim() >= 2]

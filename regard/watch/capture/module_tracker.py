@@ -35,6 +35,7 @@ class ModuleTracker:
         # The kinds of a module's calls with as many queries as keys, and with other numbers.
         self._kinds: dict[str, tuple[str, str]] = {}
         self._groups: dict[int, int] = {}
+        self._attention_names: dict[str, str | None] = {}
         self._owner = threading.get_ident()
 
     @property
@@ -118,8 +119,11 @@ class ModuleTracker:
     def attention_module(self) -> str | None:
         """Return the name of the running module, or its class if it has none, if either speaks of attention."""
         module, name = self._stack[-1]
-        kind = type(module).__name__
-        return name or kind if "attn" in name.lower() or "attention" in f"{name} {kind}".lower() else None
+        if name not in self._attention_names:
+            kind = type(module).__name__
+            is_named = "attn" in name.lower() or "attention" in f"{name} {kind}".lower()
+            self._attention_names[name] = (name or kind) if is_named else None
+        return self._attention_names[name]
 
     def num_heads(self) -> int | None:
         """Return the number of heads that the running module declares, itself or in its config, or None."""

@@ -80,7 +80,7 @@ class Recorder:
         if not records:
             return
         self._unchecked = [] if len(records) == len(unchecked) else [x for x in unchecked if x.name != name]
-        if are_fragments(records, args, output) and self._tracker.attention_module():
+        if self._tracker.attention_module() and are_fragments(records, args, output):
             self.fragmented[name] = None
             dropped = {id(record) for record in records}
             self._recording.records[:] = [x for x in self._recording.records if id(x) not in dropped]
