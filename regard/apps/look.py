@@ -105,7 +105,11 @@ def look(text: str, model: str | None = None, *, target: str | None = None, top:
         source = tokens
         inputs["decoder_input_ids"], tokens, produced = decode(network.eval(), tokenizer, inputs, target)
         longest = max(longest, len(tokens))
-    recording = record_attention(network, inputs, top or default_top(network.config, longest))
+    try:
+        recording = record_attention(network, inputs, top or default_top(network.config, longest))
+    except (TypeError, ValueError) as error:
+        expected = "expected a model that needs no other inputs"
+        raise ValueError(f"model: {name} cannot be run with {' and '.join(inputs)} alone; {expected}") from error
     others = 0 if source is None else without_other_lengths(recording, tokens, source)
     if not recording.records:
         raise ValueError(f"model: {name} shows no attention; expected a transformer that calls torch's attention")
@@ -252,14 +256,7 @@ def record_attention(network: Any, inputs: dict[str, torch.Tensor], top: int) ->
     network.eval()
     with torch.no_grad(), warnings.catch_warnings(), watch(network, top=top) as recording:
         warnings.simplefilter("ignore")
-        try:
-            network(**inputs)
-        except (TypeError, ValueError) as error:
-            expected = ", ".join(inputs)
-            raise ValueError(
-                f"model: {type(network).__name__} cannot be run with {expected} alone; expected a model that needs no "
-                "other inputs"
-            ) from error
+        network(**inputs)
     return recording
 
 

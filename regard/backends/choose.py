@@ -45,8 +45,11 @@ def run(problem: Problem, name: str | None) -> tuple[Tensor, ...]:
         plan, tensors = flag_nonfinite(plan, tensors)
     if backend.is_differentiable and (backend.has_all_derivatives or is_graph or is_tracing()):
         return backend.forward(plan, tensors)
-    is_observed = not problem.is_eager and torch._C._len_torch_dispatch_stack() and not is_transformed()
-    if is_graph or (is_observed and not backend.is_dispatched and compiled_ops.refuse(plan, tensors) is None):
+    # The compiler cannot trace the query for dispatch modes.
+    if is_graph or (
+        not backend.is_dispatched and torch._C._len_torch_dispatch_stack() and not is_transformed()
+        and compiled_ops.refuse(plan, tensors) is None
+    ):  # fmt: skip
         return compiled_ops.run(name, plan, tensors)
     return autograd.run(backend, plan, tensors)
 
