@@ -179,7 +179,7 @@ def test_run_on_other_data_is_not_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["words.json", "config.json", "model.safetensors", "checkpoint.pt"])
-def test_train_starts_anew_after_failed_first_save(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_restarts_after_failed_first_save(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, settings, make, _, _ = TASKS["classify, recurrent"]
     out, replace_file = tmp_path / "out", Path.replace
 
