@@ -23,8 +23,8 @@ def fit_to_data(training: Any, sizes: Sequence[int], fixed: Collection[str] = ()
     """Return settings in which batch, epochs, warm-up, average and patience follow the number of steps.
 
     Large data change nothing. For small ones there are at least 12 steps per epoch and 600 in all, as far as batches of
-    64 tokens and 100 epochs give them; the warm-up takes at most a tenth of the steps, and the average at most the last
-    tenth.
+    64 tokens and 100 epochs give them; the warm-up takes at most a quarter of the steps, and the average reaches back
+    over at most a third.
 
     Args:
         training: a `Training` with the settings for large data.
@@ -34,7 +34,7 @@ def fit_to_data(training: Any, sizes: Sequence[int], fixed: Collection[str] = ()
     >>> from regard.tasks.train import Training
     >>> small = fit_to_data(Training(epochs=15, batch=1024), [7] * 300)
     >>> small.batch, small.epochs, small.warmup, round(small.average, 3), small.patience
-    (175, 50, 60, 0.983, 12)
+    (175, 50, 150, 0.995, 12)
     >>> fit_to_data(Training(), [20] * 100_000) == Training()
     True
     """
@@ -45,7 +45,7 @@ def fit_to_data(training: Any, sizes: Sequence[int], fixed: Collection[str] = ()
     changes["epochs"] = max(training.epochs, min(ceil(_STEPS / per_epoch), _MAX_EPOCHS))
     epochs = training.epochs if "epochs" in fixed else changes["epochs"]
     steps = per_epoch * epochs
-    changes["warmup"] = min(training.warmup, steps // 10)
-    changes["average"] = min(training.average, 1 - 10 / max(steps, 20))
+    changes["warmup"] = min(training.warmup, steps // 4)
+    changes["average"] = min(training.average, 1 - 3 / max(steps, 6))
     changes["patience"] = max(training.patience, epochs // 4 if epochs > training.epochs else 0)
     return replace(training, **{name: value for name, value in changes.items() if name not in fixed})
