@@ -246,7 +246,7 @@ def test_pages_are_not_overwritten_unasked(tmp_path: Path, monkeypatch: pytest.M
     assert free_path("attention.html") == Path("attention-3.html")
 
 
-@pytest.mark.parametrize("task", ["classify", "tag", "translate"])
+@pytest.mark.parametrize("task", ["classify", "tag", pytest.param("translate", marks=pytest.mark.slow)])
 def test_commands_that_training_prints_run(task: str, tmp_path: Path) -> None:
     """Also where the output is no UTF-8, and the directory has a space in its name."""
     lines = {
