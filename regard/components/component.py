@@ -85,7 +85,7 @@ def append_key(component: Any, kinds: Collection[type], key: list[Any], tensors:
     key += (kind, len(parts))
     for part in parts:
         kind = type(part)
-        if kind in _ATOMS:
+        if kind in ATOMS:
             key.append(repr(part))  # distinguishes 1, 1.0 and True, and 0.0 and -0.0, which compare equal
         elif kind is Tensor or kind is Parameter:
             if part.is_nested:
@@ -101,7 +101,7 @@ def append_key(component: Any, kinds: Collection[type], key: list[Any], tensors:
 
 
 # Immutable leaves.
-_ATOMS = frozenset({type(None), bool, int, float, str})
+ATOMS = frozenset({type(None), bool, int, float, str})
 
 
 def map_leaves(component: C, change: Callable[[Any], Any]) -> C:
@@ -109,17 +109,15 @@ def map_leaves(component: C, change: Callable[[Any], Any]) -> C:
     names = _fields(type(component))
     if names is None:
         return change(component)  # type: ignore[no-any-return]
-    parts = component if isinstance(component, tuple) else [getattr(component, name) for name in names]
-    # Most components contain no tensor; rebuilding them would slow down short calls.
-    changed = {}
-    for index, part in enumerate(parts):
-        if type(part) not in _ATOMS:
-            new = map_leaves(part, change)
-            if new is not part:
-                changed[index] = new
-    if not changed:
+    # Plain loops, which torch.compile traces in a third of the time of comprehensions. Most components contain no tensor;
+    # rebuilding them would slow down short calls.
+    items, same = [], True
+    for part in component if isinstance(component, tuple) else [getattr(component, name) for name in names]:
+        new = part if type(part) in ATOMS else map_leaves(part, change)
+        same = same and new is part
+        items.append(new)
+    if same:
         return component
-    items = [changed.get(index, part) for index, part in enumerate(parts)]
     return tuple(items) if isinstance(component, tuple) else type(component)(*items)  # type: ignore[return-value]
 
 

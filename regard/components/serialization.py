@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from regard.components.component import Slot, field_names
+from regard.components.component import ATOMS, Slot, field_names
 
 
 def unserializable(component: Any, classes: dict[str, type[Any]]) -> str | None:
@@ -20,19 +20,24 @@ def unserializable(component: Any, classes: dict[str, type[Any]]) -> str | None:
     Dataclasses must be among `classes`.
     """
     kind = type(component)
+    if kind in ATOMS:
+        return None
     if isinstance(component, tuple):
         parts = list(component)
     elif (names := field_names(component)) is not None:
         if classes.get(kind.__name__) is not kind:
             return f"the class {kind.__name__}"
         parts = [getattr(component, name) for name in names]
-    elif component is None or isinstance(component, bool | str | int | float | torch.SymInt | torch.SymFloat):
+    elif isinstance(component, int | float | torch.SymInt | torch.SymFloat):
         return None
     elif not callable(component):
         return f"the class {kind.__name__}"
     else:
         return f"the Python function {getattr(component, '__name__', kind.__name__)}"
-    return next((name for name in [unserializable(part, classes) for part in parts] if name is not None), None)
+    for part in parts:
+        if type(part) not in ATOMS and (name := unserializable(part, classes)) is not None:
+            return name
+    return None
 
 
 @dataclass(frozen=True)
