@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
+from support import command_line
 from support.examples import pairs, reviews, sentences
 
 from regard.apps.look import look, look_at_record
-from regard.cli import app
 from regard.view.data import Data, PageInput
 from regard.watch import Recording
 
@@ -21,16 +17,10 @@ SMALL = ["--width", "32", "--layers", "1", "--batch", "64", "--rate", "0.01", "-
 
 
 def run(*arguments: str, expect: int = 0, stdin: str = "") -> str:
-    """Return the output of a command, or its error. Runs in this process, since a new one takes seconds."""
-    out, errors = io.StringIO(), io.StringIO()
-    with (
-        redirect_stdout(out), redirect_stderr(errors), patch.object(sys, "stdin", io.StringIO(stdin)),
-        pytest.raises(SystemExit) as done,
-    ):  # fmt: skip
-        app.main(list(arguments))
-    assert done.value.code == expect, out.getvalue() + errors.getvalue()
-    assert "Traceback" not in errors.getvalue()
-    return errors.getvalue() if expect else out.getvalue()
+    """Return the output of a command, or its error."""
+    done = command_line.run(*arguments, expect=expect, stdin=stdin)
+    assert "Traceback" not in done.stderr
+    return done.stderr if expect else done.stdout
 
 
 @pytest.fixture(scope="module")
