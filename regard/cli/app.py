@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from regard.cli.help import GroupedCommands
 from regard.version import __version__
 
 app = typer.Typer(
+    cls=GroupedCommands,
     help="Attention you can read: every attention mechanism in one call.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -14,11 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from regard.cli.app import app, console, progress
+from regard.cli.help import examples
 
 if TYPE_CHECKING:
     from regard.bench.cases import Case
 
-bench_app = typer.Typer(invoke_without_command=True)
+bench_app = typer.Typer(
+    invoke_without_command=True,
+    epilog=examples(
+        "regard bench --only causal", "regard bench --plot bench.png", "regard bench cpu", "regard bench watch"
+    ),
+)
 app.add_typer(bench_app, name="bench")
 
 

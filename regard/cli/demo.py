@@ -11,11 +11,12 @@ from rich.text import Text
 
 from regard.cli.app import app, console
 from regard.cli.bench import compare
+from regard.cli.help import examples
 from regard.cli.look import show
 from regard.cli.train import TrainingDisplay
 
 
-@app.command()
+@app.command(epilog=examples("regard demo --out demo"))
 def demo(
     out: Annotated[Path, typer.Option(help="Directory of the page and the plot.")] = Path("build/demo"),
     quick: Annotated[bool, typer.Option(help="Skip training and the benchmark.")] = False,

@@ -7,9 +7,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from regard.cli.app import app, console
+from regard.cli.help import examples
 
 
-@app.command()
+@app.command(epilog=examples("regard doctor"))
 def doctor() -> None:
     """Show hardware, optional packages, and the backend per problem."""
     import torch

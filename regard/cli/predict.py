@@ -10,12 +10,18 @@ import typer
 from rich.text import Text
 
 from regard.cli.app import app, console, progress, read_input
+from regard.cli.help import examples
 
 # Tags of a higher probability are shown as certain.
 _CERTAIN = 0.9
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        'regard predict critic "A wonderful film."',
+        "regard predict tagger sentences.txt --json > tags.jsonl",
+    )
+)
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory written by `regard train`.")],
     text: Annotated[
@@ -47,7 +53,12 @@ def predict(
             print(_as_line(task.kind, prediction))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "regard evaluate critic test.tsv",
+        "regard evaluate translator test.en test.de --beams 1",
+    )
+)
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory written by `regard train`.")],
     data: Annotated[list[Path], typer.Argument(help="Files in the format of the training data.")],

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from regard.cli.app import app, console
+from regard.cli.help import examples
 
 # The values in `regard.tasks.presets`, which the help cannot import: it would import torch. A test compares the two.
 DEFAULTS = {
@@ -43,7 +44,13 @@ class TaskName(Enum):
     PRONOUNCE = "pronounce"
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "regard train classify reviews.tsv --out critic",
+        "regard train tag train.conllu --dev dev.conllu --out tagger",
+        "regard train translate train.en train.de --out translator --bf16",
+    )
+)
 def train(
     task: Annotated[TaskName, typer.Argument(help="The task to train.")],
     out: Annotated[Path, typer.Option(help="Directory for the trained model.")],
