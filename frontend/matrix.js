@@ -7,7 +7,7 @@ import { pointer, pointers, select } from "d3-selection";
 import { zoom, zoomIdentity } from "d3-zoom";
 import { MASKED, KNOWN, UNKNOWN, allowed, cell, data, headOf } from "./decode.js";
 import { cssColor, rampPosition, ramp, texture } from "./color.js";
-import { byId, make } from "./dom.js";
+import { bdi, byId, make } from "./dom.js";
 import { fixed3, upperBound } from "./format.js";
 import { chosenHead, chosenLayer, currentFocus, inputToken, keyTokens, on, pin, point, queryTokens, state } from "./state.js";
 import { CELLS } from "./overview.js";
@@ -26,8 +26,9 @@ function buildMatrix(box, source) {
   const down = make("div", { class: "band", "aria-hidden": "true" });
   const sheet = make("div", { class: "sheet", tabindex: "0", role: "application", "aria-label": "Matrix of weights. The arrow keys move over the cells; plus, minus and 0 zoom." }, canvas, across, down, mark, tip);
   const name = make("p", { class: "name soft" });
+  const axes = make("p", { class: "axis soft" }, "Rows: ", make("b", { class: "query" }, "queries"), " ↓   Columns: ", make("b", { class: "key" }, "keys"), " →");
   const buttons = make("div", { class: "zoom" });
-  box.append(name, sheet, buttons);
+  box.append(name, axes, sheet, buttons);
   // x, y: the cell at the top left corner; size: pixels per cell, 0 to fit the whole matrix; place: the transform from cells to
   // pixels; moves: whether part of the matrix is out of view; rest: the fraction of a pixel that settle() rounded off
   const view = { box, source, canvas, tip, mark, across, down, sheet, name, x: 0, y: 0, size: 0, left: 0, top: 0, width: 0, height: 0, cell: 1, place: zoomIdentity, moves: false, rest: 1 };
@@ -334,7 +335,7 @@ function markCell(view) {
   const text = { [KNOWN]: fixed3(entry.weight), [UNKNOWN]: `not recorded, ${upperBound(entry.weight)}`, [MASKED]: "masked" }[entry.kind];
   const input = inputToken(layer, query);
   tip.replaceChildren(
-    make("span", {}, `${queryTokens(layer)[query][0]} → ${keyTokens(layer)[key][0]} `),
+    make("span", {}, bdi(queryTokens(layer)[query][0]), " → ", bdi(keyTokens(layer)[key][0]), " "),
     make("b", {}, head.cells ? "overview only" : text),
     ...(input === null ? [] : [make("span", { class: "more" }, ` produced after “${input}”`)]),
   );

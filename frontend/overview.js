@@ -98,6 +98,7 @@ function drawShade(canvas, layer, distance) {
 }
 
 const thumbs = [];
+const narrow = matchMedia("(max-width: 1100px)"); // one column, as in page.css
 
 function buildOverview() {
   document.querySelector("main").classList.toggle("wide", dense);
@@ -124,7 +125,11 @@ function buildOverview() {
         const button = make("button", { type: "button", role: "gridcell", class: "thumb", tabindex: "-1" }, canvas);
         button.setAttribute("aria-label", `${layer.label}, head ${h}: ${head.words}`);
         button.title = `${layer.label}, head ${h}: ${head.words}${head.distance === null ? "" : `, ${head.distance} tokens away`}`;
-        button.addEventListener("click", () => chooseHead(n, h));
+        button.addEventListener("click", () => {
+          chooseHead(n, h);
+          // Below the overview, the details would change out of sight.
+          if (narrow.matches) byId("detail").scrollIntoView({ block: "start" });
+        });
         button.addEventListener("keydown", moveInGrid);
         row.append(button);
         thumbs.push({ layer: n, head: h, row: n, button, canvas, pattern: head.pattern, stale: true });
@@ -174,7 +179,7 @@ function redrawThumbs() {
   };
   drawSome();
   byId("grid-note").textContent = {
-    pattern: "Rows: queries. Columns: keys. Darker means more attention.",
+    pattern: "Each picture is a head. Rows: queries. Columns: keys. Darker means more attention. Layers and heads are numbered from 0.",
     received: "Columns: keys. A bar is the attention that a key receives from all queries.",
     entropy: "Rows: queries. A bar is the entropy of a query, relative to its maximum.",
     distance: "The mean distance in tokens between a query and the keys it attends to: darker means farther.",
@@ -187,6 +192,8 @@ function markThumbs() {
     thumb.button.setAttribute("aria-selected", chosen);
     thumb.button.tabIndex = chosen ? 0 : -1;
     if (chosen) reveal(byId("grid"), thumb.button.offsetTop - 24, thumb.button.offsetTop + thumb.button.offsetHeight + 8);
+    const kept = state.beside && thumb.layer === state.beside.layer && thumb.head === state.beside.head;
+    thumb.button.classList.toggle("kept", Boolean(kept) && !chosen);
     thumb.button.classList.toggle("aside", state.habit !== null && thumb.pattern !== state.habit);
   }
 }
@@ -220,5 +227,5 @@ segments(
   (value) => (state.show = value),
   "show",
 );
-on("head habit", markThumbs);
+on("head habit beside", markThumbs);
 on("show theme", redrawThumbs);

@@ -2,7 +2,7 @@
 
 import { data } from "./decode.js";
 import { theme, wantsDark } from "./color.js";
-import { byId } from "./dom.js";
+import { byId, make } from "./dom.js";
 import { chooseHead, emit, on, release, state } from "./state.js";
 import "./reading.js";
 import "./picture.js";
@@ -14,8 +14,11 @@ import "./save.js";
 import "./search.js";
 
 byId("title").textContent = data.title || "Attention heads";
-byId("subtitle").textContent = data.subtitle;
+byId("subtitle").textContent = byId("subtitle").title = data.subtitle;
 byId("subtitle").hidden = !data.subtitle;
+byId("notes").append(...data.notes.map((note) => make("li", { dir: "auto" }, note)));
+byId("notes").hidden = !data.notes.length;
+byId("made").textContent = `Made by regard ${data.version}. Weights are stored to 0.00003.`;
 
 // Storage and history are blocked in some frames; the page works without them.
 function attempt(act) {
@@ -28,8 +31,8 @@ function attempt(act) {
 
 function labelThemeButton() {
   const dark = theme() === "dark";
-  byId("theme").textContent = dark ? "Light" : "Dark";
-  byId("theme").setAttribute("aria-label", dark ? "Switch to the light theme" : "Switch to the dark theme");
+  byId("theme").textContent = dark ? "☀" : "☾";
+  for (const name of ["aria-label", "title"]) byId("theme").setAttribute(name, dark ? "Switch to the light theme" : "Switch to the dark theme");
 }
 
 const savedTheme = attempt(() => localStorage.getItem("regard-theme"));
@@ -43,15 +46,16 @@ byId("theme").addEventListener("click", () => {
 wantsDark.addEventListener("change", () => emit("theme"));
 on("theme", labelThemeButton);
 
-// #5.11 opens layer 5 (its index in the overview), head 11.
+// #5.11 opens layer 5 (its index in the overview), head 11. An address of no head is replaced by that of the chosen one.
 function chooseFromHash() {
   const match = /^#(\d+)\.(\d+)$/.exec(location.hash);
-  if (!match) return;
-  const [layer, head] = [Number(match[1]), Number(match[2])];
-  if (data.layers[layer] && data.layers[layer].heads[head]) chooseHead(layer, head);
+  const [layer, head] = match ? [Number(match[1]), Number(match[2])] : [];
+  if (data.layers[layer]?.heads[head]) chooseHead(layer, head);
+  else writeHash();
 }
+const writeHash = () => attempt(() => history.replaceState(null, "", `#${state.layer}.${state.head}`));
 addEventListener("hashchange", chooseFromHash);
-on("head", () => attempt(() => history.replaceState(null, "", `#${state.layer}.${state.head}`)));
+on("head", writeHash);
 
 addEventListener("keydown", (event) => {
   if (event.key === "Escape") release();

@@ -7,10 +7,14 @@ import { byId, make, reveal } from "./dom.js";
 import { fixed3, plural, upperBound } from "./format.js";
 import { chosenHead, chosenLayer, currentFocus, inputToken, keyTokens, on, pin, point, queryTokens, rawOf, state } from "./state.js";
 
+const HINT = matchMedia("(pointer: coarse)").matches
+  ? "Tap a token to see what it attends to; tap it again to release it."
+  : "Hover over a token to see what it attends to. Click pins it, Escape releases it; the arrow keys move.";
+
 const CHUNK = 128; // tokens per chunk: a longer text is created, shown and shaded chunk by chunk
 
 const flows = data.texts.map((text, index) => {
-  const box = make("p", { class: `flow${text.length > 60 ? " long" : ""}${text.length > 160 ? " endless" : ""}` });
+  const box = make("p", { dir: "auto", class: `flow${text.length > 60 ? " long" : ""}${text.length > 160 ? " endless" : ""}` });
   if (text.length > 160) box.tabIndex = 0; // scrollable boxes must be reachable by keyboard
   const note = make("span", { class: "flow-note soft" });
   const name = data.texts.length > 1 ? make("span", { class: "flow-name" }, data.names[index]) : null;
@@ -90,7 +94,10 @@ function makeChunk(flow, number) {
   if (chunk.words) return;
   chunk.words = chunk.tokens.map((token, m) => {
     const n = chunk.from + m;
-    const word = make("span", { class: `word${token[2] ? " marker" : ""}${token[1] ? " joined" : ""}`, title: `${rawOf(token)}  (token ${n})`, tabindex: "-1" }, token[0]);
+    const next = flow.text[n + 1];
+    const classes = `word${token[2] ? " marker" : ""}${token[1] ? " joined" : ""}${next?.[1] ? " open" : ""}`;
+    const word = make("span", { class: classes, title: `${rawOf(token)}  (token ${n})`, tabindex: "-1" }, token[0]);
+    if (token[2]) word.dir = "ltr"; // isolates a marker, which must not decide the direction of the text
     word.dataset.token = n;
     word.hidden = isPatch(flow.index, n); // shown in the picture instead
     if (m && !token[1]) chunk.element.append(" ");
@@ -173,7 +180,7 @@ function drawText(flow) {
   else if (head.cells) note.textContent = "";
   else if (holdsKeys && query !== null) note.textContent = `Shaded by the weights of “${queryTokens(layer)[query][0]}” in ${title}${producedAfter(layer, query)}.`;
   else if (holdsQueries && key !== null) note.textContent = `Shaded by the weights that queries give to “${keyTokens(layer)[key][0]}” in ${title}.`;
-  else note.textContent = holdsQueries || holdsKeys ? "" : `Not part of ${title}.`;
+  else note.textContent = holdsQueries || holdsKeys ? "" : `Not used by ${title}.`;
 }
 
 const producedAfter = (layer, query) => (inputToken(layer, query) === null ? "" : `, produced after “${inputToken(layer, query)}”`);
@@ -202,7 +209,7 @@ function drawStatus() {
   const queries = queryTokens(layer);
   const keys = keyTokens(layer);
   const { query, key } = currentFocus();
-  const quote = (token, kind) => make("b", { class: kind }, token[0]);
+  const quote = (token, kind) => make("b", { class: kind, dir: "auto" }, token[0]);
   const parts = [];
   if (head.cells) {
     const note = data.served ? "Fetching the details of this head." : "This page holds this head in overview only; `regard serve` shows all heads of a saved record.";
@@ -243,7 +250,7 @@ function drawStatus() {
     parts.push(make("span", { class: "soft" }, ` · received ${sign}${fixed3(head.received[key])} in total`));
     if (unknown) parts.push(make("span", { class: "rest" }, ` · not recorded for ${plural(unknown, "query", "queries")}`));
   } else {
-    parts.push(make("span", { class: "soft" }, "Hover or tap a token, or use the arrow keys, to see its weights. Enter pins it, Escape releases it."));
+    parts.push(make("span", { class: "soft" }, HINT));
   }
   byId("reading").replaceChildren(make("p", {}, ...parts));
 }

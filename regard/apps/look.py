@@ -50,6 +50,13 @@ class LookResult:
     picture: Picture | None = None
     note: str = ""
 
+    @property
+    def notes(self) -> list[str]:
+        """All remarks for the user: what was cut off, `note`, and those of a loaded recording."""
+        length = "the model's maximum length"
+        cut = [f"The last {self.truncated:,} tokens exceed {length} and are omitted."] if self.truncated else []
+        return [*cut, *([self.note] if self.note else []), *self.recording.notes]
+
     watched = attribute("regard.apps.look.LookResult", "watched")
 
 

@@ -12,12 +12,20 @@ import typer
 from rich.text import Text
 
 from regard.cli.app import app, console, read_input
+from regard.cli.help import examples
 
 if TYPE_CHECKING:
     from regard.apps.look import LookResult
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        'regard look "The animal did not cross the street because it was too tired."',
+        'regard look "Any text" --model gpt2 --out page.html --save recording.safetensors',
+        "regard look --image cat.jpg --model google/vit-base-patch16-224",
+        'regard look tagger "A text for a model of regard train"',
+    )
+)
 def look(
     text: Annotated[
         list[str] | None,
@@ -127,19 +135,18 @@ def show(run: Callable[[], LookResult], out: Path, save: Path | None = None) -> 
             raise ValueError(f"{name}: the directory {path.parent} does not exist")
     with console.status("loading the model and running it"):
         result = run()
+        recording, notes = result.recording, result.notes
+        recording.notes = notes
         if save is not None:
-            result.recording.save(save)
+            recording.save(save)
         document = page(
-            result.recording, result.tokens, title=result.model, subtitle=result.text, key_tokens=result.source,
-            produced=result.produced, picture=result.picture,
+            recording, result.tokens, title=f"What {result.model} attends to",
+            subtitle="" if result.picture is None else result.text,  # the page shows a text itself
+            key_tokens=result.source, produced=result.produced, picture=result.picture, notes=notes,
         )  # fmt: skip
-    console.print(terminal(result.recording, result.tokens, key_tokens=result.source, produced=result.produced))
-    if result.truncated:
-        console.print(
-            f"[yellow]The last {result.truncated} tokens exceed the model's maximum length and are omitted.[/]"
-        )
-    if result.note:
-        console.print(Text(result.note, style="yellow"))
+    console.print(terminal(recording, result.tokens, key_tokens=result.source, produced=result.produced))
+    for note in notes:
+        console.print(Text(note, style="yellow"))
     out.write_text(document, encoding="utf-8")
     size = out.stat().st_size / 1e6
     console.print(Text.assemble("\nPage: ", (str(out), "bold"), f" ({size:.1f} MB, works offline)"))

@@ -11,11 +11,14 @@ import typer
 from rich.text import Text
 
 from regard.cli.app import app, console
+from regard.cli.help import examples
 
 
-@app.command()
+@app.command(epilog=examples("regard serve recording.safetensors --open"))
 def serve(
-    record: Annotated[Path, typer.Argument(help="A file written by `regard look --save` or `Recording.save`.")],
+    record: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file written by `regard look --save` or `Recording.save`.")
+    ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 selects any free port.")] = 0,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
@@ -27,7 +30,7 @@ def serve(
     with console.status("reading the recording"):
         result = look_at_record(record)
         data = Data([PageInput(result.model, result.recording, result.tokens, result.source, result.produced)])
-    with serving(data, result.model, port=port) as address:
+    with serving(data, f"Attention in {result.model}", port=port, notes=result.notes) as address:
         console.print(Text.assemble("Open ", (address, f"bold link {address}"), "   Ctrl+C stops"), soft_wrap=True)
         if open_page:
             webbrowser.open(address)

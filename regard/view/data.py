@@ -19,6 +19,7 @@ from regard.deprecated import getter
 from regard.view import pack
 from regard.view.describe import HABITS, HeadDescription, describe_heads
 from regard.view.record import RecordLike, Rows, Sides, check, label, rows
+from regard.view.remarks import remarks
 from regard.view.token import Reading, read
 
 _MAX_ENTRIES = 4_000_000  # weights per page, about 6 MB; beyond it, rows keep their largest weights only
@@ -44,6 +45,11 @@ class PageInput:
     def texts(self) -> list[list[str]]:
         """Its texts: that of the queries, that of the keys of cross attention, and what a decoder produces."""
         return [list(text) for text in (self.tokens, self.key_tokens, self.produced) if text is not None]
+
+    @property
+    def read(self) -> list[Sequence[str]]:
+        """The texts that the model reads."""
+        return [text for text in (self.tokens, self.key_tokens) if text is not None]
 
 
 class Data:
@@ -72,6 +78,7 @@ class Data:
         self._names: list[str] = []  # of the texts
         self.descriptions: list[list[HeadDescription]] = []
         self._layers: list[dict[str, Any]] = []
+        self.remarks = list(dict.fromkeys(remark for one in inputs for remark in remarks(*one.read)))
         for one in inputs:
             self._add_layers(one, base=self._add_texts(one, inputs), name=f"{one.name}: " if len(inputs) > 1 else "")
 

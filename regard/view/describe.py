@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regard.view.record import RecordLike, Rows, Sides
-from regard.view.token import Reading, is_punctuation, read
+from regard.view.token import Reading, is_punctuation, isolate, read
 
 HABITS = {  # pattern: (symbol, name) in the views
     "previous": ("←", "previous token"),
@@ -29,7 +29,7 @@ HABITS = {  # pattern: (symbol, name) in the views
     "same": ("=", "same word elsewhere"),
     "induction": ("⤳", "after an earlier copy"),
     "wide": ("≈", "broad"),
-    "pair": ("∙", "no single pattern"),
+    "pair": ("∙", "no dominant pattern"),
     "none": ("∅", "attends to nothing"),
 }
 
@@ -148,9 +148,9 @@ def describe_heads(record: RecordLike, rows: Rows, sides: Sides) -> list[HeadDes
             share = mean_entropy / max_entropy
             out.append(HeadDescription("wide", share, text, sentence, mean_entropy, max_entropy, pair))
         else:
-            link = f"{queries[pair.query].text} → {keys[pair.key].text}"
+            link = f"{isolate(queries[pair.query].text)} → {isolate(keys[pair.key].text)}"
             text = f"{link} {pair.weight:.2f}"
-            sentence = f"Follows no single pattern; its strongest link is {text}."
+            sentence = f"No dominant pattern. Strongest link: {link} ({pair.weight:.2f})."
             out.append(HeadDescription("pair", pair.weight, text, sentence, mean_entropy, max_entropy, pair))
     return out
 
@@ -274,9 +274,10 @@ def _group_name(rule: _Pattern, rows: Rows, head: int, counts: Tensor, keys: Seq
     ranked, total = sorted(by_name.items(), key=lambda item: -item[1]), sum(by_name.values())
     template = "“{}”" if rule.name == "punctuation" else "{}"
     if ranked[0][1] >= 0.8 * total:
-        return template.format(ranked[0][0]), ranked[0][1] / total
+        return template.format(isolate(ranked[0][0])), ranked[0][1] / total
     if len(by_name) == 2:
-        return f"{template.format(ranked[0][0])} and {template.format(ranked[1][0])}", 1.0
+        first, second = (template.format(isolate(name)) for name, _ in ranked[:2])
+        return f"{first} and {second}", 1.0
     return HABITS[rule.name][1], 1.0
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from regard.view.data import PageInput
 from regard.view.page import BUDGET, page
+from regard.view.picture import Picture
 from regard.view.record import RecordLike
 
 # The frame is sandboxed: page and notebook exchange messages about the selected head, and nothing else.
@@ -44,17 +46,21 @@ def widget(
     tokens: Sequence[str],
     *,
     title: str = "",
+    subtitle: str = "",
     batch: int = 0,
     key_tokens: Sequence[str] | None = None,
     produced: Sequence[str] | None = None,
-    height: int = 760,
     budget: int = BUDGET,
+    picture: Picture | None = None,
+    other: PageInput | None = None,
+    notes: Sequence[str] = (),
+    height: int = 760,
 ) -> Any:
     """Return a widget with the page of `records`. Its attribute `head` is the selected (layer, head), as indexed in the
     overview; it can be read, observed and set.
 
     Args:
-        records, tokens, title, batch, key_tokens, produced, budget: as in `page`.
+        records, tokens, title, subtitle, batch, key_tokens, produced, budget, picture, other, notes: as in `page`.
         height: the height of the widget in pixels.
 
     Raises:
@@ -86,5 +92,8 @@ def widget(
         height = traitlets.Int().tag(sync=True)
         head = traitlets.List(traitlets.Int(), minlen=0, maxlen=2).tag(sync=True)
 
-    document = page(records, tokens, title=title, batch=batch, key_tokens=key_tokens, produced=produced, budget=budget)
+    document = page(
+        records, tokens, title=title, subtitle=subtitle, batch=batch, key_tokens=key_tokens, produced=produced,
+        budget=budget, picture=picture, other=other, notes=notes,
+    )  # fmt: skip
     return View(document=document, height=height)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from regard.version import __version__
 from regard.view.data import Data, PageInput
 from regard.view.picture import Picture
 from regard.view.record import RecordLike
@@ -33,6 +34,7 @@ def page(
     budget: int = BUDGET,
     picture: Picture | None = None,
     other: PageInput | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Return a self-contained HTML document that shows what every head of `records` attends to.
 
@@ -52,6 +54,8 @@ def page(
         budget: the size of the data in bytes.
         picture: for vision models, the picture whose patches are the last tokens of the keys.
         other: the attention of another model, or of the same model on another text; its heads follow under its name.
+        notes: sentences that a reader must know, for example that the end of the text was cut off. How many tokens are
+            unknown to the model, and whether the text is too short for patterns, is stated without them.
 
     Raises:
         ValueError: `records` is empty, or the tokens or the picture do not match them.
@@ -67,7 +71,7 @@ def page(
     """
     patches = None if picture is None else picture.describe(len(tokens if key_tokens is None else key_tokens))
     inputs = [PageInput(title or "first", records, tokens, key_tokens, produced), *([] if other is None else [other])]
-    return document(Data(inputs, batch), title, subtitle, budget, picture=patches)
+    return document(Data(inputs, batch), title, subtitle, budget, picture=patches, notes=notes)
 
 
 def document(
@@ -77,6 +81,7 @@ def document(
     budget: int = BUDGET,
     served: bool = False,
     picture: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the HTML document of `data`, with a picture as returned by `Picture.describe`. A `served` page fetches the
     details that it does not hold.
@@ -90,7 +95,15 @@ def document(
     >>> ["connect-src" in document(data, served=served) for served in (False, True)]
     [False, True]
     """
-    payload = {"title": title, "subtitle": subtitle, "served": served, "picture": picture, **data.to_json(budget)}
+    payload = {
+        "title": title,
+        "subtitle": subtitle,
+        "notes": [*notes, *data.remarks],
+        "version": __version__,
+        "served": served,
+        "picture": picture,
+        **data.to_json(budget),
+    }
     return _document(title or "Attention heads", payload, served)
 
 

@@ -6,10 +6,11 @@ named by a request.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -70,7 +71,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(data: Data, title: str = "", subtitle: str = "", port: int = 0, budget: int = _BUDGET) -> Iterator[str]:
+def serving(
+    data: Data,
+    title: str = "",
+    subtitle: str = "",
+    port: int = 0,
+    budget: int = _BUDGET,
+    notes: Sequence[str] = (),
+) -> Iterator[str]:
     """Serve a page of `data` on this machine while the block runs, and yield its address.
 
     Args:
@@ -78,9 +86,10 @@ def serving(data: Data, title: str = "", subtitle: str = "", port: int = 0, budg
         title, subtitle: the headings of the page.
         port: 0 selects a free port.
         budget: the size of the data in the page, in bytes; the details of other heads are fetched on demand.
+        notes: as in `page`.
 
     Raises:
-        OSError: the port is in use.
+        OSError: the port is in use, or may not be used.
 
     >>> import urllib.request
     >>> from regard.view.data import PageInput
@@ -92,7 +101,12 @@ def serving(data: Data, title: str = "", subtitle: str = "", port: int = 0, budg
     ...     urllib.request.urlopen(address + "head/0/1").status
     200
     """
-    server = _Server(port, data, document(data, title, subtitle, budget, served=True).encode("utf-8"))
+    page = document(data, title, subtitle, budget, served=True, notes=notes).encode("utf-8")
+    try:
+        server = _Server(port, data, page)
+    except OSError as error:
+        cause = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        raise OSError(f"port: {port} {cause}; expected another one, or 0 for any free port") from error
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

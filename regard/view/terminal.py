@@ -15,6 +15,7 @@ from torch import Tensor
 
 from regard.view.describe import HABITS, HeadDescription, describe_heads
 from regard.view.record import RecordLike, check, label, rows
+from regard.view.remarks import remarks
 from regard.view.token import Reading, read
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ _COLORS = {  # one color per pattern, from the palette of Okabe and Ito, which i
 # Shades from 0 to 1 with evenly rising lightness, so their order is visible with any kind of color vision.
 _SHADES = ("", "#1d2a4d", "#234077", "#2a5a9e", "#3a7cb8", "#5fa3c7", "#97c9d0", "#d9ecd4")
 _BARS = " ▁▂▃▄▅▆▇"
+_ISOLATES = str.maketrans("", "", "\u2068\u2069")  # see `isolate`; many terminals draw a box for them
 _ASCII = str.maketrans(
     dict(zip("←→↺⇤▪¶⤳≈∙∅·×“”─…", '<>o|#.^~*0-x""-~', strict=True))
     | {"≥": ">="}
@@ -104,14 +106,14 @@ def terminal(
             _Layer(label(record, side), record.kind, descriptions, side.key_text, received, entries.received_exact)
         )
     texts = [read(tokens)] + ([] if key_tokens is None else [read(key_tokens)])
-    return _Overview(layers, texts)
+    return _Overview(layers, texts, remarks(tokens, key_tokens))
 
 
 class _Overview:
     """Computes its layout when it is printed, since the width and the colors depend on the console."""
 
-    def __init__(self, layers: list[_Layer], texts: list[list[Reading]]) -> None:
-        self.layers, self.texts = layers, texts
+    def __init__(self, layers: list[_Layer], texts: list[list[Reading]], notes: list[str]) -> None:
+        self.layers, self.texts, self.notes = layers, texts, notes
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.text import Text
@@ -138,6 +140,8 @@ class _Overview:
             if not short:
                 yield from self._received(renderer)
         yield from renderer.legend({head.pattern for layer in self.layers for head in layer.descriptions})
+        for note in self.notes:
+            yield renderer.plain(note, "yellow")
 
     def _intro(self, heads: int) -> str:
         counts = {len(layer.descriptions) for layer in self.layers}
@@ -186,6 +190,7 @@ class _Renderer:
         return Text(self.encodable(text), style=style)
 
     def encodable(self, text: str) -> str:
+        text = text.translate(_ISOLATES)
         if not self.ascii:
             return text
         plain = text.replace(" → ", " -> ").translate(_ASCII)

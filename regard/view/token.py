@@ -19,6 +19,7 @@ _MARKER = re.compile(
     r"\[(?:CLS|SEP|PAD|BOS|EOS|START|END)\]|</?[sS]>|<\|[^<>|]+\|>"
     r"|<(?:pad|bos|eos|cls|sep|sos|go|start|end|start_of_\w+|end_of_\w+)>"
 )
+_UNKNOWN = re.compile(r"\[UNK\]|<\|?unk(?:nown)?\|?>", re.IGNORECASE)
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WHITE = {" ": "␣", "\n": "↵", "\r": "↵", "\t": "⇥", "\u00a0": "␣", "\u3000": "␣"}
 
@@ -79,6 +80,29 @@ def is_marker(token: str) -> bool:
     (True, False)
     """
     return _MARKER.fullmatch(token) is not None
+
+
+@lru_cache(1 << 16)
+def isolate(text: str) -> str:
+    """Return a text for use within a sentence: one that is written from right to left is enclosed in the characters FSI
+    and PDI, so that it does not reorder the words around it.
+
+    Source: Unicode Standard Annex 9, section 2.4.2.
+
+    >>> isolate("cat"), isolate("قط") == "\u2068قط\u2069"
+    ('cat', True)
+    """
+    is_from_right = any(unicodedata.bidirectional(c) in ("R", "AL") for c in text)
+    return f"\u2068{text}\u2069" if is_from_right else text
+
+
+def is_unknown(token: str) -> bool:
+    """Return whether a token stands for text that is not in the vocabulary.
+
+    >>> is_unknown("[UNK]"), is_unknown("▁<unk>"), is_unknown("unknown")
+    (True, True, False)
+    """
+    return _UNKNOWN.fullmatch(token.removeprefix("▁")) is not None
 
 
 @lru_cache(1 << 16)

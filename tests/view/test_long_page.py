@@ -216,8 +216,9 @@ def test_compare_shows_two_heads(opened: Opener) -> None:
     assert [name.split(":")[0] for name in names] == ["layer 0, head 1", "layer 1, head 2"]
     for place in ("#beside", "#matrix"):
         assert tab.locator(f"{place} canvas").is_visible()
-    box = tab.locator("#beside canvas").bounding_box()
-    tab.mouse.move(box["x"] + box["width"] - 4, box["y"] + box["height"] - 4)
+    canvas = tab.locator("#beside canvas")
+    box = canvas.bounding_box()
+    canvas.hover(position={"x": box["width"] - 4, "y": box["height"] - 4})
     weights = [random_weights(1, 3, 12, 12, seed=n)[0, head, 11, 11] for n, head in ((0, 1), (1, 2))]
     for place, weight in zip(("#beside", "#matrix"), weights, strict=True):
         assert tab.locator(f"{place} .tip").text_content().endswith(f"{float(weight):.3f}")

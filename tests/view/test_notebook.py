@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from support.page import TOKENS
 from support.records import make_record, random_weights
 
 from regard.view.notebook import widget
+from regard.view.page import page
 
 RECORDS = [make_record(random_weights(1, 3, 12, 12, seed=n), n) for n in range(2)]
 HOST = """<!doctype html><body><div id="out"></div><script type="module">
@@ -72,3 +74,10 @@ def test_widget_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "anywidget", None)
     with pytest.raises(ImportError, match=r"pip install 'regard\[notebook\]'"):
         widget(RECORDS, TOKENS)
+
+
+def test_widget_has_the_arguments_of_page() -> None:
+    names = [name for name in inspect.signature(widget).parameters if name != "height"]
+    assert names == list(inspect.signature(page).parameters)
+    settings = {"title": "a title", "subtitle": "a subtitle", "key_tokens": TOKENS, "notes": ["a note"]}
+    assert widget(RECORDS, TOKENS, **settings).document == page(RECORDS, TOKENS, **settings)

@@ -166,7 +166,7 @@ def test_head_selection_by_mouse_and_keys(opened: Opener) -> None:
 
 def test_arrow_keys_move_over_tokens_and_cells(opened: Opener) -> None:
     tab = opened(page([make_record(FULL[0])], TOKENS), at="#0.2")
-    tab.locator("#facts .link").focus()
+    tab.locator("#markers").focus()
     tab.keyboard.press("Tab")
     for key in ("ArrowDown", "ArrowDown", "ArrowDown"):
         tab.keyboard.press(key)

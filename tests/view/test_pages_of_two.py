@@ -41,4 +41,4 @@ def test_one_model_has_two_texts(opened: Opener) -> None:
         abs(float(a) - b) < 6e-4
         for a, b in zip(shown, random_weights(1, 2, 7, 7, seed=5)[0, 1, 3].tolist(), strict=True)
     )
-    assert "Not part of" in tab.locator(".flow-note").first.text_content()
+    assert "Not used by" in tab.locator(".flow-note").first.text_content()

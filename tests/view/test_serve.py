@@ -100,3 +100,11 @@ def test_serve_command_serves_a_saved_recording(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_port_in_use_is_named(port: int) -> None:
+    with (
+        pytest.raises(OSError, match=f"port: {port} is in use; expected another one, or 0 for any free port"),
+        serving(Data([PageInput("served", RECORDS, TOKENS)]), port=port),
+    ):
+        pass

@@ -24,6 +24,8 @@ class Record:
     >>> record = recording[0]
     >>> record.kind, record.heads, record.queries, record.keys
     ('self', 4, 3, 3)
+    >>> record
+    Record('', layer 0, call 0, self: 4 heads, 3 queries x 3 keys, top 2)
     >>> bool(torch.allclose(record.top.weights.sum(-1) + record.missing, torch.ones(1, 4, 3)))
     True
     """
@@ -40,6 +42,10 @@ class Record:
     received: Tensor | None  # the sum of the weights that each key receives (B, H, S)
     entropy: Tensor | None  # of each row, in nats (B, H, L)
     rows: Tensor | None  # the full weights of the rows asked for (B, H, R, S)
+
+    def __repr__(self) -> str:
+        shape = f"{self.heads} heads, {self.queries} queries x {self.keys} keys, top {self.top.keys.shape[-1]}"
+        return f"Record({self.name!r}, layer {self.layer}, call {self.call}, {self.kind}: {shape})"
 
     @property
     def causal(self) -> bool:

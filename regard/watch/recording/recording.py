@@ -22,6 +22,7 @@ class Recording(Sequence[Record]):
         key_tokens: the tokens of the keys of cross-attention, if known.
         produced: for a decoder that generates text, the token that is produced at the position of each of `tokens`. Queries
             of cross-attention are named by it. All three are saved and exported with the records.
+        notes: sentences that a reader must know, such as that the end of the text was cut off; saved with the records.
 
     >>> model = nn.MultiheadAttention(16, 4, batch_first=True)
     >>> with regard.watch(model, top=2) as recording:
@@ -37,6 +38,7 @@ class Recording(Sequence[Record]):
     tokens: list[str] | None = None
     key_tokens: list[str] | None = None
     produced: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -57,15 +59,15 @@ class Recording(Sequence[Record]):
         The steps of generation with a key/value cache become one record, as if the text had been read in a single call.
         Joined records have no `rows`.
         """
-        return Recording(join(self.records), *self._texts)
+        return Recording(join(self.records), *self._texts, self.notes)
 
     def text(self, n: int) -> Recording:
         """Return the recording of sequence n of the batch, cut to its own length (see `Record.text`)."""
-        return Recording([record.text(n) for record in self.records], *self._texts)
+        return Recording([record.text(n) for record in self.records], *self._texts, self.notes)
 
     def save(self, path: str | Path) -> None:
         """Write the recording to a safetensors file, in the format documented in `regard.watch.recording.store`."""
-        store.write(path, self.records, *self._texts)
+        store.write(path, self.records, *self._texts, self.notes)
 
     @staticmethod
     def load(path: str | Path) -> Recording:

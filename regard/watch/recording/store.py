@@ -2,7 +2,7 @@
 
 Version 1 of the format. The header's metadata holds `format` ("regard.watch"), `version` ("1") and `content`, JSON of
 
-    {"tokens": [...] or null, "key_tokens": [...] or null, "produced": [...] or null,
+    {"tokens": [...] or null, "key_tokens": [...] or null, "produced": [...] or null, "notes": [...],
      "records": [{"name", "layer", "call", "kind", "heads", "queries", "keys"}, ...]}
 
 and the file holds, for record n, the tensors `n.top.weights` and `n.top.keys` (B, H, L, k), `n.max` (B, H, L) and,
@@ -44,6 +44,7 @@ def write(
     tokens: Tokens = None,
     key_tokens: Tokens = None,
     produced: Tokens = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Write records and their tokens to a file."""
     safetensors = _import_safetensors()
@@ -55,13 +56,13 @@ def write(
                 tensor = tensor.to(torch.int32) if name == "top.keys" else tensor
                 tensors[f"{n}.{name}"] = tensor.detach().cpu().contiguous()
     entries = [{key: getattr(record, key) for key in ("name", *_INTEGERS, "kind")} for record in records]
-    content = {**named_texts(tokens, key_tokens, produced), "records": entries}
+    content = {**named_texts(tokens, key_tokens, produced), "notes": list(notes), "records": entries}
     metadata = {"format": FORMAT, "version": VERSION, "content": json.dumps(content)}
     write_atomically(Path(path), lambda part: safetensors.torch.save_file(tensors, str(part), metadata))
 
 
-def read(path: str | Path) -> tuple[list[Record], list[str] | None, list[str] | None, list[str] | None]:
-    """Read a file that `write` wrote: records, tokens, key tokens and produced tokens.
+def read(path: str | Path) -> tuple[list[Record], list[str] | None, list[str] | None, list[str] | None, list[str]]:
+    """Read a file that `write` wrote: records, tokens, key tokens, produced tokens and notes.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -91,7 +92,8 @@ def read(path: str | Path) -> tuple[list[Record], list[str] | None, list[str] | 
     records = [_parse_record(f"{path}: record {n}", n, entry, tensors) for n, entry in enumerate(content["records"])]
     if tensors:
         raise ValueError(f"{path}: {sorted(tensors)[0]!r} belongs to no record")
-    return records, tokens, key_tokens, produced
+    notes = _parse_tokens(path, content, "notes") or []  # missing in files of 0.1
+    return records, tokens, key_tokens, produced, notes
 
 
 def _import_safetensors() -> Any:
