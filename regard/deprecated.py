@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# By module: the old name, and the new one in the same module.
+# By module: the old name, and the new one, in the same module or with its path.
 NAMES: dict[str, dict[str, str]] = {
     "regard": {"Seen": "AttentionSummary", "chosen": "record_backends"},
     "regard.components.summary": {"Seen": "AttentionSummary"},
@@ -25,7 +25,12 @@ NAMES: dict[str, dict[str, str]] = {
     "regard.apps.look": {"Looked": "LookResult"},
     "regard.tasks.batch": {"deal": "make_batches"},
     "regard.tasks.classify": {"Encoded": "EncodedText", "Settings": "ClassifySettings"},
-    "regard.tasks.data": {"Labelled": "Labeled", "Place": "Location", "read_labelled": "read_labeled"},
+    "regard.tasks.data": {
+        "Labelled": "Labeled",
+        "Place": "Location",
+        "read_labelled": "read_labeled",
+        "split": "regard.tasks.split.split",
+    },
     "regard.tasks.tag": {"Encoded": "EncodedSentence", "Settings": "TagSettings"},
     "regard.tasks.task": {"Tell": "ProgressCallback", "quiet": "ignore_progress"},
     "regard.tasks.translate": {"Encoded": "EncodedPair", "Settings": "TranslateSettings"},
@@ -53,9 +58,15 @@ def getter(module: str) -> Callable[[str], Any]:
         if new is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         _warn(f"{module}.{name} is now called {new}", 3)
-        return getattr(sys.modules[module], new)
+        return resolve(module, new)
 
     return get
+
+
+def resolve(module: str, new: str) -> Any:
+    """Return the object of a new name in `NAMES`."""
+    owner, _, attribute = new.rpartition(".")
+    return getattr(importlib.import_module(owner or module), attribute)
 
 
 def method(owner: str, old: str) -> Callable[..., Any]:

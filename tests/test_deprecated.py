@@ -42,7 +42,7 @@ def warned(call: Callable[[], Any], *parts: str) -> Any:
 @pytest.mark.parametrize(("module", "old", "new"), NAMES, ids=[f"{module}.{old}" for module, old, _ in NAMES])
 def test_deprecated_names(module: str, old: str, new: str) -> None:
     loaded = importlib.import_module(module)
-    assert warned(lambda: getattr(loaded, old), f"{module}.{old}", new) is getattr(loaded, new)
+    assert warned(lambda: getattr(loaded, old), f"{module}.{old}", new) is deprecated.resolve(module, new)
     assert old not in getattr(loaded, "__all__", ())
 
 
@@ -119,7 +119,7 @@ def test_new_names_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for module, _, new in NAMES:
-            getattr(importlib.import_module(module), new)
+            deprecated.resolve(module, new)
         for owner, old, new in METHODS:
             getattr(INSTANCES[owner](), new)(*ARGUMENTS[owner, old])
         regard.attention(x, x, x, backend="sdpa")

@@ -17,9 +17,9 @@ from torch import Tensor
 from regard.attention import attention
 from regard.components import normalizer
 from regard.components.summary import Summary
-from regard.tasks.data import split
 from regard.tasks.fit import Start
 from regard.tasks.pronounce import pronunciations
+from regard.tasks.split import split
 from regard.tasks.train import Epoch, Step, Training, train
 from regard.tasks.translate import Translate, TranslateSettings
 

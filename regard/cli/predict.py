@@ -32,7 +32,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
 ) -> None:
     """Predict with a trained model, and show its attention."""
-    from regard.tasks.data import read_lines
+    from regard.tasks.lines import read_lines
     from regard.tasks.open import open_task
 
     task = open_task(folder)

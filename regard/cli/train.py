@@ -140,8 +140,8 @@ def train(
     ] = None,
 ) -> None:
     """Train a model on files, and save the best epoch. The same command resumes an interrupted run."""
-    from regard.tasks.data import split
     from regard.tasks.presets import PRESETS
+    from regard.tasks.split import split
     from regard.tasks.train import train as run
 
     preset = PRESETS[task.value]
@@ -168,13 +168,15 @@ def train(
         if dev:
             dev_examples = list(preset.read(dev))
         else:
-            examples, dev_examples = split(examples, [0.05])
+            examples, dev_examples = preset.task.hold_out(examples, 0.05)
     elif preset.built_in is None:
         raise ValueError(f"DATA: is missing; expected at least one file of examples for {task.value}")
     else:
         examples, dev_examples, test = split(list(preset.built_in()), [0.05, 0.05])
     with TrainingDisplay() as display:
         display.print(f"{len(examples):,} training examples, {len(dev_examples):,} dev examples; {model} model")
+        for remark in preset.task.remarks(examples, dev_examples):
+            display.print(Text(remark, style="yellow"))
         limit = math.inf if minutes is None else 60 * minutes
         try:
             trained, history = run(
@@ -242,7 +244,7 @@ class TrainingDisplay:
     def __exit__(self, *error: Any) -> None:
         self.bar.__exit__(*error)
 
-    def print(self, text: str) -> None:
+    def print(self, text: str | Text) -> None:
         """Print a line above the bar."""
         self.bar.console.print(text)
 

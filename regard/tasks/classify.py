@@ -14,7 +14,10 @@ from regard import deprecated
 from regard.components.summary import Summary
 from regard.models.classifier import Classifier
 from regard.tasks.batch import make_batches
-from regard.tasks.data import DataError, Labeled
+from regard.tasks.data import Labeled
+from regard.tasks.labels import check_variety, expect_known, index_labels, normalize_label, quote, remark_on_labels
+from regard.tasks.lines import DataError
+from regard.tasks.split import split_by_label
 from regard.tasks.tag import TagSettings
 from regard.tasks.task import ProgressCallback, Task, ignore_progress, most_frequent
 from regard.tasks.tokens import Tokens
@@ -52,7 +55,8 @@ class Classify(Task):
 
     >>> import pathlib
     >>> from regard.tasks.classify import Classify, ClassifySettings
-    >>> from regard.tasks.data import Labeled, Location
+    >>> from regard.tasks.data import Labeled
+    >>> from regard.tasks.lines import Location
     >>> reviews = [Labeled("A good film.", "+", Location(pathlib.Path("reviews.tsv"), 1))]
     >>> task = Classify.begin(ClassifySettings(width=16, heads=2), reviews)
     >>> task.encode(reviews)
@@ -75,6 +79,22 @@ class Classify(Task):
         return most_frequent(example.label for example in examples)
 
     @classmethod
+    def check(cls, examples: Sequence[Labeled]) -> None:
+        """Raise a DataError unless there are two labels."""
+        super().check(examples)
+        check_variety([example.label for example in examples], "label", "example")
+
+    @classmethod
+    def hold_out(cls, examples: Sequence[Labeled], share: float, seed: int = 0) -> list[list[Labeled]]:
+        """Split examples into training and dev examples, in which each label has the same fraction."""
+        return split_by_label(examples, [example.label for example in examples], share, seed)
+
+    @classmethod
+    def remarks(cls, examples: Sequence[Labeled], dev: Sequence[Labeled]) -> list[str]:
+        """Return remarks on rare and misspelled labels, and on dev examples that are training examples."""
+        return [*remark_on_labels([example.label for example in examples]), *super().remarks(examples, dev)]
+
+    @classmethod
     def learn_tokens(
         cls, settings: ClassifySettings, examples: Sequence[Labeled]
     ) -> tuple[dict[str, Tokens], list[str]]:
@@ -89,13 +109,14 @@ class Classify(Task):
 
     def encode(self, examples: Sequence[Labeled]) -> list[EncodedText]:
         """Split texts into words, and convert labels to indices."""
-        index = {label: i for i, label in enumerate(self.labels)}
-        for example in examples:
-            if example.label not in index:
-                known = ", ".join(map(repr, self.labels))
-                raise DataError(
-                    f"{example.place}: label is {example.label!r}; expected one of those in the training data: {known}"
-                )
+        index = index_labels(self.labels)
+        unknown = list(dict.fromkeys(example.label for example in examples if example.label not in index))
+        if unknown:
+            example = next(example for example in examples if example.label == unknown[0])
+            swap = "; are the columns swapped?" if normalize_label(example.text) in index else ""
+            raise DataError(
+                f"{example.place}: label is {quote(example.label)}; {expect_known(self.labels, unknown[1:])}{swap}"
+            )
         return [EncodedText(words_of(example.text) or ["_"], index[example.label]) for example in examples]
 
     def size(self, encoded: EncodedText) -> int:
@@ -112,7 +133,7 @@ class Classify(Task):
         """Return the accuracy and the macro-averaged F1 score, in percent."""
         self.model.eval()
         encoded = self.encode(examples)
-        confusion = torch.zeros(len(self.labels), len(self.labels))  # [true label, predicted label]
+        confusion = torch.zeros(len(self.labels), len(self.labels), dtype=torch.long)  # [true label, predicted label]
         done = 0
         for batch in make_batches([self.size(text) for text in encoded], _BATCH):
             predicted = self.model(spell([encoded[i].words for i in batch], self.tokens)).argmax(-1)
@@ -122,7 +143,7 @@ class Classify(Task):
             tell(done, len(encoded))
         correct, actual, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
         f1 = (2 * correct / (actual + predicted).clamp(min=1))[(actual + predicted) > 0]
-        accuracy = 100.0 * float(correct.sum() / confusion.sum().clamp(min=1))
+        accuracy = 100.0 * int(correct.sum()) / max(len(encoded), 1)
         return {"accuracy": accuracy, "F1": 100.0 * float(f1.mean())}
 
     @torch.no_grad()

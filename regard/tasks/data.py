@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-import torch
+from typing import NamedTuple
 
 from regard import deprecated
+from regard.tasks.labels import describe_swap, normalize_label
+from regard.tasks.lines import DataError, Location, read_lines
 
-E = TypeVar("E")
-
-# A first line whose last column is one of these is a header.
-_HEADERS = ("label", "target")
-
-
-class Location(NamedTuple):
-    """The file and line of an example."""
-
-    file: Path
-    line: int  # from 1
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}"
-
-
-class DataError(ValueError):
-    """A file has invalid contents; the message says where and why."""
+# A first line is a header if its second column is one of these,
+_HEADERS = {"label", "labels", "target"}
+# or if each column is one of these, without regard to case and quotes.
+_TEXT_NAMES = {
+    "text", "texts", "sentence", "sentences", "review", "document", "comment", "tweet", "message", "title", "headline",
+    "body", "content", "description", "question", "utterance", "phrase", "query", "input", "x", "source", "src", "word",
+}  # fmt: skip
+_LABEL_NAMES = {
+    "class", "classes", "category", "sentiment", "polarity", "emotion", "intent", "topic", "tag", "genre", "language",
+    "rating", "stars", "score", "y", "gold", "output", "tgt", "translation", "pronunciation", "is_spam", "spam", "toxic",
+}  # fmt: skip
+_LANGUAGES = {
+    "arabic", "chinese", "czech", "danish", "dutch", "english", "finnish", "french", "german", "greek", "hebrew",
+    "hindi", "hungarian", "italian", "japanese", "korean", "norwegian", "polish", "portuguese", "romanian", "russian",
+    "spanish", "swedish", "turkish", "ukrainian", "vietnamese", "ar", "zh", "cs", "da", "nl", "en", "fi", "fr", "de", "el",
+    "he", "hi", "hu", "it", "ja", "ko", "pl", "pt", "ro", "ru", "es", "sv", "tr", "uk", "vi",
+}  # fmt: skip
 
 
 class Pair(NamedTuple):
@@ -56,27 +53,6 @@ class Labeled(NamedTuple):
     place: Location
 
 
-def read_lines(path: Path) -> Iterator[tuple[Location, str]]:
-    """Yield the lines of a UTF-8 file and their locations. The file is gzipped if its name ends in .gz."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: is not a complete gzip file ({error})") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if not raw.strip():
-        raise DataError(f"{path}: is empty")
-    # Split at line feeds only: other Unicode line separators occur within sentences.
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n"), 1):
-        place = Location(path, number)
-        try:
-            yield place, line.decode().rstrip("\r")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{place}: byte {error.start + 1}, 0x{line[error.start]:02x}, is not UTF-8; save the file as UTF-8"
-            ) from error
-
-
 def read_pairs(paths: Sequence[Path]) -> list[Pair]:
     """Read pairs of sequences from one file with two tab-separated columns, or from two files with parallel lines."""
     if len(paths) == 1:
@@ -101,22 +77,30 @@ def read_pairs(paths: Sequence[Path]) -> list[Pair]:
 
 
 def read_labeled(paths: Sequence[Path]) -> list[Labeled]:
-    """Read texts and labels from files with two tab-separated columns."""
-    return [
-        Labeled(text, label, place) for path in paths for place, text, label in _read_columns(path, "text, tab, label")
+    """Read texts and labels from files with two tab-separated columns. Labels are in Unicode normalization form C."""
+    examples = [
+        Labeled(text, normalize_label(label), place)
+        for path in paths
+        for place, text, label in _read_columns(path, "text, tab, label")
     ]
+    swap = describe_swap([example.text for example in examples], [example.label for example in examples])
+    if swap is not None:
+        raise DataError(f"{', '.join(map(str, paths))}: {swap}")
+    return examples
 
 
 def _read_columns(path: Path, columns: str) -> Iterator[tuple[Location, str, str]]:
-    """Yield the lines of a file with two columns. A first line whose second column is "label" or "target" is a header."""
+    """Yield the lines of a file with two columns, except a header in the first line."""
     is_empty = True
     for place, line in read_lines(path):
         parts = [part.strip() for part in line.split("\t")]
         if parts == [""]:
             continue
         if len(parts) != 2:
-            raise DataError(f"{place}: has {len(parts)} column{'s' * (len(parts) != 1)}; expected two: {columns}")
-        if place.line == 1 and parts[1].lower() in _HEADERS:
+            cause = f"{place}: has {len(parts)} column{'s' * (len(parts) != 1)}; expected two: {columns}"
+            commas = len(parts) == 1 and any(mark in line for mark in ",;")
+            raise DataError(f"{cause} (columns are separated by tabs, not by commas)" if commas else cause)
+        if place.line == 1 and _is_header(*parts):
             continue
         for part, name in zip(parts, ("first", "second"), strict=True):
             if not part:
@@ -125,6 +109,14 @@ def _read_columns(path: Path, columns: str) -> Iterator[tuple[Location, str, str
         yield place, parts[0], parts[1]
     if is_empty:
         raise DataError(f"{path}: has no examples, only a header")
+
+
+def _is_header(first: str, second: str) -> bool:
+    """Return whether these are the names of two columns, and no example."""
+    first, second = (name.lstrip("#").strip(" \"'").casefold() for name in (first, second))
+    if second in _HEADERS or (first in _TEXT_NAMES and second in _LABEL_NAMES):
+        return True
+    return first in _LANGUAGES and second in _LANGUAGES and first != second
 
 
 def read_tagged(paths: Sequence[Path]) -> list[Tagged]:
@@ -141,15 +133,20 @@ def read_tagged(paths: Sequence[Path]) -> list[Tagged]:
             except (conllu.exceptions.ParseException, ValueError) as error:
                 cause = str(error).strip().splitlines()[0] if str(error).strip() else "it has no words"
                 raise DataError(f"{place}: the sentence that starts here is not valid CoNLL-U ({cause})") from error
-            # IDs that are not integers: ranges of multiword tokens, and empty nodes.
-            rows = [row for row in sentence if isinstance(row["id"], int)]
-            for row in rows:
-                if row.get("upos") in (None, "_"):
-                    raise DataError(
-                        f"{place}: {row['form']!r}, in the sentence that starts here, has no tag (column 4, UPOS)"
-                    )
-            if rows:
-                sentences.append(Tagged([row["form"] for row in rows], [row["upos"] for row in rows], place))
+            words, tags = [], []
+            numbers = [place.line + i for i, line in enumerate(lines) if not line.startswith("#")]
+            for number, row in zip(numbers, sentence, strict=True):
+                if not isinstance(row["id"], int):
+                    continue  # the range of a multiword token, or an empty node
+                form, tag = (row.get(name) or "" for name in ("form", "upos"))
+                if not form.strip():
+                    raise DataError(f"{place.file}, line {number}: has no word (column 2, FORM)")
+                if tag.strip() in ("", "_"):
+                    raise DataError(f"{place.file}, line {number}: {form!r} has no tag (column 4, UPOS)")
+                words.append(form)
+                tags.append(normalize_label(tag))
+            if words:
+                sentences.append(Tagged(words, tags, place))
     return sentences
 
 
@@ -165,26 +162,6 @@ def _read_blocks(path: Path) -> Iterator[tuple[Location, list[str]]]:
             if any(not line.startswith("#") for line in block):
                 yield start, block
             block = []
-
-
-def split(examples: Sequence[E], shares: Sequence[float], seed: int = 0) -> list[list[E]]:
-    """Split examples at random into the remainder, and parts with these fractions of the examples.
-
-    >>> from regard.tasks.data import split
-    >>> rest, dev = split(list(range(10)), [0.2])
-    >>> len(rest), len(dev), sorted(rest + dev) == list(range(10))
-    (8, 2, True)
-    """
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    parts, start = [], 0
-    for share in shares:
-        count = max(1, round(share * len(examples)))
-        parts.append([examples[i] for i in order[start : start + count]])
-        start += count
-    rest = [examples[i] for i in order[start:]]
-    if not rest:
-        raise DataError(f"got {len(examples)} examples, too few to hold some out; expected more, or dev examples")
-    return [rest, *parts]
 
 
 __getattr__ = deprecated.getter("regard.tasks.data")

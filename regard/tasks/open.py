@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regard.tasks.classify import Classify
-from regard.tasks.data import DataError
+from regard.tasks.lines import DataError
 from regard.tasks.tag import Tag
 from regard.tasks.task import CONFIG, Task
 from regard.tasks.translate import Translate

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from regard.tasks.data import Location, Pair
+from regard.tasks.data import Pair
+from regard.tasks.lines import Location
 
 
 def pronunciations() -> list[Pair]:

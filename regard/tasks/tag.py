@@ -14,7 +14,10 @@ from regard import check, deprecated
 from regard.models.sentence_encoder import KINDS
 from regard.models.tagger import Tagger
 from regard.tasks.batch import make_batches
-from regard.tasks.data import DataError, Tagged
+from regard.tasks.data import Tagged
+from regard.tasks.labels import check_variety, expect_known, index_labels, quote
+from regard.tasks.lines import DataError
+from regard.tasks.split import return_unknown
 from regard.tasks.task import ProgressCallback, Task, ignore_progress, most_frequent
 from regard.tasks.tokens import Tokens
 from regard.tasks.words import learn_tokens, spell, words_of
@@ -64,7 +67,8 @@ class Tag(Task):
     """A sequence labeling model and its vocabularies.
 
     >>> import pathlib
-    >>> from regard.tasks.data import Location, Tagged
+    >>> from regard.tasks.data import Tagged
+    >>> from regard.tasks.lines import Location
     >>> from regard.tasks.tag import Tag, TagSettings
     >>> sentences = [Tagged(["I", "see"], ["PRON", "VERB"], Location(pathlib.Path("train.conllu"), 1))]
     >>> task = Tag.begin(TagSettings(width=16, heads=2), sentences)
@@ -93,6 +97,18 @@ class Tag(Task):
         return most_frequent(tag for example in examples for tag in example.tags)
 
     @classmethod
+    def check(cls, examples: Sequence[Tagged]) -> None:
+        """Raise a DataError unless there are two tags."""
+        super().check(examples)
+        check_variety([tag for example in examples for tag in example.tags], "tag", "word")
+
+    @classmethod
+    def hold_out(cls, examples: Sequence[Tagged], share: float, seed: int = 0) -> list[list[Tagged]]:
+        """Split examples into training and dev examples, whose tags all occur in training."""
+        rest, dev = super().hold_out(examples, share, seed)
+        return return_unknown(rest, dev, lambda example: example.tags)
+
+    @classmethod
     def learn_tokens(cls, settings: TagSettings, examples: Sequence[Tagged]) -> tuple[dict[str, Tokens], list[str]]:
         """Return the vocabularies of words and letters, and the tags."""
         tokens = learn_tokens((example.words for example in examples), settings.vocabulary, lowercase=False)
@@ -105,14 +121,14 @@ class Tag(Task):
 
     def encode(self, examples: Sequence[Tagged]) -> list[EncodedSentence]:
         """Convert tags to indices."""
-        index = {label: i for i, label in enumerate(self.labels)}
-        for example in examples:
-            for word, tag in zip(example.words, example.tags, strict=True):
-                if tag not in index:
-                    known = ", ".join(self.labels)
-                    raise DataError(
-                        f"{example.place}: tag of {word!r} is {tag!r}; expected one of those in the training data: {known}"
-                    )
+        index = index_labels(self.labels)
+        tags = dict.fromkeys(tag for example in examples for tag in example.tags)
+        unknown = [tag for tag in tags if tag not in index]
+        if unknown:
+            example = next(example for example in examples if unknown[0] in example.tags)
+            word = example.words[example.tags.index(unknown[0])]
+            expected = expect_known(self.labels, unknown[1:])
+            raise DataError(f"{example.place}: tag of {quote(word)} is {quote(unknown[0])}; {expected}")
         return [EncodedSentence(example.words, [index[tag] for tag in example.tags]) for example in examples]
 
     def size(self, encoded: EncodedSentence) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from regard import deprecated
 from regard.files import write_atomically
-from regard.tasks.data import DataError
+from regard.tasks.lines import DataError
+from regard.tasks.split import remark_on_overlap, split
 from regard.tasks.tokens import Tokens
 from regard.version import __version__
 
@@ -88,6 +89,22 @@ class Task(ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(settings, tokens, labels)
+
+    @classmethod
+    def check(cls, examples: Sequence[Any]) -> None:
+        """Raise a DataError if nothing can be learned from the training examples."""
+        if not examples:
+            raise DataError("got no training examples; expected at least one")
+
+    @classmethod
+    def hold_out(cls, examples: Sequence[Any], share: float, seed: int = 0) -> list[list[Any]]:
+        """Split examples into training examples and a fraction of dev examples, whose labels all occur in training."""
+        return split(examples, [share], seed)
+
+    @classmethod
+    def remarks(cls, examples: Sequence[Any], dev: Sequence[Any]) -> list[str]:
+        """Return what a user must know of training and dev examples to judge the metrics, one line each."""
+        return remark_on_overlap(examples, dev)
 
     @property
     def attends_to_words(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from regard.tasks.data import DataError
+from regard.tasks.lines import DataError
 
 # IDs of the special tokens of every vocabulary.
 PAD, UNKNOWN, START, END = range(4)

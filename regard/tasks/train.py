@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from regard import check
 from regard.files import write_atomically
 from regard.tasks.batch import make_batches
-from regard.tasks.data import DataError
 from regard.tasks.fit import Start, fit_to_data
+from regard.tasks.lines import DataError
 from regard.tasks.task import CONFIG, Task
 from regard.tasks.workers import Workers
 
@@ -139,7 +139,8 @@ def train(
 
     >>> import pathlib, tempfile
     >>> from regard.tasks.classify import Classify, ClassifySettings
-    >>> from regard.tasks.data import Labeled, Location
+    >>> from regard.tasks.data import Labeled
+    >>> from regard.tasks.lines import Location
     >>> from regard.tasks.train import Training, train
     >>> location = Location(pathlib.Path("reviews.tsv"), 1)
     >>> reviews = [Labeled(f"a {word} film", label, location) for word, label in [("good", "+"), ("bad", "-")] * 20]
@@ -155,9 +156,11 @@ def train(
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"training needs the package {package}: pip install 'regard[tasks]'")
     start = time.monotonic()
+    kind.check(examples)
     _check_out(out)
     task: Task = kind.begin(settings, examples, training.seed)
     encoded = task.encode(examples)
+    task.encode(dev)  # raises for unknown labels, which `evaluate` would find after the first epoch
     sizes = [task.size(example) for example in encoded]
     if fixed is not None:
         training = fit_to_data(training, sizes, fixed)

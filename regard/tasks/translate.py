@@ -80,7 +80,8 @@ class Translate(Task):
     """A sequence-to-sequence model and its vocabularies.
 
     >>> import pathlib
-    >>> from regard.tasks.data import Location, Pair
+    >>> from regard.tasks.data import Pair
+    >>> from regard.tasks.lines import Location
     >>> from regard.tasks.translate import Translate, TranslateSettings
     >>> pairs = [Pair("cab", "K AE B", Location(pathlib.Path("words.tsv"), 1))]
     >>> settings = TranslateSettings(model="recurrent", units="symbols", width=16, hidden=16, layers=1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from regard.tasks.data import Labeled, Location, Pair, Tagged
+from regard.tasks.data import Labeled, Pair, Tagged
+from regard.tasks.lines import Location
 
 NOWHERE = Location(Path("made"), 1)
 

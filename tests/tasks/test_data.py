@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from regard.tasks.data import DataError, Labeled, Location, Pair, Tagged, read_labeled, read_pairs, read_tagged
+from regard.tasks.data import Labeled, Pair, Tagged, read_labeled, read_pairs, read_tagged
+from regard.tasks.lines import DataError, Location
 
 
 @pytest.fixture
@@ -88,9 +89,6 @@ def test_errors_name_location_and_cause(write: Write, tmp_path: Path) -> None:
     assert _message(read_labeled, write("c.tsv", "a\t \n")) == (
         "c.tsv, line 1: the second column is empty; expected text, tab, label"
     )
-    assert _message(read_pairs, write("l.tsv", "a\tb\nsch\xf6n\tc\n".encode("latin-1"))) == (
-        "l.tsv, line 2: byte 4, 0xf6, is not UTF-8; save the file as UTF-8"
-    )
     assert _message(read_pairs, write("a", "1\n2\n"), write("b", "1\n")) == (
         "a has 2 lines, but b has 1; expected equal numbers"
     )
@@ -100,15 +98,67 @@ def test_errors_name_location_and_cause(write: Write, tmp_path: Path) -> None:
     assert _message(read_pairs, *[write("a", "1\n")] * 3) == (
         "got 3 files; expected one with two columns, or two with parallel lines"
     )
-    assert _message(read_pairs, write("g.tsv", "a\tb\n").rename(tmp_path / "g.gz")) == (
-        "g.gz: is not a complete gzip file (Not a gzipped file (b'a\\t'))"
-    )
-    short = tmp_path / "t.gz"
-    short.write_bytes(gzip.compress(b"a\tb\n" * 99)[:-9])
-    assert _message(read_pairs, short).startswith("t.gz: is not a complete gzip file (")
     assert _message(read_tagged, write("u.conllu", "1\ta\ta\t_\t_\t_\t0\troot\t_\t_\n")) == (
-        "u.conllu, line 1: 'a', in the sentence that starts here, has no tag (column 4, UPOS)"
+        "u.conllu, line 1: 'a' has no tag (column 4, UPOS)"
     )
     assert _message(read_tagged, write("u.conllu", "\n\n1 a DET\nx\n")).startswith(
         "u.conllu, line 3: the sentence that starts here is not valid CoNLL-U ("
     )
+
+
+def test_words_and_tags_that_are_absent_are_named_by_their_line(write: Write) -> None:
+    """Also after comments, multiword tokens and empty nodes."""
+    lines = CONLLU.splitlines()
+    assert lines[8].startswith("3\tmar")
+    for number, old, new, cause in (
+        (9, "NOUN", "_", "'mar' has no tag (column 4, UPOS)"),
+        (9, "NOUN", "", "'mar' has no tag (column 4, UPOS)"),
+        (9, "NOUN", " ", "'mar' has no tag (column 4, UPOS)"),
+        (7, "\tnos\t", "\t\t", "has no word (column 2, FORM)"),
+        (12, "\tSí\t", "\t \t", "has no word (column 2, FORM)"),
+    ):
+        changed = [*lines[: number - 1], lines[number - 1].replace(old, new, 1), *lines[number:]]
+        assert changed != lines
+        path = write("u.conllu", "\n".join(changed) + "\n")
+        assert _message(read_tagged, path) == f"u.conllu, line {number}: {cause}"
+    # An underscore is a word of its own.
+    assert read_tagged([write("u.conllu", "1\t_\t_\tSYM\t_\t_\t0\troot\t_\t_\n")])[0].words == ["_"]
+
+
+HEADERS = [
+    "text\tlabel", "sentence\tlabel", "Text\tSentiment", "review\tclass", "#text\tcategory", '"text"\t"Label"',
+    "source\ttarget", "src\ttgt", "English\tGerman", "en\tde", "word\tpronunciation", "x\ty",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_are_recognized(write: Write, header: str) -> None:
+    path = write("a.tsv", f"{header}\na film\tgood\n")
+    assert read_labeled([path]) == [Labeled("a film", "good", Location(path, 2))]
+
+
+@pytest.mark.parametrize("line", ["a class\tgood", "text\tgood", "my review\tscore", "en\ten", "English\tDeutsch"])
+def test_first_lines_that_are_examples_are_kept(write: Write, line: str) -> None:
+    assert len(read_labeled([write("a.tsv", f"{line}\na film\tbad\n")])) == 2
+    assert len(read_pairs([write("a.tsv", f"a film\tbad\n{HEADERS[0]}\n")])) == 2, "only the first line is a header"
+
+
+def test_commas_are_named(write: Write) -> None:
+    assert _message(read_labeled, write("a.csv", "a film,good\n")) == (
+        "a.csv, line 1: has 1 column; expected two: text, tab, label (columns are separated by tabs, not by commas)"
+    )
+
+
+def test_swapped_columns_are_named_in_one_line(write: Write) -> None:
+    path = write("a.tsv", "".join(f"{'pos' if n % 2 else 'neg'}\tA long review, number {n}\n" for n in range(300)))
+    assert _message(read_labeled, path) == (
+        "a.tsv: column 2 has 300 different labels in 300 examples, column 1 has 2; are the columns swapped?"
+    )
+
+
+def test_labels_are_compared_in_normal_form(write: Write) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    path = write("a.tsv", f"one\t{composed}\ntwo\t{decomposed}\n")
+    assert [example.label for example in read_labeled([path])] == [composed] * 2
+    path = write("a.conllu", f"1\t{decomposed}\t_\t{decomposed}\t_\t_\t0\troot\t_\t_\n")
+    assert read_tagged([path]) == [Tagged([decomposed], [composed], Location(path, 1))]

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from regard.tasks.classify import Classify, ClassifySettings
-from regard.tasks.data import Labeled, Location
+from regard.tasks.data import Labeled
 from regard.tasks.fit import Start, fit_to_data
+from regard.tasks.lines import Location
 from regard.tasks.presets import PRESETS
 from regard.tasks.train import Training, train
 
@@ -57,3 +59,16 @@ def test_training_tells_settings_and_learns_small_data(tmp_path: Path) -> None:
     assert history.best is not None
     assert history.best.dev["accuracy"] == 100.0
     assert task.chance(reviews) == (50.0, "+")
+
+
+@pytest.mark.parametrize("count", range(1, 31))
+def test_accuracy_of_a_constant_answer_equals_chance(count: int) -> None:
+    """`train` announces accuracies up to that of chance, without rounding between the two."""
+    place = Location(Path("reviews.tsv"), 1)
+    reviews = [Labeled("a film", "-" if n < count else "+", place) for n in range(31)]
+    task = Classify.begin(ClassifySettings(model="conv", width=16), reviews)
+    answer = task.labels.index(task.chance(reviews)[1])
+    scores = torch.eye(2)[answer]
+    task.model = torch.nn.Module()
+    task.model.forward = lambda text: scores.expand(len(text.lengths), 2)
+    assert task.evaluate(reviews)["accuracy"] == task.chance(reviews)[0]

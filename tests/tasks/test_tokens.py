@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regard.tasks.data import DataError
+from regard.tasks.lines import DataError
 from regard.tasks.tokens import END, PAD, START, UNKNOWN, Tokens
 
 _TEXTS = ["Two young men are outside.", "Zwei junge Männer sind im Freien, (nicht) drinnen!", "the man, a man; men"] * 3

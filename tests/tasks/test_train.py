@@ -13,8 +13,10 @@ import torch
 from support.examples import pairs, reviews, sentences
 
 from regard.tasks import classify, tag, translate
-from regard.tasks.data import DataError, Labeled, Location, Tagged, split
+from regard.tasks.data import Labeled, Tagged
+from regard.tasks.lines import DataError, Location
 from regard.tasks.open import is_task, open_task
+from regard.tasks.split import split
 from regard.tasks.task import Task
 from regard.tasks.train import Epoch, Step, Training, train
 
@@ -231,7 +233,7 @@ def test_unknown_labels_raise(tmp_path: Path) -> None:
         review.evaluate([Labeled("good", "?", place)])
     labels = tag.Tag.begin(tag.TagSettings(heads=2, **_SMALL), sentences(50))
     with pytest.raises(
-        DataError, match=r"new\.tsv, line 7: tag of 'it' is 'X'; expected one of those in the training data: ADJ, "
+        DataError, match=r"new\.tsv, line 7: tag of 'it' is 'X'; expected one of those in the training data: 'ADJ', "
     ):
         labels.evaluate([Tagged(["it"], ["X"], place)])
     with pytest.raises(DataError, match="got 1 examples, too few to hold some out"):

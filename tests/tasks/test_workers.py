@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from regard.tasks import translate
-from regard.tasks.data import Location, Pair
+from regard.tasks.data import Pair
+from regard.tasks.lines import Location
 from regard.tasks.train import Step, Training, train
 from regard.tasks.workers import Workers
 
