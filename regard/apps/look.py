@@ -201,7 +201,10 @@ def _look_at_task(text: str, folder: Path, top: int | None) -> LookResult:
     if not recording.records:
         raise ValueError(f"model: {folder} shows no attention between words; train one with --model transformer")
     recording.tokens, recording.key_tokens, recording.produced = tokens, source, produced
-    return LookResult(folder.resolve().name, text, tokens, recording, source=source, produced=produced)
+    # Unknown pieces of a source are named on the page; words and letters are not.
+    notes = [] if isinstance(task, Translate) else [f"{remark}." for remark in task.remarks_on_texts([text])]
+    name, note = folder.resolve().name, " ".join(notes)
+    return LookResult(name, text, tokens, recording, source=source, produced=produced, note=note)
 
 
 def resolve_model(model: str | None) -> tuple[str, str]:

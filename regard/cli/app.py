@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(highlight=False)
+errors = Console(highlight=False, stderr=True, soft_wrap=True)
 
 
 def _print_version(asked: bool) -> None:
@@ -71,8 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             library.load()
         app(arguments, prog_name="regard")
     except (ValueError, TypeError, ImportError, OSError) as error:
-        line = Text.assemble(("regard: ", "bold red"), str(error))
-        Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+        errors.print(Text.assemble(("regard: ", "bold red"), str(error)))
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from regard.cli.app import app, console, progress, read_input
+from regard.cli.app import app, console, errors, progress, read_input
 from regard.cli.help import examples
 
 # Tags of a higher probability are shown as certain.
@@ -44,6 +44,8 @@ def predict(
     options = {"beams": beams} if task.kind == "translate" else {}
     if single and text is not None and not text.strip():
         raise ValueError("TEXT: is empty; expected at least one word")
+    for remark in task.remarks_on_texts(texts):
+        errors.print(Text(remark, style="yellow"))
     for prediction in task.predict(texts, **options):
         if as_json:
             print(json.dumps(_as_dict(prediction), ensure_ascii=False))

@@ -21,7 +21,7 @@ from regard.tasks.split import split_by_label
 from regard.tasks.tag import TagSettings
 from regard.tasks.task import ProgressCallback, Task, ignore_progress, most_frequent
 from regard.tasks.tokens import Tokens
-from regard.tasks.words import learn_tokens, spell, words_of
+from regard.tasks.words import learn_tokens, remark_on_words, spell, words_of
 
 _BATCH = 8192
 
@@ -101,6 +101,10 @@ class Classify(Task):
         """Return the vocabularies of words and letters, and the labels."""
         tokens = learn_tokens((words_of(example.text) for example in examples), settings.vocabulary, lowercase=True)
         return tokens, sorted({example.label for example in examples})
+
+    def remarks_on_texts(self, texts: Sequence[str]) -> list[str]:
+        """Return remarks on unknown letters and words."""
+        return remark_on_words(texts, self.tokens)
 
     def build(self) -> nn.Module:
         """Create the model."""

@@ -20,7 +20,7 @@ from regard.tasks.lines import DataError
 from regard.tasks.split import return_unknown
 from regard.tasks.task import ProgressCallback, Task, ignore_progress, most_frequent
 from regard.tasks.tokens import Tokens
-from regard.tasks.words import learn_tokens, spell, words_of
+from regard.tasks.words import learn_tokens, remark_on_words, spell, words_of
 
 _BATCH = 8192
 
@@ -113,6 +113,10 @@ class Tag(Task):
         """Return the vocabularies of words and letters, and the tags."""
         tokens = learn_tokens((example.words for example in examples), settings.vocabulary, lowercase=False)
         return tokens, sorted({tag for example in examples for tag in example.tags})
+
+    def remarks_on_texts(self, texts: Sequence[str]) -> list[str]:
+        """Return remarks on unknown letters and words."""
+        return remark_on_words(texts, self.tokens)
 
     def build(self) -> nn.Module:
         """Create the model."""

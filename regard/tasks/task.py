@@ -17,7 +17,7 @@ from regard import deprecated
 from regard.files import write_atomically
 from regard.tasks.lines import DataError
 from regard.tasks.split import remark_on_overlap, split
-from regard.tasks.tokens import Tokens
+from regard.tasks.tokens import Tokens, remark_on_characters
 from regard.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -105,6 +105,10 @@ class Task(ABC):
     def remarks(cls, examples: Sequence[Any], dev: Sequence[Any]) -> list[str]:
         """Return what a user must know of training and dev examples to judge the metrics, one line each."""
         return remark_on_overlap(examples, dev)
+
+    def remarks_on_texts(self, texts: Sequence[str]) -> list[str]:
+        """Return what a user must know of texts to judge the predictions for them, one line each."""
+        return remark_on_characters(texts, next(iter(self.tokens.values())))
 
     @property
     def attends_to_words(self) -> bool:

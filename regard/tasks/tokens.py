@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from regard.tasks.labels import name_some
 from regard.tasks.lines import DataError
+from regard.tasks.scripts import UNSPACED
 
 # IDs of the special tokens of every vocabulary.
 PAD, UNKNOWN, START, END = range(4)
@@ -33,16 +36,23 @@ class Tokens:
 
     @classmethod
     def pieces(cls, texts: Iterable[str], size: int) -> Tokens:
-        """Learn at most `size` word pieces by byte-pair encoding. Case and punctuation are preserved.
+        """Learn at most `size` word pieces by byte-pair encoding. Case and punctuation are preserved. Where a script has no
+        spaces, each character is a piece.
 
         Source: Sennrich, Haddow, Birch, "Neural Machine Translation of Rare Words with Subword Units" (2016), section 3.2.
         """
         tk = _tokenizers()
         tokenizer = tk.Tokenizer(tk.models.BPE(unk_token=_SPECIAL[UNKNOWN]))
         tokenizer.normalizer = tk.normalizers.NFC()
-        # Pieces do not cross punctuation marks, so that "man" has the same pieces in "man.".
+        # Pieces do not cross punctuation marks, so that "man" has the same pieces in "man.". In scripts without spaces,
+        # they would grow to whole clauses.
+        character = tk.Regex(rf"[{UNSPACED}][\p{{Mn}}\p{{Mc}}]*")
         tokenizer.pre_tokenizer = tk.pre_tokenizers.Sequence(
-            [tk.pre_tokenizers.Metaspace(), tk.pre_tokenizers.Punctuation("isolated")]
+            [
+                tk.pre_tokenizers.Metaspace(),
+                tk.pre_tokenizers.Punctuation("isolated"),
+                tk.pre_tokenizers.Split(character, "isolated"),
+            ]
         )
         tokenizer.decoder = tk.decoders.Metaspace()
         trainer = tk.trainers.BpeTrainer(vocab_size=size, special_tokens=list(_SPECIAL), show_progress=False)
@@ -115,9 +125,37 @@ class Tokens:
             self._tokenizer.decode([n for n in numbers if n not in (PAD, START, END)], skip_special_tokens=False)
         )
 
+    def unknown(self, text: str) -> list[str]:
+        """Return the characters of a text that the vocabulary lacks, each once.
+
+        >>> Tokens.letters(["abba"]).unknown("abc")
+        ['c']
+        """
+        characters = dict.fromkeys(x for x in unicodedata.normalize("NFC", text) if not x.isspace())
+        rows = self.encode_all(list(characters))
+        return [x for x, row in zip(characters, rows, strict=True) if UNKNOWN in row]
+
     def names(self, numbers: Sequence[int]) -> list[str]:
         """Return the strings of token IDs."""
         return [str(self._tokenizer.id_to_token(number)) for number in numbers]
+
+
+def remark_on_characters(texts: Sequence[str], tokens: Tokens) -> list[str]:
+    """Return a remark, of one line, on characters of texts that a vocabulary lacks.
+
+    >>> remark_on_characters(["a cab", "我"], Tokens.letters(["a cab"]))
+    ["1 of 4 characters is unknown to the model, which cannot tell it from others: '我'"]
+    """
+    text = "".join(texts)
+    unknown = tokens.unknown(text)
+    if not unknown:
+        return []
+    total = len({x for x in unicodedata.normalize("NFC", text) if not x.isspace()})
+    is_unknown, them = ("is unknown", "it") if len(unknown) == 1 else ("are unknown", "them")
+    return [
+        f"{len(unknown):,} of {total:,} characters {is_unknown} to the model, which cannot tell {them} from others: "
+        f"{name_some(unknown)}"
+    ]
 
 
 def _replace_special(ids: Iterable[int]) -> list[int]:

@@ -18,6 +18,7 @@ from regard.models.transformer import Transformer
 from regard.nn.cell import CellKind
 from regard.tasks.batch import make_batches, pad
 from regard.tasks.data import Pair
+from regard.tasks.scripts import bleu_tokenizer
 from regard.tasks.task import ProgressCallback, Task, ignore_progress
 from regard.tasks.tokens import END, PAD, START, UNKNOWN, Tokens
 
@@ -168,8 +169,8 @@ class Translate(Task):
     def evaluate(
         self, examples: Sequence[Pair], tell: ProgressCallback = ignore_progress, beams: int = 1
     ) -> dict[str, float]:
-        """Return BLEU and chrF of sacrebleu, cased and detokenized; or, for symbols, the percentages of wrong sequences and
-        of symbol edits.
+        """Return BLEU and chrF of sacrebleu, cased and detokenized, with the tokenizer of `bleu_tokenizer`; or, for symbols,
+        the percentages of wrong sequences and of symbol edits.
         """
         hypotheses = self._search([pair.source for pair in examples], beams, tell)
         texts = [self.target.decode(hypothesis.tokens) for hypothesis in hypotheses]
@@ -180,8 +181,9 @@ class Translate(Task):
             import sacrebleu
         except ImportError as error:
             raise ImportError("BLEU needs the package sacrebleu: pip install 'regard[tasks]'") from error
+        tokenizer = bleu_tokenizer(references)
         return {
-            "BLEU": float(sacrebleu.corpus_bleu(texts, [references]).score),
+            "BLEU": float(sacrebleu.corpus_bleu(texts, [references], tokenize=tokenizer).score),
             "chrF": float(sacrebleu.corpus_chrf(texts, [references]).score),
         }
 

@@ -11,12 +11,10 @@ import torch
 
 from regard.models.sentence_encoder import SentenceBatch
 from regard.tasks.batch import pad
-from regard.tasks.tokens import UNKNOWN, Tokens
+from regard.tasks.labels import name_some
+from regard.tasks.scripts import UNSPACED
+from regard.tasks.tokens import UNKNOWN, Tokens, remark_on_characters
 
-# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese kana and Chinese characters.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
 # Longer words are truncated.
 _MAX_LETTERS = 40
 
@@ -27,11 +25,11 @@ def _pattern() -> re.Pattern[str]:
     clitic, which corpora treat as a word ("do|n't", "it|'s"); or of another symbol. Combining marks belong to their letters.
     """
     marks = "".join(chr(n) for n in range(0x10000) if unicodedata.category(chr(n)) in ("Mn", "Mc"))
-    letter = rf"(?:(?![{_UNSPACED}])[\w{marks}])"
+    letter = rf"(?:(?![{UNSPACED}])[\w{marks}])"
     clitic = rf"['’](?:s|re|ve|ll|d|m)(?!{letter})"
     end = rf"n['’]t(?!{letter})"
     return re.compile(
-        rf"[{_UNSPACED}][{marks}]*|{letter}+?(?={end})|{end}|{clitic}|{letter}+(?:(?!{clitic})['’-]{letter}+)*|[^\w\s]",
+        rf"[{UNSPACED}][{marks}]*|{letter}+?(?={end})|{end}|{clitic}|{letter}+(?:(?!{clitic})['’-]{letter}+)*|[^\w\s]",
         re.IGNORECASE,
     )
 
@@ -65,6 +63,26 @@ def spell(sentences: Sequence[Sequence[str]], tokens: dict[str, Tokens]) -> Sent
     spelled = spelled * (torch.arange(spelled.shape[1]) < lengths[:, None])
     letters, letter_lengths = pad(letter_ids)
     return SentenceBatch(torch.tensor(word_ids)[spelled], lengths, letters, letter_lengths, spelled)
+
+
+def remark_on_words(texts: Sequence[str], tokens: dict[str, Tokens]) -> list[str]:
+    """Return remarks, one line each, on unknown letters, and on texts most of whose words are unknown.
+
+    >>> tokens = learn_tokens([["a", "good", "film"]] * 2, most=100, lowercase=True)
+    >>> remark_on_words(["a mild fog"], tokens)
+    ["2 of 3 words are not in the vocabulary of the model, which reads only their letters: 'mild', 'fog'"]
+    """
+    words = [word for text in texts for word in words_of(text)]
+    rows = tokens["words"].encode_all([_join(word) for word in words])
+    unknown = [word for word, row in zip(words, rows, strict=True) if UNKNOWN in row]
+    remarks = remark_on_characters(words, tokens["letters"])
+    if 2 * len(unknown) > len(words) and words:
+        are, their = ("is", "its") if len(unknown) == 1 else ("are", "their")
+        remarks.append(
+            f"{len(unknown):,} of {len(words):,} words {are} not in the vocabulary of the model, which reads only {their} "
+            f"letters: {name_some([*dict.fromkeys(unknown)])}"
+        )
+    return remarks
 
 
 def _join(word: str) -> str:
