@@ -18,7 +18,7 @@ def bleu_tokenizer(texts: Iterable[str]) -> str:
     """Return the name of the tokenizer with which sacreBLEU splits texts: "13a", its default, would take a sentence without
     spaces for a single word. Chinese has a tokenizer of its own; other scripts without spaces are split into characters.
 
-    >>> bleu_tokenizer(["a dog"]), bleu_tokenizer(["我爱PyTorch。"]), bleu_tokenizer(["犬が走る。"])
+    >>> bleu_tokenizer(["a dog"]), bleu_tokenizer(["我爱你。"]), bleu_tokenizer(["犬が走る。"])
     ('13a', 'zh', 'char')
     """
     counts = [0, 0, 0, 0]
