@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,17 +10,14 @@ from regard import deprecated
 from regard.tasks.labels import describe_swap, normalize_label
 from regard.tasks.lines import DataError, Location, read_lines
 
-# A first line is a header if its second column is one of these,
+# A first line is a header if its second column, which no other line has, is one of these,
 _HEADERS = {"label", "labels", "target"}
-# or if each column is one of these, without regard to case and quotes.
+# or its first column is one of these,
 _TEXT_NAMES = {
     "text", "texts", "sentence", "sentences", "review", "document", "comment", "tweet", "message", "title", "headline",
     "body", "content", "description", "question", "utterance", "phrase", "query", "input", "x", "source", "src", "word",
 }  # fmt: skip
-_LABEL_NAMES = {
-    "class", "classes", "category", "sentiment", "polarity", "emotion", "intent", "topic", "tag", "genre", "language",
-    "rating", "stars", "score", "y", "gold", "output", "tgt", "translation", "pronunciation", "is_spam", "spam", "toxic",
-}  # fmt: skip
+# or both are names of languages.
 _LANGUAGES = {
     "arabic", "chinese", "czech", "danish", "dutch", "english", "finnish", "french", "german", "greek", "hebrew",
     "hindi", "hungarian", "italian", "japanese", "korean", "norwegian", "polish", "portuguese", "romanian", "russian",
@@ -89,9 +86,10 @@ def read_labeled(paths: Sequence[Path]) -> list[Labeled]:
     return examples
 
 
-def _read_columns(path: Path, columns: str) -> Iterator[tuple[Location, str, str]]:
-    """Yield the lines of a file with two columns, except a header in the first line."""
-    is_empty = True
+def _read_columns(path: Path, columns: str) -> list[tuple[Location, str, str]]:
+    """Return the lines of a file with two columns, except a header in the first line. A column that is in quotes in all
+    lines is unquoted."""
+    rows: list[tuple[Location, list[str]]] = []
     for place, line in read_lines(path):
         parts = [part.strip() for part in line.split("\t")]
         if parts == [""]:
@@ -100,23 +98,33 @@ def _read_columns(path: Path, columns: str) -> Iterator[tuple[Location, str, str
             cause = f"{place}: has {len(parts)} column{'s' * (len(parts) != 1)}; expected two: {columns}"
             commas = len(parts) == 1 and any(mark in line for mark in ",;")
             raise DataError(f"{cause} (columns are separated by tabs, not by commas)" if commas else cause)
-        if place.line == 1 and _is_header(*parts):
-            continue
+        rows.append((place, parts))
+    place, (first, second) = rows[0]
+    if place.line == 1 and _is_header(first, second, {parts[1] for _, parts in rows[1:]}):
+        rows = rows[1:]
+    if not rows:
+        raise DataError(f"{path}: has no examples, only a header")
+    for place, parts in rows:
         for part, name in zip(parts, ("first", "second"), strict=True):
             if not part:
                 raise DataError(f"{place}: the {name} column is empty; expected {columns}")
-        is_empty = False
-        yield place, parts[0], parts[1]
-    if is_empty:
-        raise DataError(f"{path}: has no examples, only a header")
+    texts, labels = (_unquote([parts[n] for _, parts in rows]) for n in range(2))
+    return [(place, text, label) for (place, _), text, label in zip(rows, texts, labels, strict=True)]
 
 
-def _is_header(first: str, second: str) -> bool:
-    """Return whether these are the names of two columns, and no example."""
+def _is_header(first: str, second: str, others: Collection[str]) -> bool:
+    """Return whether these are the names of two columns, and no example. `others` are the other values of the second."""
+    if second in others:
+        return False
     first, second = (name.lstrip("#").strip(" \"'").casefold() for name in (first, second))
-    if second in _HEADERS or (first in _TEXT_NAMES and second in _LABEL_NAMES):
-        return True
-    return first in _LANGUAGES and second in _LANGUAGES and first != second
+    return second in _HEADERS or first in _TEXT_NAMES or (first in _LANGUAGES and second in _LANGUAGES)
+
+
+def _unquote(values: list[str]) -> list[str]:
+    """Remove quotes around all values, as in CSV."""
+    if all(len(value) > 1 and value[0] == value[-1] == '"' for value in values):
+        return [value[1:-1].replace('""', '"').strip() for value in values]
+    return values
 
 
 def read_tagged(paths: Sequence[Path]) -> list[Tagged]:
@@ -125,8 +133,9 @@ def read_tagged(paths: Sequence[Path]) -> list[Tagged]:
         import conllu
     except ImportError as error:
         raise ImportError("reading CoNLL-U needs the package conllu: pip install 'regard[tasks]'") from error
-    sentences = []
+    sentences: list[Tagged] = []
     for path in paths:
+        before = len(sentences)
         for place, lines in _read_blocks(path):
             try:
                 (sentence,) = conllu.parse("\n".join(lines) + "\n\n")
@@ -147,6 +156,8 @@ def read_tagged(paths: Sequence[Path]) -> list[Tagged]:
                 tags.append(normalize_label(tag))
             if words:
                 sentences.append(Tagged(words, tags, place))
+        if len(sentences) == before:
+            raise DataError(f"{path}: has no sentences")
     return sentences
 
 

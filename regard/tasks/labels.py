@@ -114,7 +114,7 @@ def remark_on_labels(labels: Collection[str]) -> list[str]:
     >>> remark_on_labels(["ham"] * 97 + ["spam"] * 3)
     ["3 % of the examples (3 of 100) have the label 'spam'; accuracy alone says little, see F1, the mean over the labels"]
     >>> remark_on_labels(["Pos", "neg", "pos", "neg"])
-    ["labels differ in upper and lower case only: 'Pos', 'pos'"]
+    ["labels differ in case or invisible characters only: 'Pos', 'pos'"]
     """
     counts = Counter(labels)
     remarks = []
@@ -126,11 +126,19 @@ def remark_on_labels(labels: Collection[str]) -> list[str]:
         )
     else:
         remarks += _remark_on_rare(counts)
-    forms = Counter(label.casefold() for label in counts)
-    variants = sorted((label for label in counts if forms[label.casefold()] > 1), key=lambda x: (x.casefold(), x))
+    forms = Counter(map(_visible_form, counts))
+    variants = sorted(
+        (label for label in counts if forms[_visible_form(label)] > 1), key=lambda x: (_visible_form(x), x)
+    )
     if variants:
-        remarks.append(f"labels differ in upper and lower case only: {name_some(variants)}")
+        remarks.append(f"labels differ in case or invisible characters only: {name_some(variants)}")
     return remarks
+
+
+def _visible_form(label: str) -> str:
+    """Return a label without what readers may overlook: case, spaces and characters of no width."""
+    folded = unicodedata.normalize("NFKC", label).casefold()
+    return "".join(x for x in folded if not x.isspace() and unicodedata.category(x) != "Cf")
 
 
 def _remark_on_rare(counts: Counter[str]) -> list[str]:

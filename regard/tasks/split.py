@@ -16,6 +16,10 @@ E = TypeVar("E")
 _OVERLAP = 0.05
 
 
+# Of fewer examples, each may have a label of its own.
+_FEW = 3
+
+
 def split(examples: Sequence[E], shares: Sequence[float], seed: int = 0) -> list[list[E]]:
     """Split examples at random into the remainder, and parts with these fractions of the examples.
 
@@ -51,6 +55,10 @@ def split_by_label(examples: Sequence[E], labels: Sequence[str], share: float, s
     (90, 6)
     """
     counts = Counter(labels)
+    if len(examples) > _FEW and len(counts) == len(examples):
+        raise DataError(
+            f"each of the {len(examples):,} examples has a label of its own; is the second column the label?"
+        )
     # Every k-th example in the order of labels, from those of labels that have others.
     order = sorted((i for i in _shuffled(len(examples), seed) if counts[labels[i]] > 1), key=lambda i: labels[i])
     count = min(max(1, round(share * len(examples))), len(order) // 2)

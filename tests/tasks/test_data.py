@@ -127,7 +127,7 @@ def test_words_and_tags_that_are_absent_are_named_by_their_line(write: Write) ->
 
 HEADERS = [
     "text\tlabel", "sentence\tlabel", "Text\tSentiment", "review\tclass", "#text\tcategory", '"text"\t"Label"',
-    "source\ttarget", "src\ttgt", "English\tGerman", "en\tde", "word\tpronunciation", "x\ty",
+    "source\ttarget", "src\ttgt", "English\tGerman", "en\tde", "word\tpronunciation", "x\ty", "tweet\tis_toxic",
 ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_headers_are_recognized(write: Write, header: str) -> None:
     assert read_labeled([path]) == [Labeled("a film", "good", Location(path, 2))]
 
 
-@pytest.mark.parametrize("line", ["a class\tgood", "text\tgood", "my review\tscore", "en\ten", "English\tDeutsch"])
+@pytest.mark.parametrize("line", ["a class\tgood", "text\tbad", "my review\tscore", "en\tbad", "English\tDeutsch"])
 def test_first_lines_that_are_examples_are_kept(write: Write, line: str) -> None:
     assert len(read_labeled([write("a.tsv", f"{line}\na film\tbad\n")])) == 2
     assert len(read_pairs([write("a.tsv", f"a film\tbad\n{HEADERS[0]}\n")])) == 2, "only the first line is a header"
@@ -162,3 +162,14 @@ def test_labels_are_compared_in_normal_form(write: Write) -> None:
     assert [example.label for example in read_labeled([path])] == [composed] * 2
     path = write("a.conllu", f"1\t{decomposed}\t_\t{decomposed}\t_\t_\t0\troot\t_\t_\n")
     assert read_tagged([path]) == [Tagged([decomposed], [composed], Location(path, 1))]
+
+
+def test_columns_in_quotes_are_unquoted(write: Write) -> None:
+    path = write("a.tsv", '"text"\t"label"\n"a ""good"" film"\t"pos"\n"a bad film"\t"neg"\n')
+    assert [example[:2] for example in read_labeled([path])] == [('a "good" film', "pos"), ("a bad film", "neg")]
+    path = write("a.tsv", '"a good" film\tpos\n"a bad film"\tneg\n')
+    assert [example.text for example in read_labeled([path])] == ['"a good" film', '"a bad film"']
+
+
+def test_file_without_sentences_is_named(write: Write) -> None:
+    assert _message(read_tagged, write("c.conllu", "# only\n# comments\n\n")) == "c.conllu: has no sentences"

@@ -53,7 +53,10 @@ def test_rare_labels_are_announced() -> None:
 
 def test_labels_that_are_mistakes_are_announced() -> None:
     assert remark_on_labels(["Pos", "neg", "pos", "neg"]) == [
-        "labels differ in upper and lower case only: 'Pos', 'pos'"
+        "labels differ in case or invisible characters only: 'Pos', 'pos'"
+    ]
+    assert remark_on_labels(["pos", "neg", "pos\u200b", "neg"]) == [
+        "labels differ in case or invisible characters only: 'pos', 'pos\\u200b'"
     ]
     (remark,) = remark_on_labels([f"review {n}" for n in range(9)])
     assert remark == (

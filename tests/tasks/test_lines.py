@@ -40,7 +40,7 @@ def test_lines_end_in_line_feeds(tmp_path: Path) -> None:
         ("a film\t+\n".encode("utf-16-le"), "a.tsv: is UTF-16; save the file as UTF-8"),
         ("a film\t+\n".encode("utf-16-be"), "a.tsv: is UTF-16; save the file as UTF-8"),
         ("a film\t+\n".encode("utf-32"), "a.tsv: is UTF-32; save the file as UTF-8"),
-        (gzip.compress(b"a\tb\n"), "a.tsv: is a gzip file; expected a text file, or a name that ends in .gz"),
+        (gzip.compress(b"a\tb\n", mtime=0), "a.tsv: is a gzip file; expected a text file, or a name that ends in .gz"),
         (b"PK\x03\x04...", "a.tsv: is a zip file (as .xlsx files are); expected a text file in UTF-8"),
     ],
 )  # fmt: skip
