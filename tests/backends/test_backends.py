@@ -56,7 +56,7 @@ def test_one_large_weight_among_thousands_of_small_weights(
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=150, derandomize=True, **_COMMON)  # type: ignore[arg-type]
+@settings(max_examples=100, derandomize=True, **_COMMON)  # type: ignore[arg-type]
 @given(problems())
 def test_random(problem: Problem) -> None:
     _judge_all(problem)

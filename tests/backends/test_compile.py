@@ -164,7 +164,15 @@ def test_compiled_layer(kernel: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["tiled"])
-@pytest.mark.parametrize("name", ["plain", "window", "summaries", "bias alibi", "score distance", "function"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "window",
+        "summaries",
+        "function",
+        *[pytest.param(x, marks=pytest.mark.slow) for x in ("plain", "bias alibi", "score distance")],
+    ],
+)
 def test_no_compilation_per_length(kernel: str, name: str) -> None:
     words = {"window": {"mask": mask.window(5, 3, "end") & mask.causal("end")}, **_words()}[name]
     words = {**words, "summary": Summary(lse=True, top=2, received=True)} if name == "summaries" else words

@@ -240,7 +240,8 @@ def _check(name: str, backend: str, dynamic: bool | None, most: int = 9) -> None
                 torch.testing.assert_close(got_grad, want_grad, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", _CLOSURES)
+# Every third closure: compiling takes seconds, and `make test-all` takes all of them with all values.
+@pytest.mark.parametrize("name", [*_CLOSURES][::3])
 def test_closures_of_successive_calls(name: str) -> None:
     _check(name, "eager", None, most=2)  # `make test-all` takes all values
 

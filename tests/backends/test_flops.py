@@ -82,7 +82,7 @@ def test_flops_of_compiled_graph() -> None:
     assert _count(compiled) == 2 * _PAIRS * (_D + _E)
 
 
-@pytest.mark.parametrize("first", ["regard", "torch.utils.flop_counter"])
+@pytest.mark.parametrize("first", ["regard", pytest.param("torch.utils.flop_counter", marks=pytest.mark.slow)])
 def test_counter_may_be_imported_before_or_after(first: str) -> None:
     code = f"""
 import {first}, torch, regard

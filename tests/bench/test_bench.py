@@ -49,6 +49,7 @@ def test_cases_agree_with_their_peers(case: Case) -> None:
         assert result.ratio is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_full_size_cases_agree_with_their_peers(case: Case) -> None:
     torch.manual_seed(1)
@@ -97,16 +98,19 @@ def test_watch_benchmark_measures_decode_steps() -> None:
         assert min(result.unwatched_us, result.watched_us, result.ratio) > 0
 
 
-def test_watch_benchmark_measures_time_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time is measured in this process, memory in a separate one."""
+@pytest.mark.parametrize("memory", [None, pytest.param("measured", marks=pytest.mark.slow)])
+def test_watch_benchmark_measures_time_and_memory(memory: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is measured in this process, memory in three others, which takes half a minute."""
     case = bench_watch.WatchCase("llama", 40, 9.0)
+    if memory is None:
+        monkeypatch.setattr(bench_watch, "_memory", lambda *_: 1)
     (result,) = bench_watch.measure([case], torch.get_num_threads(), rounds=1)
     assert result.error < 1e-5
     assert result.weights_error is not None
     assert result.weights_error < 1e-6
     assert result.eager_ms is not None
     assert min(result.eager_ms, result.watched_ms, result.unwatched_ms, result.ratio) > 0
-    assert (result.watched_memory is None) == (sys.platform != "linux")
+    assert (result.watched_memory is None) == (memory is not None and sys.platform != "linux")
     monkeypatch.setattr(bench_watch, "_MAX_WEIGHTS", 0)
     monkeypatch.setattr(bench_watch, "_memory", lambda *_: None)
     (result,) = bench_watch.measure([case], torch.get_num_threads(), rounds=1)

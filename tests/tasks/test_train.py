@@ -42,7 +42,8 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-SLOW = {"transformer"}  # half a minute
+# Seconds each: `make test` trains one model of each task, and one of each kind.
+SLOW = {"transformer", "tag, recurrent", "tag, conv", "classify, recurrent", "classify, transformer"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TASKS])

@@ -113,7 +113,7 @@ def test_uninitialized_memory_is_not_read(instructions: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-@settings(max_examples=120, derandomize=True, **COMMON)  # type: ignore[arg-type]
+@settings(max_examples=80, derandomize=True, **COMMON)  # type: ignore[arg-type]
 @given(problem=problems(among=NATIVE))
 def test_random_problems(name: str, problem: Problem) -> None:
     extension.ops.use(name)

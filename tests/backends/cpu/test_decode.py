@@ -59,7 +59,7 @@ def _compare_without_grad(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-@settings(max_examples=75, derandomize=True, **COMMON)  # type: ignore[arg-type]
+@settings(max_examples=40, derandomize=True, **COMMON)  # type: ignore[arg-type]
 @given(problem=problems(among=_AMONG))
 def test_random_problems(name: str, problem: Problem) -> None:
     extension.ops.use(name)
