@@ -138,16 +138,17 @@ struct Arguments {
   int64_t normalizer;
   double alpha, dropout;
   int64_t seed;
+  int64_t origin[4];
   bool allow_bf16_dot;
 };
 
 // Unpacks the arguments; passing each one separately takes longer than computing a short sequence. Bit i of
 // `present_mask` is set if the i-th of the six optional tensors is given; those come first in `tensors`, followed by
 // the tensors of the mask. `packed` (int64) holds the normalizer, allow_bf16_dot, the bits of four doubles (scale,
-// softcap, alpha, dropout), and the nodes of the mask.
+// softcap, alpha, dropout), the four numbers of the origin, and the nodes of the mask.
 Arguments unpack(const std::vector<Tensor>& tensors, int64_t present_mask, const Tensor& packed, int64_t seed) {
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Long && packed.is_contiguous() && packed.numel() >= 6,
-                  "packed must be at least 6 contiguous int64 values");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Long && packed.is_contiguous() && packed.numel() >= 10,
+                  "packed must be at least 10 contiguous int64 values");
   Arguments arguments;
   auto tensor = tensors.begin();
   MaybeTensor* const optional[6] = {&arguments.weight, &arguments.key_bias, &arguments.query_bias,
@@ -162,7 +163,8 @@ Arguments unpack(const std::vector<Tensor>& tensors, int64_t present_mask, const
   arguments.normalizer = n[0], arguments.allow_bf16_dot = n[1] != 0, arguments.seed = seed;
   double* const reals[4] = {&arguments.scale, &arguments.softcap, &arguments.alpha, &arguments.dropout};
   for (int i = 0; i < 4; i++) std::memcpy(reals[i], n + 2 + i, sizeof(double));
-  arguments.mask.assign(n + 6, n + packed.numel());
+  std::copy(n + 6, n + 10, arguments.origin);
+  arguments.mask.assign(n + 10, n + packed.numel());
   return arguments;
 }
 
@@ -208,6 +210,7 @@ struct Call {
     p.has_dropout = arguments.dropout > 0.0;
     p.keep_scale = arguments.dropout < 1.0 ? static_cast<float>(1.0 / (1.0 - arguments.dropout)) : 0.0f;
     p.drop_threshold = static_cast<uint32_t>(std::min(std::nearbyint(arguments.dropout * 4294967296.0), 4294967295.0));
+    std::copy(arguments.origin, arguments.origin + 4, p.origin);
     p.seed = arguments.seed, p.allow_bf16_dot = arguments.allow_bf16_dot;
     nodes = mask_nodes(arguments.mask, arguments.mask_tensors, p);
     p.mask = nodes.data(), p.mask_nodes = static_cast<int64_t>(nodes.size());

@@ -109,7 +109,8 @@ struct Problem {
   uint32_t drop_threshold = 0;  // a weight is dropped where its hash is below
   float keep_scale = 1.0f;      // factor for the other weights
   int64_t seed = 0;
-  bool allow_bf16_dot = true;  // whether weights may be rounded to bfloat16, as q, k and v are
+  int64_t origin[4] = {0, 0, 0, 0};  // the indices of the first batch row, head, query and key for dropout
+  bool allow_bf16_dot = true;        // whether weights may be rounded to bfloat16, as q, k and v are
 
   int64_t repeats() const { return H / G; }
 };

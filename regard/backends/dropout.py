@@ -7,6 +7,8 @@ an odd factor, so that the streams of two rows are not shifts of each other; eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,22 +42,26 @@ def _low32(x: Tensor) -> Tensor:
     return torch.where(x >= _HALF, x - (1 << 32), x).to(torch.int32)
 
 
-def keep(tile: Tile, seed: Tensor, rate: float) -> Tensor:
+def keep(tile: Tile, seed: Tensor, rate: float, origin: Sequence[int] = (0, 0, 0, 0)) -> Tensor:
     """Return which weights of a tile dropout keeps.
 
     Args:
         tile: the tile, of shape (b, h, l, s).
         seed: the seed, int64 of shape ().
         rate: the dropout probability, 0 to 1.
+        origin: the indices of the first batch row, head, query and key of the problem.
 
     Returns:
         A bool tensor of shape (b, h, l, s), True where the weight is kept.
     """
     row = _mix(_low32(seed) ^ _GOLDEN)
-    for part in (seed >> 32, tile.batch, tile.head, tile.query):
+    batch, head, query, key = (
+        x + first for x, first in zip((tile.batch, tile.head, tile.query, tile.key), origin, strict=True)
+    )
+    for part in (seed >> 32, batch, head, query):
         row = _mix(row * _GOLDEN ^ _low32(part))
     factor = _mix(row ^ _GOLDEN) | 1
-    word = _mix((tile.key.to(torch.int32) + row) * factor)
+    word = _mix((key.to(torch.int32) + row) * factor)
     threshold = min(round(rate * (1 << 32)), (1 << 32) - 1)
     if rate >= 1.0:
         return torch.zeros_like(word, dtype=torch.bool)

@@ -86,7 +86,7 @@ def _dropped(plan: Plan, p: Tensor, tile: Tile, columns: Sequence[Range]) -> Ten
     if not plan.dropout:
         return p
     seed = plan.seed
-    where = concat_ranges(columns, lambda k: keep(dataclasses.replace(tile, k=k), seed, plan.dropout))
+    where = concat_ranges(columns, lambda k: keep(dataclasses.replace(tile, k=k), seed, plan.dropout, plan.origin))
     return p * where * (1 / (1 - plan.dropout) if plan.dropout < 1 else 0.0)
 
 

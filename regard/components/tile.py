@@ -31,6 +31,35 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A part of a problem: half-open ranges of its batch rows, heads, queries and keys, and the sizes of the whole."""
+
+    b: Range
+    h: Range
+    q: Range
+    k: Range
+    sizes: Sizes
+
+    @property
+    def origin(self) -> tuple[int, int, int, int]:
+        """The first batch row, head, query and key."""
+        return self.b[0], self.h[0], self.q[0], self.k[0]
+
+    def offset(self, align: Align) -> int:
+        """Return the key position of the first query of the part, counted from its first key."""
+        return self.sizes.offset(align) + self.q[0] - self.k[0]
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Return the view of this part on a tensor that broadcasts to (B, H, L, S)."""
+        return cut(tensor, (self.b, self.h, self.q, self.k))
+
+
+def cut(tensor: Tensor, ranges: Sequence[Range]) -> Tensor:
+    """Return a range of each dimension of a tensor, but all of the dimensions of size 1."""
+    return tensor[tuple([slice(*r) if n > 1 else slice(None) for r, n in zip(ranges, tensor.shape, strict=True)])]
+
+
+@dataclass(frozen=True)
 class Tile:
     """Half-open ranges of batch rows, heads, queries and keys, and the sizes of the problem.
 
@@ -79,8 +108,15 @@ class Tile:
 
     def cut(self, tensor: Tensor) -> Tensor:
         """Return the view of this tile on a tensor that broadcasts to (B, H, L, S)."""
-        ranges = (self.b, self.h, self.q, self.k)
-        return tensor[tuple([slice(*r) if n > 1 else slice(None) for r, n in zip(ranges, tensor.shape, strict=True)])]
+        return cut(tensor, (self.b, self.h, self.q, self.k))
+
+    def within(self, box: Box) -> Tile:
+        """Return the tile of the whole problem that this tile of a part is."""
+        b, h, q, k = [
+            (start + first, stop + first)
+            for (start, stop), first in zip((self.b, self.h, self.q, self.k), box.origin, strict=True)
+        ]
+        return Tile(b, h, q, k, box.sizes, self.device)
 
     def cut_heads(self, tensor: Tensor) -> Tensor:
         """Return the elements of a tensor () or (H,) for the heads of this tile; they broadcast to (b, h, l, s)."""
@@ -106,6 +142,11 @@ class IndexTile:
     def shape(self) -> tuple[int, int, int, int]:
         """See `Tile`."""
         return 1, 1, self.query.shape[2], self.key.shape[3]
+
+    def within(self, box: Box) -> IndexTile:
+        """See `Tile`."""
+        b, h, q, k = box.origin
+        return IndexTile(self.batch + b, self.head + h, self.query + q, self.key + k, box.sizes)
 
     def behind(self, align: Align) -> Tensor:
         """See `Tile`."""

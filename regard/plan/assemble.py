@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regard import check
@@ -53,12 +52,14 @@ def make_problem(
     summary: Summary | None,
     masks_nonfinite: bool = False,
     quick: AllFinite | None = None,
+    origin: tuple[int, int, int, int] | None = None,
 ) -> Problem:
     """Check the arguments of `attention` and split them into a plan and tensors.
 
     Args:
         masks_nonfinite: whether the backend that runs the problem masks nonfinite values itself.
         quick: a fast check that q, k and v are finite.
+        origin: of a part of a problem, see `Plan`.
 
     Raises:
         ValueError, TypeError: an argument is invalid.
@@ -67,7 +68,9 @@ def make_problem(
     if mask is not None and isinstance(q, Tensor) and q.dim() == 3:
         mask = with_batch_tables(mask)
     # The bias comes directly before the summary, so a bias tensor is the last one before `Entry.stop`.
-    components = (softcap, dropout, score, normalizer, mask, bias, summary)
+    components: tuple[Any, ...] = (softcap, dropout, score, normalizer, mask, bias, summary)
+    if origin is not None:
+        components = (origin, *components)
     eager = isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and is_eager(q, k, v)
     key, call_tensors = cache.make_key(q, k, v, components, bias, eager)
     entry = cache.get(key)
@@ -85,10 +88,8 @@ def make_problem(
 
     if entry is None:
         size = sizes(*x[:2])
-        score, normalizer, summary = _check_components(x, score, normalizer, summary, softcap)
-        if callable(bias) and not isinstance(bias, type | Bias | Tensor | Rotary | Learned):
-            bias = FunctionBias.of(bias, size, q, score)
-        mask, bias = _check_mask_and_bias(mask, bias, lead, size, q.device)
+        score, normalizer, summary = check_components(x, size, score, normalizer, summary, softcap)
+        mask, bias = check_positions(mask, bias, score, q, size)
         component_tensors, summary_tensors = _tensors_of((normalizer, mask, bias)), _tensors_of(summary)
     else:
         score = score if isinstance(score, Score) else _SCALED_DOT
@@ -121,7 +122,9 @@ def make_problem(
         float(dropout),
         seed if dropout else None,
         summary,
-        *(flags or (None, None)),
+        flags[0] if flags else None,
+        flags[1] if flags else None,
+        origin or (0, 0, 0, 0),
     )
     plan = split(plan, list(x))
     if key is not None and not flags:
@@ -131,11 +134,11 @@ def make_problem(
     return Problem(plan, _move_scalars(plan, tensors), lead, eager)
 
 
-def _check_components(
-    x: Sequence[Tensor], score: Any, normalizer: Any, summary: Any, softcap: Any
+def check_components(
+    x: Sequence[Tensor], size: Sizes, score: Any, normalizer: Any, summary: Any, softcap: Any
 ) -> tuple[Score, Normalizer, Summary]:
+    """Check score, normalizer, summary and softcap for the sizes of a problem, and return them with their defaults."""
     q, k = x[:2]
-    size = sizes(q, k)
     if softcap is not None:
         check.positive("softcap", softcap, ", or None")
     if score is None:
@@ -156,14 +159,15 @@ def _check_components(
     return score, normalizer, summary
 
 
-def _check_mask_and_bias(
-    mask: Any, bias: Any, lead: Sequence[int], size: Sizes, device: torch.device
-) -> tuple[Mask | None, Bias | None]:
+def check_positions(mask: Any, bias: Any, score: Score, q: Tensor, size: Sizes) -> tuple[Mask | None, Bias | None]:
+    """Check mask and bias for the sizes of a problem, and return them as components with an alignment."""
+    if callable(bias) and not isinstance(bias, type | Bias | Tensor | Rotary | Learned):
+        bias = FunctionBias.of(bias, size, q, score)
     if mask is not None:
-        check_component("mask", mask, Mask, device).check(size, device)
+        check_component("mask", mask, Mask, q.device).check(size, q.device)
     if bias is not None:
-        bias = bias if isinstance(bias, Bias) else TensorBias(four_axis_bias(bias, lead, size))
-        check_component("bias", bias, Bias, device).check(size)
+        bias = bias if isinstance(bias, Bias) else TensorBias(four_axis_bias(bias, q.shape[:-2], size))
+        check_component("bias", bias, Bias, q.device).check(size)
     return (mask, bias) if mask is None and bias is None else resolve_alignment(mask, bias, size)
 
 

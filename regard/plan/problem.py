@@ -41,6 +41,8 @@ class Plan:
     summary: Summary
     nonfinite_q: Any  # Slot, or bool (B, H, L) once filled: queries with NaN or inf, see `plan.nonfinite`; or None
     nonfinite_k: Any  # the same for keys and their values, (B, G, S)
+    # The first batch row, head, query and key of a part of a problem, which has the dropout of the whole at its pairs.
+    origin: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class PackedArgs(NamedTuple):
     # Of weight, key_bias, query_bias, bias, relative and sink those that are present, then those of the mask.
     tensors: list[Maker]
     present_mask: int  # one bit for each of the six
-    integers: list[int]  # the integer and float arguments, and the nodes of the mask
+    integers: list[int]  # the integer and float arguments, the origin, and the nodes of the mask
     packed: Tensor  # the same as a tensor
     member: Maker | None
     rows: list[int]
@@ -64,7 +64,13 @@ def _packed_args(plan: Plan, width: int, allow_bf16_dot: bool) -> PackedArgs:
         encode_mask(plan.mask, nodes, masks)
     alpha = normalizer.alpha if isinstance(normalizer, Entmax) else 2.0
     floats = struct.pack("4d", scale, plan.softcap or 0.0, alpha, plan.dropout)
-    integers = [_KINDS[NORMALIZERS[type(normalizer)]], int(allow_bf16_dot), *struct.unpack("4q", floats), *nodes]
+    integers = [
+        _KINDS[NORMALIZERS[type(normalizer)]],
+        int(allow_bf16_dot),
+        *struct.unpack("4q", floats),
+        *plan.origin,
+        *nodes,
+    ]
     with torch._C._DisableTorchDispatch():  # a tensor with values, even if the tensors of this call are fake
         packed = torch.tensor(integers, device="cpu")
     names = summary.outputs

@@ -59,6 +59,11 @@ class ScoreArgs(NamedTuple):
     seed: Any  # dropout seed, int64 of shape ()
     dropout_threshold: Any  # dropout probability times 2^32
     dropout_scale: Any  # 1 / (1 - dropout)
+    # The indices for dropout of the first batch row, head, query and key.
+    first_batch: Any
+    first_head: Any
+    first_query: Any
+    first_key: Any
 
 
 class TileLists(NamedTuple):

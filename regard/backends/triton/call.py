@@ -31,6 +31,7 @@ from regard.plan.problem import Plan, sizes
 
 _LOG2E = 1.4426950408889634
 _TWO_POW_32 = 1 << 32
+_ORIGIN = ("first_batch", "first_head", "first_query", "first_key")
 # Up to this many queries, a tile has room for several heads.
 FEW_QUERIES = 16
 
@@ -142,6 +143,7 @@ class Call:
         plan, size = self.plan, self.size
         score, normalizer, bias = plan.score, plan.normalizer, plan.bias
         defaults = {"scale": _LOG2E, "alibi_offset": 0, "dropout_threshold": 0, "dropout_scale": 1.0}
+        defaults |= dict.fromkeys(_ORIGIN, 0)
         args = ScoreArgs(**{**dict.fromkeys(ScoreArgs._fields), **defaults})
         if isinstance(score, Additive):
             config = self.launch_config
@@ -179,6 +181,7 @@ class Call:
             threshold = min(round(plan.dropout * _TWO_POW_32), _TWO_POW_32 - 1)
             scale = 1 / (1 - plan.dropout) if plan.dropout < 1 else 0.0
             args = args._replace(seed=self.value_of(plan.seed), dropout_threshold=threshold, dropout_scale=scale)
+            args = args._replace(**dict(zip(_ORIGIN, plan.origin, strict=True)))
         return args
 
 

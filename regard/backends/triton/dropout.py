@@ -32,7 +32,9 @@ def dropout_streams(args, b, head, query):
         golden = tl.full([], _GOLDEN, tl.uint32)
         stream = _mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ golden)
         stream = _combine(stream, (seed >> 32) & 0xFFFFFFFF)
-        stream = _combine(_combine(_combine(stream, b), head), query)
+        score = args.score
+        stream = _combine(_combine(stream, b + score.first_batch), head + score.first_head)
+        stream = _combine(stream, query + score.first_query)
         factor = _mix(stream ^ golden) | tl.full([], 1, tl.uint32)
     return stream, factor
 
@@ -40,4 +42,6 @@ def dropout_streams(args, b, head, query):
 @triton.jit
 def keep_mask(args, stream, factor, key):
     """Which weights are kept. `stream` and `factor` broadcast with `key`."""
-    return _mix((key.to(tl.uint32) + stream) * factor) >= args.score.dropout_threshold.to(tl.uint32)
+    return _mix(((key + args.score.first_key).to(tl.uint32) + stream) * factor) >= args.score.dropout_threshold.to(
+        tl.uint32
+    )
