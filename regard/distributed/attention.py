@@ -120,8 +120,9 @@ def attention(
         stop = start + queries[1] - queries[0]
         box = Box((0, size.B), (0, size.H), queries, span, size)
         within = keys[:, :, span[0] - route.span[0] : span[1] - route.span[0]]
+        tensors = x[0][:, :, start:stop], within[..., :width].to(k.dtype), within[..., width:].to(v.dtype)
         part = make_problem(
-            x[0][:, :, start:stop], within[..., :width].to(k.dtype), within[..., width:].to(v.dtype), checked_score, checked_normalizer,
+            *tensors, checked_score, checked_normalizer,
             None if mask is None else mask_of_part(mask, box),
             None if checked_bias is None else bias_of_part(checked_bias, box),
             softcap, dropout, seed, results.summary_of(box), choose.masks_nonfinite(backend, q), are_finite,
