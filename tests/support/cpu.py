@@ -65,6 +65,7 @@ def packed_arguments(
     alpha: float = 2.0,
     dropout: float = 0.0,
     seed: int = 0,
+    origin: Sequence[int] = (0, 0, 0, 0),
     allow_bf16_dot: bool = True,
 ) -> tuple[Any, ...]:
     """Return the arguments of the native operators from q to seed, in order.
@@ -74,5 +75,5 @@ def packed_arguments(
     optional = (weight, key_bias, query_bias, bias, relative, sink)
     present_mask = sum(1 << i for i, x in enumerate(optional) if x is not None)
     floats = struct.unpack("4q", struct.pack("4d", scale, softcap, alpha, dropout))
-    packed = torch.tensor([normalizer, int(allow_bf16_dot), *floats, *mask])
+    packed = torch.tensor([normalizer, int(allow_bf16_dot), *floats, *origin, *mask])
     return q, k, v, [*[x for x in optional if x is not None], *mask_tensors], present_mask, packed, seed

@@ -208,8 +208,8 @@ def test_operator_rejects_malformed_packed_arguments() -> None:
     q, k, v, tensors, present_mask, packed, seed = packed_arguments(**_CASES["all biases"])
     with pytest.raises(RuntimeError, match="fewer tensors than present_mask says"):
         extension.ops.forward(q, k, v, tensors[:2], present_mask, packed, seed, *requested())
-    for wrong in (packed[:5], packed.double(), torch.stack([packed, packed], 1)[:, 0]):
-        with pytest.raises(RuntimeError, match="at least 6 contiguous int64 values"):
+    for wrong in (packed[:9], packed.double(), torch.stack([packed, packed], 1)[:, 0]):
+        with pytest.raises(RuntimeError, match="at least 10 contiguous int64 values"):
             extension.ops.forward(q, k, v, tensors, present_mask, wrong, seed, *requested())
 
 
