@@ -51,13 +51,36 @@ def progress(hidden: bool) -> Progress:
 def replace_unknown_characters(stream: TextIO) -> None:
     """Let a stream write a question mark where its encoding (ASCII, Latin-1, cp1252) lacks a character."""
     reconfigure = getattr(stream, "reconfigure", None)
-    if reconfigure is not None and not (stream.encoding or "").lower().startswith("utf"):
+    if reconfigure is not None and not is_unicode(stream):
         reconfigure(errors="replace")
 
 
+def is_unicode(stream: TextIO) -> bool:
+    """Whether the encoding of a stream has all characters."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
 def read_input() -> str:
-    """Return the standard input; a closed one is empty."""
-    return "" if sys.stdin is None or sys.stdin.closed else sys.stdin.read()
+    """Return the standard input; a closed one is empty.
+
+    Raises:
+        ValueError: it is not valid in its encoding.
+    """
+    if sys.stdin is None or sys.stdin.closed:
+        return ""
+    try:
+        return check_text(sys.stdin.read())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"TEXT: the standard input is not {error.encoding} text; set PYTHONIOENCODING=utf-8"
+        ) from error
+
+
+def check_text(text: str) -> str:
+    """Return a text. Raises a ValueError if it holds bytes that could not be decoded."""
+    if any("\ud800" <= x <= "\udfff" for x in text):
+        raise ValueError("TEXT: is not valid UTF-8; expected a text in UTF-8")
+    return text
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from regard.cli.app import app, console, read_input
+from regard.cli.app import app, check_text, console, read_input
 from regard.cli.help import examples
+from regard.files import write_atomically
 
 if TYPE_CHECKING:
     from regard.apps.look import LookResult
@@ -70,16 +71,28 @@ def look(
     if image is None and len(text) == 2 and model is None and Path(text[0]).is_dir():
         model = text.pop(0)
     if image is not None:
+        if target is not None:
+            raise ValueError("--target: a picture has none; expected no --target")
         if text:
             raise ValueError("--image: TEXT is given too; expected a picture or a text (use --model for the model)")
         show(lambda: look_at_image(image, model, top=top), out, save)
     elif len(text) != 1:
         quoted = f": regard look {shlex.quote(' '.join(text))}" if text else ""
+        if len(text) == 2 and "/" in text[0] and " " not in text[0] and not Path(text[0]).exists():
+            raise ValueError(f"DIR: there is no directory {text[0]}; expected one written by `train`")
         raise ValueError(
             f"TEXT: got {len(text)} arguments; expected one text, in quotes{quoted}, or --image PICTURE; before the text, "
             "only a directory written by `train`"
         )
     elif text[0].endswith(".safetensors") and Path(text[0]).is_file():
+        given = {"--model": model, "--target": target, "--top": top, "--save": save}
+        unused = [name for name, value in given.items() if value is not None]
+        if unused:
+            raise ValueError(
+                f"{unused[0]}: {text[0]} is a recording, to which it does not apply; expected no {unused[0]}"
+            )
+        if out.resolve() == Path(text[0]).resolve():
+            raise ValueError(f"--out: {out} is the recording; expected another file")
         show(lambda: look_at_record(Path(text[0])), out, None)
     else:
         show(
@@ -105,16 +118,24 @@ _ENDINGS = (".safetensors", ".gguf", ".html", ".json", ".md", ".txt", ".tsv", ".
 _BEGINNINGS = ("/", "./", "../", "~/")
 
 
+def is_model(path: Path) -> bool:
+    """Whether a directory holds a model of `train` or of transformers."""
+    return (path / "config.json").is_file()
+
+
 def not_a_path(text: str) -> str:
     """Return a text.
 
     Raises:
         ValueError: it is the path of a file that does not exist, or is no recording.
     """
+    check_text(text)
     try:
         is_file = Path(text).expanduser().is_file()
     except (OSError, ValueError):  # too long for a name
         return text
+    if Path(text).expanduser().is_dir() and len(text.split()) == 1 and ("/" in text or is_model(Path(text))):
+        raise ValueError(f"TEXT: is missing after the directory {text}; expected a text in quotes")
     if is_file:
         raise ValueError(
             f"TEXT: {text} is a file, but no recording; expected a text in quotes, a file written by --save, or --image "
@@ -133,6 +154,10 @@ def show(run: Callable[[], LookResult], out: Path, save: Path | None = None) -> 
     for name, path in (("--out", out), ("--save", save)):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{name}: the directory {path.parent} does not exist")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{name}: {path} is a directory; expected the name of a file")
+    if save is not None and save.resolve() == out.resolve():
+        raise ValueError(f"--save: {save} is --out, too; expected two different files")
     with console.status("loading the model and running it"):
         result = run()
         recording, notes = result.recording, result.notes
@@ -147,6 +172,6 @@ def show(run: Callable[[], LookResult], out: Path, save: Path | None = None) -> 
     console.print(terminal(recording, result.tokens, key_tokens=result.source, produced=result.produced))
     for note in notes:
         console.print(Text(note, style="yellow"))
-    out.write_text(document, encoding="utf-8")
+    write_atomically(out, lambda path: path.write_text(document, encoding="utf-8"))
     size = out.stat().st_size / 1e6
-    console.print(Text.assemble("\nPage: ", (str(out), "bold"), f" ({size:.1f} MB, works offline)"))
+    console.print(Text.assemble("\nPage: ", (str(out), "bold"), f" ({size:.1f} MB, works offline)"), soft_wrap=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from regard.cli.app import app, console, errors, progress, read_input
+from regard.cli.app import app, check_text, console, errors, is_unicode, progress, read_input
 from regard.cli.help import examples
 
 # Tags of a higher probability are shown as certain.
@@ -38,9 +39,10 @@ def predict(
     task = open_task(folder)
     single = text is not None and not _is_file(text)
     if text is None:
-        texts = read_input().splitlines()
+        given = read_input()
+        texts = given.removesuffix("\n").split("\n") if given else []
     else:
-        texts = [text] if single else [line for _, line in read_lines(Path(text))]
+        texts = [_not_a_path(check_text(text))] if single else [line for _, line in read_lines(Path(text))]
     options = {"beams": beams} if task.kind == "translate" else {}
     if single and text is not None and not text.strip():
         raise ValueError("TEXT: is empty; expected at least one word")
@@ -48,7 +50,7 @@ def predict(
         errors.print(Text(remark, style="yellow"))
     for prediction in task.predict(texts, **options):
         if as_json:
-            print(json.dumps(_as_dict(prediction), ensure_ascii=False))
+            print(json.dumps(_as_dict(prediction), ensure_ascii=not is_unicode(sys.stdout)))
         elif single and console.is_terminal:
             console.print(_as_rich_text(task.kind, prediction))
         else:
@@ -83,6 +85,13 @@ def evaluate(
     for name, value in metrics.items():
         console.print(Text.assemble(f"{name:<14}", (f"{value:6.2f}", "bold")))
     console.print(f"[dim]{len(examples):,} examples[/]")
+
+
+def _not_a_path(text: str) -> str:
+    """Return a text. Raises a ValueError if it is the path of a file that does not exist."""
+    if len(text.split()) == 1 and text.lower().endswith((".txt", ".tsv", ".csv", ".md", ".conllu", ".gz")):
+        raise ValueError(f"TEXT: there is no file {text}; expected a text in quotes, or a file with one text per line")
+    return text
 
 
 def _is_file(text: str) -> bool:

@@ -136,12 +136,12 @@ def train(
     ] = None,
     workers: Annotated[int | None, typer.Option(hidden=True)] = None,  # the name of --nproc in version 0.1
     minutes: Annotated[
-        float | None, typer.Option(help="Start no epoch after this many minutes.", show_default="no limit")
+        float | None, typer.Option(help="Start no epoch after this many minutes, above 0.", show_default="no limit")
     ] = None,
 ) -> None:
     """Train a model on files, and save the best epoch. The same command resumes an interrupted run."""
     from regard.tasks.presets import PRESETS
-    from regard.tasks.split import split
+    from regard.tasks.split import dev_share, split
     from regard.tasks.train import train as run
 
     preset = PRESETS[task.value]
@@ -162,13 +162,19 @@ def train(
     fixed = {name for name, value in training_options.items() if value is not None}
     others = {"seed": seed, "bf16": bf16, "workers": workers if nproc is None else nproc}
     training = _override(preset.training[model], {**training_options, **others}, task.value)
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"--minutes: {minutes}; expected a number above 0")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--seed: {seed}; expected an integer of 64 bits")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ValueError(f"--dropout: {dropout}; expected a probability from 0 to less than 1")
     test: list[Any] = []
     if data:
         examples = list(preset.read(data))
         if dev:
             dev_examples = list(preset.read(dev))
         else:
-            examples, dev_examples = preset.task.hold_out(examples, 0.05)
+            examples, dev_examples = preset.task.hold_out(examples, dev_share(len(examples)))
     elif preset.built_in is None:
         raise ValueError(f"DATA: is missing; expected at least one file of examples for {task.value}")
     else:
@@ -202,7 +208,8 @@ def train(
     size = sum(p.numel() for p in trained.model.parameters()) / 1e6
     metrics = ", ".join(f"{name} {value:.2f}" for name, value in best.dev.items())
     console.print(
-        Text.assemble(f"\n{size:.2f} M parameters; epoch {best.number}: {metrics}; saved in ", (str(out), "bold"))
+        Text.assemble(f"\n{size:.2f} M parameters; epoch {best.number}: {metrics}; saved in ", (str(out), "bold")),
+        soft_wrap=True,
     )
     chance = trained.chance(dev_examples)
     if chance is not None and best.dev[trained.metric] <= chance[0]:

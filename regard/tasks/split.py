@@ -20,6 +20,16 @@ _OVERLAP = 0.05
 _FEW = 3
 
 
+def dev_share(total: int) -> float:
+    """Return the fraction of examples to hold out: 5 %, but of small data 20 examples, and at most 20 %. A dev set of a few
+    examples would be right by chance.
+
+    >>> [round(dev_share(total) * total) for total in (10, 50, 100, 300, 1000)]
+    [2, 10, 20, 20, 50]
+    """
+    return max(0.05, min(0.2, 20 / max(total, 1)))
+
+
 def split(examples: Sequence[E], shares: Sequence[float], seed: int = 0) -> list[list[E]]:
     """Split examples at random into the remainder, and parts with these fractions of the examples.
 

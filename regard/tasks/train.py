@@ -104,6 +104,10 @@ class History:
         """The epoch whose model is saved."""
         return next((epoch for epoch in reversed(self.epochs) if epoch.best), None)
 
+    def first_like(self, best: Epoch) -> Epoch:
+        """Return the first epoch with the metrics of the best one, from which patience counts."""
+        return next(epoch for epoch in self.epochs if epoch.dev == best.dev)
+
 
 def train(
     kind: type[Task],
@@ -191,7 +195,7 @@ def _train_epochs(
     task, training = run.task, run.training
     for number in range(len(history.epochs) + 1, training.epochs + 1):
         best = history.best
-        if best is not None and number - best.number > training.patience:
+        if best is not None and number - history.first_like(best).number > training.patience:
             break
         if time.monotonic() > end:
             break
@@ -207,7 +211,9 @@ def _train_epochs(
                 tell(Step(number, done, len(batches), loss, tokens / (time.monotonic() - started)))
         with run.averaged():
             metrics = task.evaluate(dev)
-            is_best = task.better(metrics, best.dev if best else None)
+            # Small dev sets have equal metrics in many epochs: then the model that fits the training data better is saved.
+            is_tie = best is not None and metrics == best.dev and total / len(batches) < best.loss
+            is_best = is_tie or task.better(metrics, best.dev if best else None)
             epoch = Epoch(number, total / len(batches), metrics, time.monotonic() - started, tokens, is_best)
             history.epochs.append(epoch)
             if is_best:
@@ -299,7 +305,12 @@ def _check_out(out: Path) -> None:
     """Create the directory. Raise if it is a file, or holds something else than an interrupted run."""
     if out.exists() and not out.is_dir():
         raise DataError(f"--out: {out} is a file; expected a directory, or the name of a new one")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"--out: {out} cannot be created ({error.strerror}); expected the name of a new directory"
+        ) from error
     if any(out.iterdir()) and not (out / _CHECKPOINT).exists() and not (out / _UNFINISHED).exists():
         raise DataError(f"--out: {out} is not empty; expected a new directory, or one with an interrupted run")
     (out / _UNFINISHED).touch()

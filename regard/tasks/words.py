@@ -26,10 +26,11 @@ def _pattern() -> re.Pattern[str]:
     """
     marks = "".join(chr(n) for n in range(0x10000) if unicodedata.category(chr(n)) in ("Mn", "Mc"))
     letter = rf"(?:(?![{UNSPACED}])[\w{marks}])"
+    emoji = r"[^\w\s][\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]*"  # with its form and skin tone; U+200D joins several
     clitic = rf"['’](?:s|re|ve|ll|d|m)(?!{letter})"
     end = rf"n['’]t(?!{letter})"
     return re.compile(
-        rf"[{UNSPACED}][{marks}]*|{letter}+?(?={end})|{end}|{clitic}|{letter}+(?:(?!{clitic})['’-]{letter}+)*|[^\w\s]",
+        rf"[{UNSPACED}][{marks}]*|{letter}+?(?={end})|{end}|{clitic}|{letter}+(?:(?!{clitic})['’-]{letter}+)*|{emoji}(?:\u200d{emoji})*",
         re.IGNORECASE,
     )
 
@@ -42,6 +43,8 @@ def words_of(text: str) -> list[str]:
     ['It', "'s", 'well-known', ',', 'is', "n't", 'it', '?']
     >>> words_of("我爱PyTorch。")
     ['我', '爱', 'PyTorch', '。']
+    >>> words_of("good 👍🏽❤️!")
+    ['good', '👍🏽', '❤️', '!']
     """
     return _pattern().findall(text)
 

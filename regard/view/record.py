@@ -167,13 +167,19 @@ def _sides(
             return Sides(2, 1, produced, sources)
         return Sides(0, 0 if key_tokens is None else 1, tokens, sources)
     texts = [(0, tokens)] if key_tokens is None else [(0, tokens), (1, key_tokens)]
-    if key_tokens is not None and "encoder" in record.name.split("."):
+    if key_tokens is not None and _is_of_encoder(record.name):
         texts.reverse()  # with two texts, an encoder reads the source: the keys of cross attention
     for index, text in texts:
         if len(text) == size and length <= size:
             return Sides(index, index, text[size - length :], text)
     lengths = " and ".join(f"{('tokens', 'key_tokens')[i]} has {len(t)} entries" for i, t in sorted(texts))
     raise ValueError(f"{lengths}: expected {size}, the keys of {description}")
+
+
+def _is_of_encoder(name: str) -> bool:
+    """Whether a module belongs to an encoder: a decoder that is a BERT has an encoder of its own, "decoder.bert.encoder"."""
+    parts = name.split(".")
+    return "encoder" in parts and "decoder" not in parts[: parts.index("encoder")]
 
 
 def label(record: RecordLike, sides: Sides) -> str:

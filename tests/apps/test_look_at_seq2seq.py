@@ -142,6 +142,18 @@ def test_texts_end_at_the_maximum_length(name: str, save: Callable[[str], str]) 
     assert result.notes == ["The last 7 tokens of the target exceed the model's maximum length and are omitted."]
 
 
+@pytest.mark.parametrize("name", ["two berts", "bart"])
+def test_sides_of_equal_length_differ_by_name(name: str, save: Callable[[str], str]) -> None:
+    """Each layer by its name: a decoder that is a BERT has an encoder and cross attention of its own."""
+    result = look("the animal did", save(name), target="cross not the")
+    assert [record.kind for record in result.recording] == ["self", "decoder", "cross"]
+    words = {"key_tokens": result.source, "produced": result.produced}
+    console = Console(file=StringIO(), width=100)
+    console.print(terminal(result.recording, result.tokens, **words))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("encoder layer") == text.count("cross layer") == 1
+
+
 def test_positions_of_roberta_start_after_padding(save: Callable[[str], str]) -> None:
     result = look("the animal did not cross " * 3, save("short roberta"))
     assert len(result.tokens) == 8

@@ -239,6 +239,34 @@ def test_help_and_version() -> None:
     assert "--install-completion" in run("-h").stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["look", "a cat", "--out", "{}/same", "--save", "{}/same"], "--save: .*same is --out, too; expected two different"),
+        (["look", "{}/r.safetensors", "--out", "{}/r.safetensors"], "--out: .*r.safetensors is the recording"),
+        (["look", "{}/r.safetensors", "--model", "gpt2"], "--model: .*r.safetensors is a recording, to which it does not"),
+        (["look", "{}/r.safetensors", "--save", "{}/s"], "--save: .*r.safetensors is a recording"),
+        (["look", "--image", "{}/a.png", "--target", "x"], "--target: a picture has none"),
+        (["look", "a cat", "--out", "{}"], "--out: .* is a directory; expected the name of a file"),
+        (["look", "{}/none", "a text"], "DIR: there is no directory .*none; expected one written by `train`"),
+        (["look", "{}"], "TEXT: is missing after the directory"),
+        (["look", "caf\udce9"], "TEXT: is not valid UTF-8"),
+        (["train", "classify", "{}/x.tsv", "--out", "{}/o", "--minutes", "0"], "--minutes: 0.0; expected a number above 0"),
+        (["train", "classify", "{}/x.tsv", "--out", "{}/o", "--minutes", "nan"], "--minutes: nan; expected a number above"),
+        (["train", "classify", "{}/x.tsv", "--out", "{}/o", "--seed", "9" * 20], "--seed: 9+; expected an integer of 64"),
+        (["train", "classify", "{}/x.tsv", "--out", "{}/o", "--dropout", "2"], "--dropout: 2.0; expected a probability"),
+        (["train", "classify", "{}/x.tsv", "--out", "{}/x.tsv/z"], "--out: .*z cannot be created .*; expected the name of"),
+    ],
+)  # fmt: skip
+def test_invalid_options_are_named(arguments: list[str], error: str, tmp_path: Path) -> None:
+    (tmp_path / "r.safetensors").write_bytes(b"a recording")
+    (tmp_path / "x.tsv").write_text("a good film\t+\na bad film\t-\n" * 20, encoding="utf-8")
+    done = run(*[argument.format(tmp_path) for argument in arguments], expect=2)
+    assert re.search(error, " ".join(done.stderr.split())), done.stderr
+    assert (tmp_path / "r.safetensors").read_bytes() == b"a recording"
+    assert not (tmp_path / "o").exists()
+
+
 def test_pages_are_not_overwritten_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert free_path("attention.html") == Path("attention.html")

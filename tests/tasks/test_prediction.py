@@ -105,7 +105,7 @@ def test_tag_trains_and_predicts(model: str, folder: Path) -> None:
             for s in sentences(60)]  # fmt: skip
     path.write_text("\n".join(rows))
     done = run("train", "tag", str(path), *SMALL, "--epochs", "1", "--model", model, "--out", out)
-    assert "57 training examples, 3 dev examples" in done
+    assert "48 training examples, 12 dev examples" in done
     assert "accuracy" in run("evaluate", out, str(path))
     tagged = run("predict", out, "zu bdfes klgung").split()
     assert [token.split("/")[0] for token in tagged] == ["zu", "bdfes", "klgung"]
@@ -152,3 +152,24 @@ def test_train_reports_invalid_arguments(folder: Path) -> None:
     assert not (folder / "never").exists()
     gone = run("predict", str(folder / "never"), "x", expect=2)
     assert "is not a directory of a trained model" in gone
+
+
+def test_predictions_line_up_with_the_lines_of_the_input(translator: str, tmp_path: Path) -> None:
+    """From a file and from the standard input: other separators of Unicode are within a line."""
+    lines = "a b\n\n\x0ca\u2028b\n"
+    (tmp_path / "lines.txt").write_text(lines, encoding="utf-8", newline="")
+    from_file = run("predict", translator, str(tmp_path / "lines.txt"))
+    assert from_file.count("\n") == 3
+    assert run("predict", translator, stdin=lines) == from_file
+    assert run("predict", translator, stdin="") == ""
+
+
+def test_predict_names_files_that_do_not_exist_and_text_that_is_not_utf8(translator: str) -> None:
+    for text, error in (("missing.txt", "there is no file missing.txt"), ("caf\udce9", "is not valid UTF-8")):
+        assert f"TEXT: {error}" in run("predict", translator, text, expect=2)
+
+
+def test_json_keeps_characters_that_the_output_lacks(translator: str) -> None:
+    environment = {"PYTHONIOENCODING": "cp1252"}
+    done = command_line.run_process("predict", translator, "ab", "--json", environment=environment)
+    assert json.loads(done.stdout)["source"][0].startswith("▁")

@@ -149,7 +149,7 @@ _CROSS = ("cross", "encdec", "encoder_attn", "multihead_attn")
 
 def _declared_kind(module: nn.Module, name: str) -> str | None:
     """Return "cross" or "decoder" where the attributes of a module, or its name, say so."""
-    last = name.rsplit(".", 1)[-1].lower()
+    last = ".".join(name.split(".")[-2:]).lower()  # in BERT, "crossattention.self"
     if getattr(module, "is_cross_attention", None) is True or any(part in last for part in _CROSS):
         return "cross"
     is_decoder = getattr(module, "is_causal", None) is True or getattr(module, "is_decoder", None) is True
