@@ -53,6 +53,13 @@ def load_pretrained(path: str, kind: str, **options: Any) -> Any:
         import transformers
     except ImportError as error:
         raise ImportError("look needs the package transformers: pip install 'regard[look]'") from error
+    is_path = path.startswith(("/", "./", "../", "~"))
+    if is_path and not Path(path).exists():
+        raise ValueError(f"model: there is no directory {path}; expected a local path, or a name on the hub")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"model: {path} has no config.json; expected a directory of transformers, or of `regard train`"
+        )
     source = path
     if path.endswith(".gguf"):  # a single-file model of llama.cpp is named by its folder and file name
         source, options = str(Path(path).parent), {**options, "gguf_file": Path(path).name}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ _TEXT_NAMES = {
     "text", "texts", "sentence", "sentences", "review", "document", "comment", "tweet", "message", "title", "headline",
     "body", "content", "description", "question", "utterance", "phrase", "query", "input", "x", "source", "src", "word",
 }  # fmt: skip
-# or both are names of languages.
+# or both are names of languages. In files of at least _MANY lines, unknown names are recognized, too.
+_MANY = 10
 _LANGUAGES = {
     "arabic", "chinese", "czech", "danish", "dutch", "english", "finnish", "french", "german", "greek", "hebrew",
     "hindi", "hungarian", "italian", "japanese", "korean", "norwegian", "polish", "portuguese", "romanian", "russian",
@@ -100,7 +102,7 @@ def _read_columns(path: Path, columns: str) -> list[tuple[Location, str, str]]:
             raise DataError(f"{cause} (columns are separated by tabs, not by commas)" if commas else cause)
         rows.append((place, parts))
     place, (first, second) = rows[0]
-    if place.line == 1 and _is_header(first, second, {parts[1] for _, parts in rows[1:]}):
+    if place.line == 1 and _is_header(first, second, Counter(parts[1] for _, parts in rows[1:])):
         rows = rows[1:]
     if not rows:
         raise DataError(f"{path}: has no examples, only a header")
@@ -112,10 +114,13 @@ def _read_columns(path: Path, columns: str) -> list[tuple[Location, str, str]]:
     return [(place, text, label) for (place, _), text, label in zip(rows, texts, labels, strict=True)]
 
 
-def _is_header(first: str, second: str, others: Collection[str]) -> bool:
-    """Return whether these are the names of two columns, and no example. `others` are the other values of the second."""
+def _is_header(first: str, second: str, others: Counter[str]) -> bool:
+    """Return whether these are the names of two columns, and no example. `others` counts the other values of the second."""
     if second in others:
         return False
+    # One word, with a label that no other line has, while each of the others recurs.
+    if others.total() >= _MANY and min(others.values()) > 1 and len(first.split()) == 1:
+        return True
     first, second = (name.lstrip("#").strip(" \"'").casefold() for name in (first, second))
     return second in _HEADERS or first in _TEXT_NAMES or (first in _LANGUAGES and second in _LANGUAGES)
 

@@ -97,7 +97,7 @@ def test_look_reports_invalid_arguments(tmp_path: Path) -> None:
     assert "text: is empty" in run("look", "  ", "--out", str(tmp_path / "p.html"), expect=2).stderr
     assert "does not exist" in run("look", "hi", "--out", str(tmp_path / "no" / "p.html"), expect=2).stderr
     nowhere = run("look", "hi", "--model", str(tmp_path), "--out", str(tmp_path / "p.html"), expect=2)
-    assert "cannot be loaded by transformers" in nowhere.stderr
+    assert "has no config.json; expected a directory of transformers" in nowhere.stderr
     assert "Traceback" not in nowhere.stderr
 
 

@@ -137,6 +137,15 @@ def test_headers_are_recognized(write: Write, header: str) -> None:
     assert read_labeled([path]) == [Labeled("a film", "good", Location(path, 2))]
 
 
+def test_headers_of_unknown_names_are_recognized_where_labels_recur(write: Write) -> None:
+    lines = "a film\tgood\nanother film\tbad\n" * 5
+    path = write("a.tsv", f"Kommentar\tKlasse\n{lines}")
+    assert [example.label for example in read_labeled([path])] == ["good", "bad"] * 5
+    for first in ("great\tgood\n", "a great film\tneutral\n"):
+        assert len(read_labeled([write("a.tsv", first + lines)])) == 11
+    assert len(read_labeled([write("a.tsv", f"great\tneutral\n{lines}a film\tmixed\n")])) == 12
+
+
 @pytest.mark.parametrize("line", ["a class\tgood", "text\tbad", "my review\tscore", "en\tbad", "English\tDeutsch"])
 def test_first_lines_that_are_examples_are_kept(write: Write, line: str) -> None:
     assert len(read_labeled([write("a.tsv", f"{line}\na film\tbad\n")])) == 2
