@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+# Writers of torch and safetensors name no cause on a full disk: then less than this is free, in bytes.
+_FULL = 1 << 20
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -31,6 +37,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
         # Full disks, as torch and safetensors report them.
         if isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError":
-            cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-            raise OSError(f"{path}: cannot be written ({cause})") from error
+            raise OSError(f"{path}: cannot be written ({_cause(error, path)})") from error
         raise
+
+
+def _cause(error: BaseException, path: Path) -> str:
+    """Return why a file could not be written."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if path.parent.is_dir() and shutil.disk_usage(path.parent).free < _FULL:
+        return os.strerror(errno.ENOSPC)
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

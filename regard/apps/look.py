@@ -93,7 +93,7 @@ def look(text: str, model: str | None = None, *, target: str | None = None, top:
         raise ValueError(f"target: {name} has no decoder; expected no target, or an encoder-decoder such as T5")
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         raise ValueError(f"model: {name} reads texts and pictures together; expected a model that reads texts")
-    network = _load_network(name, path, has_decoder)
+    network = _load_network(name, path, config, has_decoder)
     if network.main_input_name != "input_ids":
         kind = "pictures" if network.main_input_name == "pixel_values" else "sound or other signals"
         way_out = ", or --image PICTURE" if kind == "pictures" else ""
@@ -130,9 +130,11 @@ def look(text: str, model: str | None = None, *, target: str | None = None, top:
     return LookResult(name, text, tokens, recording, truncated, source=source, produced=produced, note=note)
 
 
-def _load_network(name: str, path: str, has_decoder: bool) -> Any:
+def _load_network(name: str, path: str, config: Any, has_decoder: bool) -> Any:
     if not has_decoder:
-        return load_pretrained(path, "AutoModel")
+        # An encoder alone, such as T5EncoderModel, which AutoModel would load with a decoder.
+        kinds = [kind for kind in config.architectures or () if kind.endswith("EncoderModel")]
+        return load_pretrained(path, kinds[0] if kinds else "AutoModel")
     try:
         return load_pretrained(path, "AutoModelForSeq2SeqLM")
     except ValueError as error:

@@ -334,7 +334,9 @@ def _load_checkpoint(out: Path, config: dict[str, Any]) -> dict[str, Any] | None
         try:
             saved: dict[str, Any] = torch.load(path, weights_only=True)
         except Exception as error:  # a damaged file can raise anything
-            raise DataError(f"{path}: is not a valid checkpoint ({error}); remove it to start over") from error
+            raise DataError(
+                f"{path}: is not a valid checkpoint ({error or type(error).__name__}); remove it to start over"
+            ) from error
         if saved.get("data", config["data"]) != config["data"]:  # version 0.1 saved none
             raise DataError(
                 f"--out: {out} contains an interrupted run on other data; use the same files to resume it, or another "

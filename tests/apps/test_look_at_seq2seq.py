@@ -55,6 +55,7 @@ _MODELS: dict[str, Callable[[Any], Any]] = {
     "short bart": lambda t: t.BartForConditionalGeneration(t.BartConfig(**_SIZES, max_position_embeddings=8)),
     "two short berts": lambda t: _bert_to_bert(t, max_position_embeddings=8),
     "short roberta": lambda t: t.RobertaModel(t.RobertaConfig(vocab_size=20, **_TOWER, max_position_embeddings=10)),
+    "t5 encoder": lambda t: t.T5EncoderModel(t.T5Config(**_T5, is_encoder_decoder=False, use_cache=False)),
     "whisper": lambda t: t.WhisperForConditionalGeneration(
         t.WhisperConfig(**_SIZES, num_mel_bins=4, max_source_positions=10, max_target_positions=10)
     ),
@@ -158,6 +159,11 @@ def test_positions_of_roberta_start_after_padding(save: Callable[[str], str]) ->
     result = look("the animal did not cross " * 3, save("short roberta"))
     assert len(result.tokens) == 8
     assert result.truncated == 7
+
+
+def test_encoder_of_an_encoder_decoder_runs_alone(save: Callable[[str], str]) -> None:
+    result = look("the animal did not cross", save("t5 encoder"))
+    assert [(record.kind, record.queries) for record in result.recording] == [("self", 5)]
 
 
 def test_layers_that_are_not_recorded_are_named(save: Callable[[str], str]) -> None:
