@@ -36,7 +36,7 @@ check: $(VENV)/dev
 
 # The docstrings as pages, in build/docs.
 docs: $(VENV)/dev
-	$(BIN)/pdoc --math --output-directory build/docs regard '!regard.cli'
+	$(BIN)/pdoc --math --output-directory build/docs regard regard.distributed '!regard.cli'
 
 # The script of the page, from its source; a test holds the one to the other. The notice is that of the libraries in it.
 PAGE := regard/view/page.js
