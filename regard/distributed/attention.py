@@ -128,7 +128,7 @@ def attention(
             softcap, dropout, seed, results.summary_of(box), choose.masks_nonfinite(backend, q), are_finite,
             box.origin if dropout else None,
         )  # fmt: skip
-        results.add(box, choose.run(part, backend))
+        results.add(box, part.plan.outputs, choose.run(part, backend))
         start = stop
     out, stats = results.put_together(x[0], keys, v)
 

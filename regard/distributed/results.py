@@ -28,7 +28,7 @@ class Results:
 
     def __init__(self, size: Sizes, summary: Summary, route: Route, shards: SequenceShards) -> None:
         self._size, self._summary, self._route, self._shards = size, summary, route, shards
-        self._outputs: list[tuple[Box, Sequence[Tensor]]] = []
+        self._outputs: list[tuple[Box, dict[str, Tensor]]] = []
         self._rows = [row % max(size.L, 1) for row in summary.row_numbers]
 
     def summary_of(self, box: Box) -> Summary:
@@ -37,9 +37,9 @@ class Results:
         rows = tuple(row - box.q[0] for row in self._rows if box.q[0] <= row < box.q[1])
         return replace(self._summary, mass=None if mass is None else mass[..., slice(*box.k)], rows=rows)
 
-    def add(self, box: Box, outputs: Sequence[Tensor]) -> None:
+    def add(self, box: Box, names: Sequence[str], outputs: Sequence[Tensor]) -> None:
         """Add the outputs of a part."""
-        self._outputs.append((box, outputs))
+        self._outputs.append((box, dict(zip(names, outputs, strict=True))))
 
     def put_together(self, q: Tensor, keys: Tensor, v: Tensor) -> tuple[Tensor, AttentionSummary]:
         """Return the output and the statistics.
@@ -47,16 +47,12 @@ class Results:
         Args:
             q: the queries of this rank. keys: the keys and values that were fetched. v: the values of this rank.
         """
-        outs = [outputs[0] for _, outputs in self._outputs]
+        outs = [outputs["out"] for _, outputs in self._outputs]
         out = torch.cat(outs, 2) if outs else q.new_zeros((*q.shape[:3], v.shape[-1]), dtype=v.dtype)
         out = attach(out, keys)
         found = []
         for statistic in self._summary.statistics:
-            parts = []
-            for box, outputs in self._outputs:
-                names = self.summary_of(box).outputs
-                if statistic.name in names:
-                    parts.append((box, outputs[1 + names.index(statistic.name)]))
+            parts = [(box, outputs[statistic.name]) for box, outputs in self._outputs if statistic.name in outputs]
             found.append(self._join(statistic, parts, q, keys))
         return out, AttentionSummary.of(self._summary, found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from regard import check
 from regard.components.predicate import Mask
 from regard.distributed.layout import LAYOUTS, Ranges, best_layout, busiest, ranges_of
+from regard.distributed.linear import linear
 from regard.distributed.transport import Transport, transport_of
 
 
@@ -36,7 +37,8 @@ class SequenceShards:
         RuntimeError: `torch.distributed` is not initialized.
 
     >>> from regard.distributed.shards import SequenceShards
-    >>> from regard.distributed.transport import run_ranks
+    >>> from regard.distributed.linear import linear
+    from regard.distributed.transport import run_ranks
     >>> x = torch.arange(7.0)[None, :, None]
     >>> def work(transport):
     ...     shards = SequenceShards(7, transport, layout="mirrored")
@@ -94,32 +96,20 @@ class SequenceShards:
                 f"gather: x has {x.shape[dim]} positions in dimension {dim}; expected {self.length_of(self.rank)}, those of "
                 f"rank {self.rank}"
             )
-        gathered: Tensor = _Gather.apply(x, self, dim)  # type: ignore[no-untyped-call]
-        return gathered
+        return linear(x, partial(self._gather, dim), partial(self._scatter, dim))
 
-
-class _Gather(torch.autograd.Function):
-    """`SequenceShards.gather`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shards: SequenceShards, dim: int) -> Tensor:
-        ctx.shards, ctx.dim = shards, dim
-        shapes = [_with_length(x, dim, shards.length_of(rank)) for rank in range(shards.ranks)]
-        parts = shards.transport.exchange([x] * shards.ranks, shapes)
-        whole = x.new_empty(_with_length(x, dim, shards.length))
-        for ranges, part in zip(shards.ranges, parts, strict=True):
-            start = 0
-            for first, stop in ranges:
-                whole.narrow(dim, first, stop - first).copy_(part.narrow(dim, start, stop - first))
-                start += stop - first
+    def _gather(self, dim: int, x: Tensor) -> Tensor:
+        shapes = [_with_length(x, dim, self.length_of(rank)) for rank in range(self.ranks)]
+        whole = x.new_empty(_with_length(x, dim, self.length))
+        for ranges, part in zip(self.ranges, self.transport.exchange([x] * self.ranks, shapes), strict=True):
+            whole.index_copy_(dim, _positions(ranges).to(x.device), part)
         return whole
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        shards, dim = ctx.shards, ctx.dim
-        outgoing = [grad.index_select(dim, _positions(ranges).to(grad.device)) for ranges in shards.ranges]
-        shape = outgoing[shards.rank].shape
-        return torch.stack(shards.transport.exchange(outgoing, [shape] * shards.ranks)).sum(0), None, None
+    def _scatter(self, dim: int, x: Tensor) -> Tensor:
+        """Return the sum over all ranks of what they have for the positions of this one."""
+        outgoing = [x.index_select(dim, _positions(ranges).to(x.device)) for ranges in self.ranges]
+        shape = outgoing[self.rank].shape
+        return torch.stack(self.transport.exchange(outgoing, [shape] * self.ranks)).sum(0)
 
 
 def _with_length(x: Tensor, dim: int, length: int) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.distributed.layout import Ranges
+from regard.distributed.linear import linear
 from regard.distributed.needs import Needs
 from regard.distributed.shards import SequenceShards
 from regard.distributed.transport import Transport
@@ -58,14 +60,12 @@ class Route:
 
 def fetch(x: Tensor, route: Route) -> Tensor:
     """`Route.fetch`, with gradients."""
-    fetched: Tensor = _Fetch.apply(x, route)  # type: ignore[no-untyped-call]
-    return fetched
+    return linear(x, route.fetch, route.give_back)
 
 
 def give_back(x: Tensor, route: Route) -> Tensor:
     """`Route.give_back`, with gradients."""
-    given: Tensor = _GiveBack.apply(x, route)  # type: ignore[no-untyped-call]
-    return given
+    return linear(x, route.give_back, route.fetch)
 
 
 def attach(x: Tensor, to: Tensor) -> Tensor:
@@ -77,36 +77,14 @@ def attach(x: Tensor, to: Tensor) -> Tensor:
 
 def sum_over_ranks(x: Tensor, transport: Transport) -> Tensor:
     """Return the sum of the tensors of all ranks, in the order of ranks. The gradient is the sum of the gradients."""
-    total: Tensor = _Sum.apply(x, transport)  # type: ignore[no-untyped-call]
-    return total
+    total = partial(_total, transport)
+    return linear(x, total, total)
 
 
 def sum_gradients(x: Tensor, transport: Transport) -> Tensor:
     """Return x; its gradient is the sum of the gradients of all ranks."""
     same: Tensor = _SumGradients.apply(x, transport)  # type: ignore[no-untyped-call]
     return same
-
-
-class _Fetch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return route.fetch(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return give_back(grad, ctx.route), None
-
-
-class _GiveBack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, route: Route) -> Tensor:
-        ctx.route = route
-        return route.give_back(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return fetch(grad, ctx.route), None
 
 
 class _Attach(torch.autograd.Function):
@@ -120,17 +98,6 @@ class _Attach(torch.autograd.Function):
         return grad, torch.zeros_like(ctx.like)
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, transport: Transport) -> Tensor:
-        ctx.transport = transport
-        return _total(x, transport)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return sum_over_ranks(grad, ctx.transport), None
-
-
 class _SumGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, transport: Transport) -> Tensor:
@@ -142,7 +109,7 @@ class _SumGradients(torch.autograd.Function):
         return sum_over_ranks(grad, ctx.transport), None
 
 
-def _total(x: Tensor, transport: Transport) -> Tensor:
+def _total(transport: Transport, x: Tensor) -> Tensor:
     parts = transport.exchange([x.contiguous()] * transport.ranks, [x.shape] * transport.ranks)
     total = parts[0].clone()
     for part in parts[1:]:
