@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from regard.error_text import first_line
+
 # Writers of torch and safetensors name no cause on a full disk: then less than this is free, in bytes.
 _FULL = 1 << 20
 
@@ -47,4 +49,4 @@ def _cause(error: BaseException, path: Path) -> str:
         return error.strerror
     if path.parent.is_dir() and shutil.disk_usage(path.parent).free < _FULL:
         return os.strerror(errno.ENOSPC)
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from regard.apps.look import LookResult
-from regard.apps.pretrained import default_top, first_line, load_pretrained, record_attention, resolve_model
+from regard.apps.pretrained import default_top, load_pretrained, record_attention, resolve_model
+from regard.error_text import first_line
 from regard.tasks.open import is_task
 from regard.view.picture import Picture
 

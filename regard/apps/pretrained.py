@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from regard.error_text import first_line
 from regard.watch import Recording, watch
 
 # The number of recorded weights fits a page of a few megabytes: all weights of a sentence, fewer per row of a long text.
@@ -145,12 +146,3 @@ def default_top(config: Any, tokens: int) -> int:
     sizes = [getattr(config, name, None) for name in ("num_attention_heads", "num_hidden_layers")]
     heads, layers = (number if isinstance(number, int) else 12 for number in sizes)
     return min(max(_MAX_WEIGHTS // max(heads * layers * tokens, 1), _MIN_TOP), tokens)
-
-
-def first_line(error: Exception) -> str:
-    r"""Return the first line of the message of an error.
-
-    >>> first_line(ValueError("no such file\nmore details"))
-    'no such file'
-    """
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

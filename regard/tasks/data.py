@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from regard import deprecated
+from regard.error_text import first_line
 from regard.tasks.labels import describe_swap, normalize_label
 from regard.tasks.lines import DataError, Location, read_lines
 
@@ -145,7 +146,7 @@ def read_tagged(paths: Sequence[Path]) -> list[Tagged]:
             try:
                 (sentence,) = conllu.parse("\n".join(lines) + "\n\n")
             except (conllu.exceptions.ParseException, ValueError) as error:
-                cause = str(error).strip().splitlines()[0] if str(error).strip() else "it has no words"
+                cause = first_line(error, "it has no words")
                 raise DataError(f"{place}: the sentence that starts here is not valid CoNLL-U ({cause})") from error
             words, tags = [], []
             numbers = [place.line + i for i, line in enumerate(lines) if not line.startswith("#")]
